@@ -1,0 +1,672 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["numpy"]
+# ///
+"""gradcheck.py: is this derivative right?  Ask the function itself.
+
+The slope of f at x is nearly (f(x + h) - f(x - h)) / 2h. Nobody would train with that, because it takes two runs of the
+forward pass for every single number; but it needs no derivation, so it can tell whether yours is right.
+
+Why both sides? One side, (f(x + h) - f(x)) / h, is wrong by about h f''/2; with both that term cancels, h^2 f'''/6 is left.
+Why h = 1e-5? A smaller h makes that error smaller, but the two values of f then agree in ever more digits, and what is
+left of their difference is rounding: about 1e-16 |f| / h. Both errors are about 1e-11 at h = 1e-5, in float64. (In
+float32 no h is good. That is why every lesson takes a dtype.)
+Why relative error? A slope of 1000 that is off by 0.001 is right, a slope of 0.001 that is off by 0.001 is not.
+Why a random projection? An operation has many outputs, a slope belongs to a single number. So the outputs are summed
+with random weights R, f = sum(out * R); R is then just the dout that backward gets. With weights of 1 instead, many a
+wrong backward passes: the outputs of a softmax, for one, always add up to 1, and the slope of that is 0.
+
+    python gradcheck.py                      every lesson: each operation, then each whole model, end to end
+    python gradcheck.py lstm.py              one lesson
+    python gradcheck.py ~/my_lstm.py         your own copy, finished or not: which gradient is wrong, and which line
+    python gradcheck.py --teeth mlp.py       is the checker any good? plant bugs in every backward; each must be caught
+
+A file is checked by the names in it. Every op_backward(dout, cache) needs an op_forward(inputs) -> (out, cache); it returns
+the gradients of the inputs in forward's order, without those of integers, flags and data. How to call the operations of the
+lessons is written down below, in CASES; for one of your own, say it in your file, sizes all different and above 1:
+    GRADCHECK = {"my_op": lambda rng: dict(x=rng.standard_normal((3, 4)), w=rng.standard_normal(4))}
+"""
+import argparse
+import ast
+import copy
+import importlib.util
+import inspect
+import itertools
+import linecache
+import sys
+import time
+import traceback
+import types
+import warnings
+from dataclasses import fields
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+
+
+def numeric_gradient(f, x, entries=None, h=1e-5):
+    """Slope of f() by every entry of x, or by the given ones: move the entry both ways, look, move it back."""
+    slopes, middle = [], f()
+    for i in entries if entries is not None else np.ndindex(x.shape):
+        keep = x[i]
+        x[i] = keep + h
+        up = f()
+        x[i] = keep - h
+        down = f()
+        x[i] = keep
+        slopes.append((up - down) / (2 * h))
+        if abs(up - 2 * middle + down) / h > 1e-3 * (1 + abs(slopes[-1])):
+            raise Kink(f"the slopes to the left and to the right of {keep:.4f} differ")
+    return np.array(slopes).reshape(x.shape if entries is None else -1)
+
+
+def relative_error(a, n, size):
+    """|a - n| / (|a| + |n| + floor); the floor is 1e-3 of the size of f, since rounding errors are about 1e-11 of it."""
+    return np.abs(a - n) / (np.abs(a) + np.abs(n) + 1e-3 * max(1.0, size))
+
+
+TOLERANCE = 1e-6
+
+
+class Kink(Exception):
+    """f bends sharply here (relu at 0, a tie in a maximum): it has no slope to compare with, so draw other numbers."""
+
+
+class Failure(Exception):
+    """A gradient, or a check that could not have failed. args: what is wrong, hints (a list)."""
+
+
+# ---- how to call the operations: one case or more, by name -----------------------------------------------------------
+
+DATA = {"targets", "running", "mask"}       # inputs by these names are data: they get no gradient; nor do integers, flags
+
+
+def normal(*shape):
+    """A case's input: standard normal numbers of this shape."""
+    return lambda rng: rng.standard_normal(shape)
+
+
+def integers(high, *shape):
+    """A case's input: integers from 0 to high - 1."""
+    return lambda rng: rng.integers(0, high, shape)
+
+
+def positive(*shape):
+    """A case's input: numbers from 0.5 to 2."""
+    return lambda rng: rng.uniform(0.5, 2, shape)
+
+
+CASES = {   # by name: a list of cases; a case: its inputs in forward's order, functions of rng or fixed values
+    "linear": [dict(x=normal(3, 4), W=normal(4, 5), b=normal(5))],
+    "relu": [dict(x=normal(3, 4))],
+    "sigmoid": [dict(x=normal(3, 4))],
+    "tanh": [dict(x=normal(3, 4))],
+    "gelu": [dict(x=normal(3, 4))],
+    "silu": [dict(x=normal(3, 4))],
+    "batchnorm": [dict(x=normal(6, 4), gamma=normal(4), beta=normal(4)),
+                  dict(x=normal(6, 4), gamma=normal(4), beta=normal(4), running=lambda rng: (normal(4)(rng), positive(4)(rng)))],
+    "embedding": [dict(ids=integers(5, 3, 4), E=normal(5, 2))],
+    "penalty": [dict(W=normal(3, 4), l1=0.3, l2=0.2)],
+    "mse": [dict(z=normal(3, 4), targets=normal(3, 4))],
+    "binary_cross_entropy": [dict(z=normal(3, 4), targets=lambda rng: rng.integers(0, 2, (3, 4)).astype(float))],
+    "softmax_cross_entropy": [dict(z=normal(3, 4), targets=integers(4, 3))],
+}
+
+
+def cases_of(module, name):
+    """The cases of an operation, functions of rng: those that the file itself brings, if any, else ours."""
+    own = getattr(module, "GRADCHECK", {}).get(name)
+    if own is None:
+        return [lambda rng, case=case: {k: v(rng) if callable(v) else v for k, v in case.items()} for case in CASES.get(name, [])]
+
+    def made(rng):
+        cases = own(rng)
+        return cases if isinstance(cases, list) else [cases]
+    return [lambda rng, k=k: made(rng)[k] for k in range(len(made(np.random.default_rng(0))))]
+
+
+# ---- one operation ---------------------------------------------------------------------------------------------------
+
+def check_operation(module, name, make_case, seed=0):
+    """Compare op_backward with numeric slopes on one case -> worst relative error; raises Failure."""
+    for attempt in range(20):
+        try:
+            return check_once(module, name, make_case(np.random.default_rng(seed + attempt)), np.random.default_rng(seed))
+        except Kink as error:
+            reason = error
+    raise Failure(f"{name}: no slope to compare with after 20 draws: {reason}", [])
+
+
+def check_once(module, name, case, rng):
+    """check_operation on given inputs; raises Kink where there is no slope."""
+    forward, backward = getattr(module, name + "_forward"), getattr(module, name + "_backward")
+    names, args = list(case), list(case.values())
+    before = copy.deepcopy(args)
+    out, cache = call(forward, args, name + "_forward returns out, cache", 2)
+    outs = out if isinstance(out, tuple) else (out,)
+    for o in outs:
+        sound(np.asarray(o), np.float64, f"{name}_forward: out")
+    R = [rng.standard_normal(np.shape(o)) if np.ndim(o) else float(rng.standard_normal()) for o in outs]
+    held = copy.deepcopy((R, cache))
+    grads = call(backward, [*R, cache], f"{name}_backward")
+    for what, now, then in (("an input of the forward pass", args, before), ("dout", R, held[0]), ("the cache", cache, held[1])):
+        if not same(now, then):
+            raise Failure(f"{name}: {what} was changed on the way; operations only read what they are given", [])
+    if not same(grads, call(backward, [*R, cache], f"{name}_backward")):
+        raise Failure(f"{name}_backward: a second call with the same cache gives another result", [])
+
+    wanted = [k for k, a in case.items() if k not in DATA and floats(a)]
+    grads = grads if isinstance(grads, tuple) else (grads,)
+    if len(grads) != len(wanted):
+        raise Failure(f"{name}_backward: returns {len(grads)} gradient(s), expected {len(wanted)}: {', '.join(wanted)}", [])
+    pairs = {}                                          # label -> input, gradient; a dict of parameters is taken apart
+    for k, g in zip(wanted, grads):
+        if isinstance(case[k], dict):
+            if not isinstance(g, dict) or set(g) != set(case[k]):
+                raise Failure(f"{name}_backward: d{k} should be a dict with the keys {sorted(case[k])}", [])
+            pairs.update({f"{k}[{key!r}]": (case[k][key], g[key]) for key in case[k]})
+        else:
+            pairs[k] = case[k], g
+
+    def f():
+        values = forward(*args)[0]
+        return sum(float((o * r).sum()) if np.ndim(o) else float(o * r)
+                   for o, r in zip(values if isinstance(values, tuple) else (values,), R))
+    size = max(sum(float(np.abs(o * r).sum()) for o, r in zip(outs, R)), 0.0)
+    numeric = {k: numeric_gradient(f, x) for k, (x, _) in pairs.items()}
+    worst = 0.0
+    for position, (k, (x, a)) in enumerate(pairs.items()):
+        n = numeric[k]
+        a = np.asarray(a)
+        if a.shape != n.shape:
+            raise Failure(f"{name}, gradient of {k}: shape {a.shape}, expected {n.shape}",
+                          hints(a, n, k, numeric, case, R, outs) + source_line(module, name, position))
+        sound(a, np.float64, f"{name}, gradient of {k}")
+        if not n.any() and not a.any():
+            raise Failure(f"{name}, gradient of {k}: all zero, in this case; such a check could not have failed", [])
+        error = relative_error(a, n, size)
+        worst = max(worst, error.max())
+        if error.max() > TOLERANCE:
+            i = np.unravel_index(error.argmax(), a.shape)
+            raise Failure(f"{name}, gradient of {k} at {list(map(int, i))}: yours {a[i]:.6g}, numeric {n[i]:.6g}",
+                          hints(a, n, k, numeric, case, R, outs) + source_line(module, name, position))
+    return worst
+
+
+def call(function, args, what, count=None):
+    """function(*args), with anything it raises, or the wrong number of results, as a Failure that names the line."""
+    try:
+        result = function(*args)
+    except Exception as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__)[1:] if f.filename != np.__file__] or [None]
+        where = [f"line {frames[-1].lineno}: {frames[-1].line}"] if frames[-1] else []
+        fit = ["the sizes do not fit: is a .T missing or too many, or an operand in the wrong place?"]
+        raise Failure(f"{what}: {type(error).__name__}: {error}", (fit if isinstance(error, ValueError) else []) + where) from error
+    if count and (not isinstance(result, tuple) or len(result) != count):
+        raise Failure(f"expected that {what}", [])
+    return result
+
+
+def sound(a, dtype, what):
+    """Finite numbers of this dtype, or Failure."""
+    if a.dtype != dtype:
+        raise Failure(f"{what} is {a.dtype}, expected {np.dtype(dtype)}: does a constant or a cast change it?", [])
+    if not np.isfinite(a).all():
+        raise Failure(f"{what} holds nan or inf", [])
+
+
+def floats(a):
+    """Is this an array of floats, or a dict of such arrays? Those get gradients."""
+    if isinstance(a, dict):
+        return all(map(floats, a.values()))
+    return isinstance(a, np.ndarray) and a.dtype.kind == "f"
+
+
+def same(a, b):
+    """Equal to the last bit, through tuples, lists and dicts."""
+    if isinstance(a, (tuple, list)):
+        return isinstance(b, (tuple, list)) and len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (np.ndarray, np.generic)):
+        return np.shape(a) == np.shape(b) and np.array_equal(a, b, equal_nan=np.asarray(a).dtype.kind == "f")
+    return a is b or a == b
+
+
+# ---- diagnosis: what kind of mistake gives just these numbers? -------------------------------------------------------
+
+def hints(a, n, label, numeric, case, R, outs):
+    """A sentence on how the wrong gradient a is related to the right one n."""
+    def close(u, v):
+        return np.shape(u) == np.shape(v) and np.allclose(u, v, rtol=1e-5, atol=1e-7 * (1 + np.abs(v).max(initial=0)))
+    for other, m in numeric.items():
+        if other != label and close(a, m) and not close(m, n):
+            return [f"this is the gradient of {other}: are the returned gradients in the order of forward's inputs?"]
+    if a.ndim > 1 and close(a.T, n):
+        return ["transposed: a .T is missing or too many"]
+    if a.shape != n.shape:
+        for k in range(a.ndim):
+            if close(a.sum(axis=k), n):
+                return [f"a missing sum over axis {k}: {label} was broadcast along it in the forward pass, so its gradients add up"]
+        return ["the right numbers in the wrong shape"] if a.size == n.size and close(a.reshape(n.shape), n) else []
+    ratio = float((a * n).sum() / max((a * a).sum(), 1e-300))
+    if close(ratio * a, n) and a.any():
+        return [factor(ratio, case, outs)]
+    off = ~np.isclose(a, n, rtol=1e-5, atol=1e-7)
+    if (n[off] == 0).all():
+        return ["right where it should not be zero, but these entries should be: a missing mask"]
+    if (a[off] == 0).all():
+        return ["right where it is not zero, but these entries got nothing: a mask too many, or a sum that keeps one term of several"]
+    for what, v in [*((f"dout ({i})" if len(R) > 1 else "dout", r) for i, r in enumerate(R)), *case.items()]:
+        if floats(v) and not isinstance(v, dict) or isinstance(v, float):
+            if close(n - a, v) or close(a - n, v):
+                return [f"off by exactly {what}: a term that is missing or one too many, such as a path that goes around"]
+            if np.shape(v) in (a.shape, ()) and close(a * v, n):
+                return [f"times {what} it would be right: a missing factor of the chain rule"]
+    for k in range(a.ndim):
+        wrong = off.any(axis=tuple(set(range(a.ndim)) - {k}))
+        if 0 < wrong.sum() < len(wrong):
+            return [f"wrong only at {np.flatnonzero(wrong).tolist()} of axis {k} (of {len(wrong)}): one step, one gate or one class?"]
+    for k in range(a.ndim):
+        if a.shape[k] > 1 and close((n - a) - (n - a).mean(axis=k, keepdims=True), np.zeros(a.shape)):
+            return [f"off by a number that is the same along axis {k}: a sum or mean over that axis is missing, or one too many"]
+    return ["not a factor, a sign or a transposition: a term is missing or wrong"]
+
+
+def factor(ratio, case, outs):
+    """Name the number that the gradient must be multiplied with."""
+    if abs(ratio + 1) < 1e-5:
+        return "the sign is wrong"
+    sizes = {}
+    for k, v in [*case.items(), *(("out", o) for o in outs)]:
+        if isinstance(v, float):
+            sizes[abs(v)] = k
+        for axis, s in enumerate(np.shape(v) if isinstance(v, np.ndarray) else ()):
+            sizes.setdefault(float(s), f"the size of {k} along axis {axis}")
+        if isinstance(v, np.ndarray):
+            sizes.setdefault(float(v.size), f"the number of entries of {k}")
+    for size, what in sizes.items():
+        for value, text in ((size, f"{size:g}, {what}"), (1 / max(size, 1e-9), f"1 / {size:g}, {what}"),
+                            (size ** 0.5, f"the root of {size:g}, {what}"), (size ** -0.5, f"1 / the root of {size:g}, {what}")):
+            if abs(abs(ratio) - value) < 1e-5 * value and abs(value - 1) > 1e-5 and abs(value - 2) > 1e-5 and abs(value - 0.5) > 1e-5:
+                return f"a factor is wrong: multiply by {'-' * (ratio < 0)}{text}"
+    return f"a factor is wrong: multiply by {ratio:.6g}"
+
+
+def function_tree(module, name):
+    """The syntax tree of a top-level function of the file, or None."""
+    return next((n for n in module.tree.body if isinstance(n, ast.FunctionDef) and n.name == name), None)
+
+
+def source_line(module, name, position):
+    """The line in which op_backward computes the gradient that it returns in this place."""
+    tree = function_tree(module, name + "_backward")
+    returns = [n for n in ast.walk(tree) if isinstance(n, ast.Return)] if tree else []
+    if not returns:
+        return []
+    node = returns[-1].value
+    node = node.elts[position] if isinstance(node, ast.Tuple) and position < len(node.elts) else node
+    line = node.lineno
+    if isinstance(node, ast.Name):
+        line = max((n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == node.id and isinstance(n.ctx, ast.Store)),
+                   default=line)
+    return [f"line {line}: {linecache.getline(module.__file__, line).strip()}"]
+
+
+# ---- a whole model, end to end ---------------------------------------------------------------------------------------
+
+SMALL = {"hidden": "5,4", "batch": 5, "context": 4, "embed": 3}             # quick to check, where a Config has such a field
+NUMBERS = {"l1": (0.0, 0.02), "l2": (0.0, 0.03), "group": (0, 2)}           # numbers that switch something on
+TRAINING = {"optimizer", "schedule", "experiment"}                          # fields that no gradient depends on
+
+
+def variants(Config):
+    """Configs in which every two values of flags that choose something meet at least once, unless the Config forbids it."""
+    default = {f.name: SMALL.get(f.name, f.default) for f in fields(Config)}
+    choices = {f.name: get_args(f.type) or ((False, True) if f.type is bool else NUMBERS.get(f.name, ()))
+               for f in fields(Config) if f.name not in TRAINING}
+    choices = {name: values for name, values in choices.items() if values}
+    every = list(itertools.islice(itertools.product(*choices.values()), 200_000))
+    np.random.default_rng(0).shuffle(every)
+    met, found = set(), []
+    for values in every:
+        pairs = set(itertools.combinations([(name, str(v)) for name, v in zip(choices, values)], min(2, len(choices))))
+        if not pairs <= met or not found:
+            values = {k: type(default[k])(v) for k, v in zip(choices, values)}
+            try:
+                cfg = Config(**{**default, **values})
+            except ValueError:
+                continue
+            met |= pairs
+            found.append((", ".join(f"{k}={v}" for k, v in values.items() if v != default[k]) or "default", cfg))
+    return found
+
+
+def check_model(module, text, cfg, seed=0):
+    """Compare the gradients of loss_and_grads in one variant with numeric slopes -> number of parameters; raises Failure."""
+    for attempt in range(20):
+        try:
+            return check_model_once(module, cfg, np.random.default_rng(seed + attempt))
+        except Kink as error:
+            reason = error
+        except Failure as error:
+            raise Failure(f"loss_and_grads, {text}: {error.args[0]}", error.args[1]) from error
+    raise Failure(f"loss_and_grads, {text}: no slope to compare with after 20 draws: {reason}", [])
+
+
+def check_model_once(module, cfg, rng):
+    """check_model on one draw; raises Kink where there is no slope."""
+    params = call(module.init_params, (cfg, rng, np.float64), "init_params")
+    for name, p in params.items():
+        sound(p, np.float64, f"init_params: {name}")
+        p += 0.3 * rng.standard_normal(p.shape)                             # a bias of 0 could hide a mistake
+    batch = call(module.make_batch, (cfg, rng, np.float64), "make_batch")
+    before = copy.deepcopy((params, batch))
+    loss, grads = call(module.loss_and_grads, (params, batch, cfg), "loss_and_grads returns loss, grads", 2)
+    if not same((params, batch), before):
+        raise Failure("the parameters or the batch were changed on the way", [])
+    if not same((loss, grads), module.loss_and_grads(params, batch, cfg)):
+        raise Failure("a second call gives another result", [])
+    if set(grads) != set(params):
+        raise Failure(f"gradients without parameter or parameters without gradient: {sorted(set(grads) ^ set(params))}", [])
+
+    def f():
+        return float(module.loss_and_grads(params, batch, cfg)[0])
+    for name, p in params.items():
+        a = np.asarray(grads[name])
+        if a.shape != p.shape:
+            raise Failure(f"gradient of {name}: shape {a.shape}, expected {p.shape}", [])
+        sound(a, np.float64, f"gradient of {name}")
+        if not a.any():
+            raise Failure(f"gradient of {name}: all zero; such a check could not have failed", [])
+        order = np.abs(a).ravel().argsort()
+        entries = {np.unravel_index(k, a.shape) for k in (*order[-2:], *rng.integers(0, a.size, 2))}
+        for i in entries:
+            n = numeric_gradient(f, p, [i])[0]
+            if relative_error(a[i], n, abs(loss)) > TOLERANCE:
+                ratio = n / a[i] if a[i] else 0
+                raise Failure(f"gradient of {name} at {list(map(int, i))}: yours {a[i]:.6g}, numeric {n:.6g}",
+                              ["the sign is wrong"] if abs(ratio + 1) < 1e-5 else [f"here, yours times {ratio:.5g} would be right"])
+        direction, here, t = rng.standard_normal(p.shape), p.copy(), np.zeros(1)
+
+        def along():
+            p[...] = here + t[0] * direction
+            return f()
+        n, scale = numeric_gradient(along, t)[0], float(np.abs(a * direction).sum())
+        p[...] = here
+        if relative_error(float((a * direction).sum()), n, max(abs(loss), scale)) > TOLERANCE:
+            raise Failure(f"gradient of {name} along a random direction: yours {(a * direction).sum():.6g}, numeric {n:.6g}", [])
+    small = {name: p.astype(np.float32) for name, p in params.items()}
+    batch = module.make_batch(cfg, rng, np.float32)
+    for name, g in module.loss_and_grads(small, batch, cfg)[1].items():
+        if g.dtype != np.float32:
+            raise Failure(f"gradient of {name} is {g.dtype} where parameters and batch are float32: training would be slow", [])
+    return len(params)
+
+
+# ---- planting bugs ---------------------------------------------------------------------------------------------------
+
+def edits(node):
+    """Small changes to a piece of program, each with a name: what a tired person would type."""
+    def like(**parts):
+        new = copy.copy(node)
+        for k, v in parts.items():
+            setattr(new, k, v)
+        return new
+    if isinstance(node, ast.BinOp):
+        left, right, op = node.left, node.right, type(node.op)
+        if op in (ast.Add, ast.Sub):
+            yield "flip a sign", like(op=ast.Sub() if op is ast.Add else ast.Add())
+            yield "drop a term", left
+            yield "drop a term", right
+        elif op is ast.Mult:
+            yield "drop a factor", left
+            yield "drop a factor", right
+        elif op is ast.Div:
+            yield "drop a factor", left
+        elif op is ast.MatMult:
+            yield "swap operands", like(left=right, right=left)
+            yield "drop a factor", left
+        elif op is ast.Pow:
+            yield "drop a power", left
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        yield "flip a sign", node.operand
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.Not, ast.Invert)):
+        yield "turn a condition around", node.operand
+    elif isinstance(node, ast.Attribute) and node.attr == "T":
+        yield "drop a transpose", node.value
+    elif isinstance(node, ast.keyword) and node.arg == "axis" and isinstance(node.value, (ast.Constant, ast.UnaryOp)):
+        yield "change an axis", like(value=ast.Constant(1 if ast.literal_eval(node.value) == 0 else 0))
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "sum":
+        yield "mean for sum", like(func=ast.Attribute(node.func.value, "mean", ast.Load()))
+        if getattr(node.func.value, "id", "") != "np":
+            yield "drop a sum", node.func.value
+    elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("exp", "sign", "sqrt", "where"):
+        yield f"drop {node.func.attr}", node.args[node.func.attr == "where"]
+    elif isinstance(node, ast.Compare):
+        yield "turn a condition around", like(ops=[ast.LtE() if isinstance(node.ops[0], ast.Gt) else ast.Gt()])
+    elif isinstance(node, ast.AugAssign):
+        yield "skip an accumulation", ast.Assign([node.target], node.value, lineno=node.lineno)
+        yield "skip an accumulation", ast.copy_location(ast.Pass(), node)
+    elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
+        yield "skip an assignment", ast.copy_location(ast.Pass(), node)
+    elif isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
+        e = node.value.elts
+        for k in range(len(e) - 1):
+            yield "swap returned values", like(value=ast.Tuple([*e[:k], e[k + 1], e[k], *e[k + 2:]], ast.Load()))
+
+
+def repairs(node):
+    """The same changes the other way: some are their own opposite, the others put back what was dropped."""
+    turn_back = ("flip a sign", "swap operands", "change an axis", "swap returned values", "turn a condition around", "drop a transpose",
+                 "drop a factor")
+    yield from ((what, new) for what, new in edits(node) if what in turn_back)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
+        for side in ("left", "right"):
+            new = copy.copy(node)
+            setattr(new, side, ast.Attribute(getattr(node, side), "T", ast.Load()))
+            yield "add a transpose", new
+        yield "transpose and swap", ast.BinOp(ast.Attribute(node.right, "T", ast.Load()), node.op, node.left)
+        yield "transpose and swap", ast.BinOp(node.right, node.op, ast.Attribute(node.left, "T", ast.Load()))
+    if isinstance(node, (ast.BinOp, ast.Name, ast.Call)) and isinstance(getattr(node, "ctx", ast.Load()), ast.Load):
+        yield "add a minus", ast.UnaryOp(ast.USub(), node)
+        yield "add a sum", ast.Call(ast.Attribute(node, "sum", ast.Load()), [], [ast.keyword("axis", ast.Constant(0))])
+
+
+def mutants(tree, kind=edits):
+    """Every function that is one edit away from this one -> what was done, line, new tree."""
+    for node in ast.walk(tree):
+        for what, new in kind(node):
+            # a deep copy in which new stands for node: to deepcopy, node has "already been copied", to new
+            yield what, getattr(node, "lineno", tree.lineno), copy.deepcopy(tree, {id(node): copy.deepcopy(new)})
+
+
+def with_function(module, new):
+    """The module again, with this function in place of the one of the same name."""
+    tree = copy.copy(module.tree)
+    tree.body = [new if isinstance(n, ast.FunctionDef) and n.name == new.name else n for n in tree.body]
+    return make_module(module.__file__, ast.fix_missing_locations(tree))
+
+
+def repair(module, name, make_case):
+    """Try the repairs on op_backward -> the hint that names a change which makes the case pass, in a list, or []."""
+    tree = function_tree(module, name + "_backward")
+    for what, line, new in mutants(tree, repairs) if tree else ():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                check_operation(with_function(module, new), name, make_case)
+        except Exception:
+            continue
+        old, new = (ast.unparse(t).splitlines() for t in (tree, new))
+        return [f"it passes with ({what}): {b.strip()}" for a, b in zip(old, new) if a != b][:1]
+    return []
+
+
+def gradients(module, name, make_case, seed):
+    """What op_backward returns on a case, for comparison."""
+    case, rng = make_case(np.random.default_rng(seed)), np.random.default_rng(seed)
+    out, cache = getattr(module, name + "_forward")(*case.values())
+    outs = out if isinstance(out, tuple) else (out,)
+    return getattr(module, name + "_backward")(*[rng.standard_normal(np.shape(o)) for o in outs], cache)
+
+
+def all_close(a, b):
+    """Nearly equal, through tuples and dicts."""
+    if isinstance(a, (tuple, dict)):
+        keys = a if isinstance(a, dict) else range(len(a))
+        return len(a) == len(b) and all(all_close(a[k], b[k]) for k in keys)
+    return np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def teeth(module):
+    """Plant bugs, one at a time, in every backward -> number planted, caught, and those that survived."""
+    planted, caught, survivors, models = 0, 0, [], variants(module.Config)
+    for name in operations(module):
+        cases = cases_of(module, name)
+        for what, line, new in mutants(function_tree(module, name + "_backward")):
+            planted += 1
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    mutant = with_function(module, new)
+                    for case in cases:
+                        check_operation(mutant, name, case)
+                    for text, cfg in models if not cases else ():
+                        check_model(mutant, text, cfg)
+            except Failure:
+                caught += 1
+                continue
+            if cases:
+                same_gradient = all(all_close(gradients(m, name, c, s), gradients(module, name, c, s))
+                                    for m in (mutant,) for c in cases for s in range(3))
+            else:
+                same_gradient = False
+            survivors.append(f"{name}_backward, line {line}: {what}" + (" (changes no gradient in any case)" if same_gradient else ""))
+    return planted, caught, survivors
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+def make_module(path, tree):
+    """Run a syntax tree as a module of its own."""
+    module = types.ModuleType("checked")
+    module.__file__, module.tree = str(path), tree
+    sys.modules["checked"] = module
+    exec(compile(tree, str(path), "exec"), module.__dict__)
+    return module
+
+
+def operations(module):
+    """Names of the operations with a backward, each after those that it is built of."""
+    trees = {n.name[:-9]: n for n in module.tree.body if isinstance(n, ast.FunctionDef) and n.name.endswith("_backward")}
+    order = []
+
+    def add(name):
+        if name not in order and name in trees:
+            for n in ast.walk(trees[name]):
+                if isinstance(n, ast.Name) and n.id.endswith("_backward") and n.id != trees[name].name:
+                    add(n.id[:-9])
+            order.append(name)
+    for name in trees:
+        add(name)
+    return order
+
+
+def check_file(path):
+    """Check every operation of a file, then its models -> number of checks that passed, that failed."""
+    print(f"{path}")
+    try:
+        module = make_module(path, ast.parse(Path(path).read_text(encoding="utf-8"), str(path)))
+    except Exception as error:
+        print(f"  FAIL  it does not run: {type(error).__name__}: {error}")
+        return 0, 1
+    names, passed, failed, called = operations(module), 0, [], set()
+    if not names:
+        failed.append("no op_backward in it: nothing to check")
+    modelled = []
+    for name in names:
+        cases, worst = cases_of(module, name), 0.0
+        forward = getattr(module, name + "_forward", None)
+        try:
+            if forward is None:
+                raise Failure(f"{name}_backward has no {name}_forward", [])
+            if not cases and "cfg" in inspect.signature(forward).parameters:
+                modelled.append(name)           # it needs a whole Config: its case is the model that calls it
+                continue
+            if not cases:
+                raise Failure(f"{name}: nobody says how to call it", [f'add to the file: GRADCHECK = {{"{name}": lambda rng: dict(...)}}'])
+            for case in cases:
+                try:
+                    worst = max(worst, check_operation(module, name, case))
+                except Failure as error:
+                    raise Failure(error.args[0], error.args[1] + repair(module, name, case)) from error
+        except Failure as error:
+            failed.append(name)
+            print(f"  FAIL  {error.args[0]}" + "".join(f"\n        {hint}" for hint in error.args[1]))
+        else:
+            passed += 1
+            print(f"  ok    {name:24s} {len(cases)} case(s), worst relative error {worst:.0e}")
+    missing = [n for n in ("Config", "init_params", "make_batch", "loss_and_grads") if not hasattr(module, n)]
+    if missing:
+        print(f"  not checked end to end: the file has no {', '.join(missing)} (yet)")
+        failed += modelled
+        return passed, len(failed)
+    for name in modelled:
+        setattr(module, name + "_backward", watched(getattr(module, name + "_backward"), called))
+    found = variants(module.Config)
+    try:
+        count = sum(check_model(module, text, cfg) for text, cfg in found)
+        for name in modelled:
+            if name + "_backward" not in called:
+                raise Failure(f"{name}_backward is never called by loss_and_grads", [])
+    except Failure as error:
+        failed.append("loss_and_grads")
+        print(f"  FAIL  {error.args[0]}" + "".join(f"\n        {hint}" for hint in error.args[1]))
+        wrong = [name for name in failed if name in names]
+        print("        mend first: " + ", ".join(wrong) if wrong else
+              "        the operations are right, so look at how the model puts them together")
+    else:
+        passed += 1 + len(modelled)
+        print(f"  ok    {'end to end':24s} {len(found)} variants, {count} parameters" + "".join(f", {n}" for n in modelled))
+    return passed, len(failed)
+
+
+def watched(function, called):
+    """The function, which now also notes that it has been called."""
+    def wrapper(*args, **kwargs):
+        called.add(function.__name__)
+        return function(*args, **kwargs)
+    return wrapper
+
+
+def main():
+    """Check the files of the command line, or all lessons beside this program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", help="files to check (default: every lesson beside this program)")
+    parser.add_argument("--teeth", action="store_true", help="plant bugs in every backward; each must be caught")
+    options = parser.parse_args()
+    here = Path(__file__).resolve().parent
+    files = options.files or [p for p in sorted(here.glob("*.py")) if p.name != Path(__file__).name]
+    for path in files:
+        if not Path(path).is_file():
+            print(f"gradcheck.py: {path}: expected a Python file, found none", file=sys.stderr)
+            sys.exit(2)
+    start, passed, failed = time.perf_counter(), 0, 0
+    for path in files:
+        if options.teeth:
+            planted, caught, survivors = teeth(make_module(path, ast.parse(Path(path).read_text(encoding="utf-8"))))
+            print(f"{path}: caught {caught} / {planted} planted" + "".join(f"\n  survived: {s}" for s in survivors), flush=True)
+            passed, failed = passed + caught, failed + len(survivors)
+        else:
+            p, f = check_file(path)
+            passed, failed = passed + p, failed + f
+    print(f"{time.perf_counter() - start:.1f} s")
+    print(f"{passed} passed, {failed} failed")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    main()
