@@ -29,7 +29,7 @@ lessons is written down below, in CASES; for one of your own, say it in your fil
 import argparse
 import ast
 import copy
-import importlib.util
+import difflib
 import inspect
 import itertools
 import linecache
@@ -143,17 +143,17 @@ def check_once(module, name, case, rng):
     forward, backward = getattr(module, name + "_forward"), getattr(module, name + "_backward")
     names, args = list(case), list(case.values())
     before = copy.deepcopy(args)
-    out, cache = call(forward, args, name + "_forward returns out, cache", 2)
+    out, cache = call(forward, args, 2)
     outs = out if isinstance(out, tuple) else (out,)
     for o in outs:
         sound(np.asarray(o), np.float64, f"{name}_forward: out")
     R = [rng.standard_normal(np.shape(o)) if np.ndim(o) else float(rng.standard_normal()) for o in outs]
     held = copy.deepcopy((R, cache))
-    grads = call(backward, [*R, cache], f"{name}_backward")
+    grads = call(backward, [*R, cache])
     for what, now, then in (("an input of the forward pass", args, before), ("dout", R, held[0]), ("the cache", cache, held[1])):
         if not same(now, then):
             raise Failure(f"{name}: {what} was changed on the way; operations only read what they are given", [])
-    if not same(grads, call(backward, [*R, cache], f"{name}_backward")):
+    if not same(grads, call(backward, [*R, cache])):
         raise Failure(f"{name}_backward: a second call with the same cache gives another result", [])
 
     wanted = [k for k, a in case.items() if k not in DATA and floats(a)]
@@ -181,7 +181,7 @@ def check_once(module, name, case, rng):
         a = np.asarray(a)
         if a.shape != n.shape:
             raise Failure(f"{name}, gradient of {k}: shape {a.shape}, expected {n.shape}",
-                          hints(a, n, k, numeric, case, R, outs) + source_line(module, name, position))
+                          hints(a, n, k, numeric, case, R, outs) + source_line(module, name, position, [*R, cache]))
         sound(a, np.float64, f"{name}, gradient of {k}")
         if not n.any() and not a.any():
             raise Failure(f"{name}, gradient of {k}: all zero, in this case; such a check could not have failed", [])
@@ -190,21 +190,22 @@ def check_once(module, name, case, rng):
         if error.max() > TOLERANCE:
             i = np.unravel_index(error.argmax(), a.shape)
             raise Failure(f"{name}, gradient of {k} at {list(map(int, i))}: yours {a[i]:.6g}, numeric {n[i]:.6g}",
-                          hints(a, n, k, numeric, case, R, outs) + source_line(module, name, position))
+                          hints(a, n, k, numeric, case, R, outs) + source_line(module, name, position, [*R, cache]))
     return worst
 
 
-def call(function, args, what, count=None):
+def call(function, args, count=None):
     """function(*args), with anything it raises, or the wrong number of results, as a Failure that names the line."""
     try:
         result = function(*args)
     except Exception as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__)[1:] if f.filename != np.__file__] or [None]
-        where = [f"line {frames[-1].lineno}: {frames[-1].line}"] if frames[-1] else []
+        frames = [f for f in traceback.extract_tb(error.__traceback__)[1:] if "numpy" not in Path(f.filename).parts]
+        where = [f"line {f.lineno}: {f.line}" for f in frames[-1:]]
         fit = ["the sizes do not fit: is a .T missing or too many, or an operand in the wrong place?"]
-        raise Failure(f"{what}: {type(error).__name__}: {error}", (fit if isinstance(error, ValueError) else []) + where) from error
+        raise Failure(f"{function.__name__} raises {type(error).__name__}: {error}",
+                      (fit if "mismatch" in str(error) or "broadcast" in str(error) else []) + where) from error
     if count and (not isinstance(result, tuple) or len(result) != count):
-        raise Failure(f"expected that {what}", [])
+        raise Failure(f"{function.__name__} should return {count} results", [])
     return result
 
 
@@ -299,18 +300,29 @@ def function_tree(module, name):
     return next((n for n in module.tree.body if isinstance(n, ast.FunctionDef) and n.name == name), None)
 
 
-def source_line(module, name, position):
+def source_line(module, name, position, args):
     """The line in which op_backward computes the gradient that it returns in this place."""
-    tree = function_tree(module, name + "_backward")
-    returns = [n for n in ast.walk(tree) if isinstance(n, ast.Return)] if tree else []
-    if not returns:
+    tree, lines = function_tree(module, name + "_backward"), []
+
+    def trace(frame, event, arg):                       # which of its lines does it run? The last one is the return
+        if frame.f_code.co_name == name + "_backward":
+            lines.append(frame.f_lineno)
+            return trace
+    if tree is None or sys.gettrace() is not None:
         return []
-    node = returns[-1].value
+    sys.settrace(trace)
+    try:
+        getattr(module, name + "_backward")(*args)
+    finally:
+        sys.settrace(None)
+    returned = [n.value for n in ast.walk(tree) if isinstance(n, ast.Return) and n.lineno <= lines[-1] <= n.end_lineno]
+    if not returned:
+        return []
+    node = returned[0]
     node = node.elts[position] if isinstance(node, ast.Tuple) and position < len(node.elts) else node
-    line = node.lineno
-    if isinstance(node, ast.Name):
-        line = max((n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == node.id and isinstance(n.ctx, ast.Store)),
-                   default=line)
+    stored = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == getattr(node, "id", "")
+              and isinstance(n.ctx, ast.Store) and n.lineno in lines]
+    line = max(stored, default=node.lineno)
     return [f"line {line}: {linecache.getline(module.__file__, line).strip()}"]
 
 
@@ -357,13 +369,13 @@ def check_model(module, text, cfg, seed=0):
 
 def check_model_once(module, cfg, rng):
     """check_model on one draw; raises Kink where there is no slope."""
-    params = call(module.init_params, (cfg, rng, np.float64), "init_params")
+    params = call(module.init_params, (cfg, rng, np.float64))
     for name, p in params.items():
         sound(p, np.float64, f"init_params: {name}")
         p += 0.3 * rng.standard_normal(p.shape)                             # a bias of 0 could hide a mistake
-    batch = call(module.make_batch, (cfg, rng, np.float64), "make_batch")
+    batch = call(module.make_batch, (cfg, rng, np.float64))
     before = copy.deepcopy((params, batch))
-    loss, grads = call(module.loss_and_grads, (params, batch, cfg), "loss_and_grads returns loss, grads", 2)
+    loss, grads = call(module.loss_and_grads, (params, batch, cfg), 2)
     if not same((params, batch), before):
         raise Failure("the parameters or the batch were changed on the way", [])
     if not same((loss, grads), module.loss_and_grads(params, batch, cfg)):
@@ -500,8 +512,32 @@ def repair(module, name, make_case):
         except Exception:
             continue
         old, new = (ast.unparse(t).splitlines() for t in (tree, new))
-        return [f"it passes with ({what}): {b.strip()}" for a, b in zip(old, new) if a != b][:1]
+        return [f"line {line} ({what}), and it passes: {b.strip()}" for a, b in zip(old, new) if a != b][:1]
     return []
+
+
+def lesson_lines(module, names):
+    """Where these functions of a typed copy differ from the lesson beside this program that is most like it -> hints."""
+    def functions(tree):
+        return {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
+    mine, found = functions(module.tree), []
+    for path in sorted(Path(__file__).resolve().parent.glob("*.py")):
+        if path.name != Path(__file__).name and path != Path(module.__file__).resolve():
+            theirs = functions(ast.parse(path.read_text(encoding="utf-8")))
+            found.append((len(set(mine) & set(theirs)), path.name, theirs))
+    _, lesson, theirs = max(found, default=(0, "", {}), key=lambda item: item[0])
+    lines = []
+    for name in names:
+        if name in mine and name in theirs:
+            old, new = (ast.unparse(strip(t[name])).splitlines() for t in (mine, theirs))
+            lines += [f"{'yours' if line[0] == '-' else lesson}, {name}: {line[1:].strip()}"
+                      for line in difflib.unified_diff(old, new, n=0, lineterm="") if line[:3] not in ("---", "+++") and line[0] in "-+"]
+    return lines[:4]
+
+
+def strip(tree):
+    """A function without its docstring."""
+    return ast.FunctionDef(**{**vars(tree), "body": tree.body[1:] if ast.get_docstring(tree) else tree.body})
 
 
 def gradients(module, name, make_case, seed):
@@ -601,7 +637,8 @@ def check_file(path):
                 try:
                     worst = max(worst, check_operation(module, name, case))
                 except Failure as error:
-                    raise Failure(error.args[0], error.args[1] + repair(module, name, case)) from error
+                    more = repair(module, name, case) or lesson_lines(module, [name + "_forward", name + "_backward"])
+                    raise Failure(error.args[0], error.args[1] + more) from error
         except Failure as error:
             failed.append(name)
             print(f"  FAIL  {error.args[0]}" + "".join(f"\n        {hint}" for hint in error.args[1]))
@@ -622,11 +659,12 @@ def check_file(path):
             if name + "_backward" not in called:
                 raise Failure(f"{name}_backward is never called by loss_and_grads", [])
     except Failure as error:
-        failed.append("loss_and_grads")
-        print(f"  FAIL  {error.args[0]}" + "".join(f"\n        {hint}" for hint in error.args[1]))
         wrong = [name for name in failed if name in names]
-        print("        mend first: " + ", ".join(wrong) if wrong else
-              "        the operations are right, so look at how the model puts them together")
+        failed.append("loss_and_grads")
+        print(f"  FAIL  {error.args[0]}" + "".join(f"\n        {hint}" for hint in error.args[1] if not wrong))
+        print("        mend first: " + ", ".join(wrong) if wrong else "\n".join(" " * 8 + line for line in (
+            "the operations are right, so look at how the model puts them together",
+            *lesson_lines(module, [*(name + "_backward" for name in modelled), "loss_and_grads", "model_forward"]))))
     else:
         passed += 1 + len(modelled)
         print(f"  ok    {'end to end':24s} {len(found)} variants, {count} parameters" + "".join(f", {n}" for n in modelled))
