@@ -1,0 +1,172 @@
+"""What a reader meets who types something wrong, stops a run, or pipes it: one clear line, never a traceback."""
+import gzip
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LESSONS = sorted(p.name for p in ROOT.glob("*.py") if p.name != "gradcheck.py")
+
+
+def lesson(name, *flags, **options):
+    """Run a lesson -> CompletedProcess."""
+    return subprocess.run([sys.executable, "-W", "error", ROOT / name, *flags], capture_output=True, text=True,
+                          timeout=120, **options)
+
+
+def is_refused(done, *words):
+    """Exit status 2, nothing but one line on stderr, and these words in it."""
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    for word in words:
+        assert word in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("name", LESSONS)
+@pytest.mark.parametrize("flags, words", [
+    (["--no-such-flag"], ["--no-such-flag"]),
+    (["--lr", "abc"], ["--lr", "float", "abc"]),
+    (["--lr", "0"], ["--lr", "above 0", "0.0"]),
+    (["--lr", "nan"], ["--lr", "above 0", "nan"]),
+    (["--steps", "0"], ["--steps", "1 or more"]),
+    (["--steps", "1.5"], ["--steps", "int", "1.5"]),
+    (["--batch", "-3"], ["--batch", "1 or more"]),
+    (["--seed", "-1"], ["--seed", "0 or more"]),
+    (["--task", "foo"], ["--task", "foo", "choose from"]),
+    (["extra"], ["extra"]),
+])
+def test_wrong_flag(name, flags, words):
+    is_refused(lesson(name, *flags), name, *words)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--hidden", "0"], ["--hidden", "above 0", "'0'"]),
+    (["--hidden", "8,,8"], ["--hidden", "8,,8"]),
+    (["--hidden", "8,x"], ["--hidden", "8,x"]),
+    (["--activation", "foo"], ["--activation", "foo", "choose from"]),
+    (["--loss", "softmax", "--task", "gates"], ["--loss", "binary or mse"]),
+    (["--group", "3", "--task", "names"], ["--group", "3"]),
+    (["--group", "2", "--task", "names", "--hidden", "9"], ["--group", "--context 8"]),
+    (["--group", "1", "--task", "names"], ["--group"]),
+    (["--l2", "-1"], ["--l2", "0 or more"]),
+])
+def test_wrong_flag_mlp(flags, words):
+    is_refused(lesson("mlp.py", *flags), "mlp.py", *words)
+
+
+def idx(array_sizes, body):
+    """The bytes of an IDX file."""
+    return b"\0\0\x08" + bytes([len(array_sizes)]) + b"".join(n.to_bytes(4, "big") for n in array_sizes) + body
+
+
+def mnist_folder(folder, **changes):
+    """A tiny MNIST folder, some of its files replaced -> its path."""
+    files = {"train-images-idx3-ubyte": idx([6000, 28, 28], bytes(6000 * 784)),
+             "train-labels-idx1-ubyte": idx([6000], bytes(6000)),
+             "t10k-images-idx3-ubyte": idx([20, 28, 28], bytes(20 * 784)),
+             "t10k-labels-idx1-ubyte": idx([20], bytes(20))}
+    files = {name + ".gz": gzip.compress(raw) for name, raw in files.items()}
+    files.update({name.replace("_", "-") + "-ubyte.gz": raw for name, raw in changes.items()})
+    for name, raw in files.items():
+        (folder / name).write_bytes(raw)
+    return str(folder)
+
+
+DIGITS = [("perceptron.py", "digits"), ("mlp.py", "mnist")]
+
+
+@pytest.mark.parametrize("name, task", DIGITS)
+def test_mnist_files(name, task, tmp_path):
+    ok = lesson(name, "--task", task, "--steps", "20", "--data", mnist_folder(tmp_path))
+    assert ok.returncode == 0 and ok.stdout.splitlines()[-1].startswith("result: task=" + task), ok.stderr
+    is_refused(lesson(name, "--task", task), "--data")
+    is_refused(lesson(name, "--task", task, "--data", "nowhere"), "nowhere", "train-images-idx3-ubyte.gz")
+    whole = gzip.compress(idx([6000, 28, 28], bytes(6000 * 784)))
+    for change, words in (
+            (dict(train_images_idx3=whole[:-9]), ["train-images-idx3-ubyte.gz", "gzip"]),
+            (dict(train_images_idx3=b"this is not gzip"), ["train-images-idx3-ubyte.gz", "gzip"]),
+            (dict(train_images_idx3=gzip.compress(idx([6000, 28, 28], bytes(999)))), ["6000 x 28 x 28", "999"]),
+            (dict(train_images_idx3=gzip.compress(b"")), ["IDX"]),
+            (dict(train_images_idx3=gzip.compress(b"\0\0\x0d\x03" + bytes(40))), ["IDX"]),
+            (dict(train_images_idx3=gzip.compress(b"\0\0\x08\x03\0\0")), ["IDX"]),
+            (dict(train_labels_idx1=gzip.compress(idx([5], bytes(5)))), ["labels"]),
+            (dict(train_labels_idx1=gzip.compress(idx([6000], bytes([10] * 6000)))), ["labels"])):
+        is_refused(lesson(name, "--task", task, "--data", mnist_folder(tmp_path, **change)), *words)
+
+
+@pytest.mark.parametrize("name", ["perceptron.py", "mlp.py"])
+def test_text_files(name, tmp_path):
+    file = tmp_path / "names.txt"
+    for raw, words in (("Jos\xe9\n".encode("latin-1"), ["UTF-8", "0xe9"]), (b"", ["empty"]), (b"\n \n", ["empty"]),
+                       (b"anna\n", ["words"])):
+        file.write_bytes(raw)
+        is_refused(lesson(name, "--task", "names", "--data", str(file)), "names.txt", *words)
+    is_refused(lesson(name, "--task", "names", "--data", "nowhere"), "nowhere")
+    is_refused(lesson(name, "--task", "names", "--data", str(tmp_path)), str(tmp_path))
+    file.write_text("\n".join(["jos\xe9", "\u03b1\u03b2\u03b3", "o'neil", "a.b"] * 20), encoding="utf-8")
+    done = lesson(name, "--task", "names", "--data", str(file), "--steps", "50",
+                  env={**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"})
+    assert done.returncode == 0 and done.stdout.isascii(), done.stderr
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("perceptron.py", ["--task", "gates", "--lr", "1e300"]),
+    ("mlp.py", ["--task", "spirals", "--loss", "mse", "--optimizer", "sgd", "--lr", "30"]),
+])
+def test_divergence_ends_in_one_sentence(name, flags):
+    done = lesson(name, *flags)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert re.search(r"step \d+: training diverged; try a smaller --lr", done.stderr)
+
+
+LONG = {name: ["--steps", "100000000"] for name in LESSONS}
+LONG["perceptron.py"] = ["--task", "gates", "--steps", "100000000"]
+LONG["mlp.py"] = ["--task", "xor", "--steps", "100000000"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize("name", LESSONS)
+def test_interrupt(name):
+    def start():
+        process = subprocess.Popen([sys.executable, "-W", "error", ROOT / name, *LONG[name]], text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for line in process.stdout:
+            if "chance level" in line:
+                time.sleep(0.5)
+                return process
+    process = start()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and not err and "stopped after step" in out, err
+    assert out.splitlines()[-1].startswith("result: ")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes")
+@pytest.mark.parametrize("name", LESSONS)
+def test_head_is_quiet(name):
+    done = subprocess.run(f'"{sys.executable}" "{ROOT / name}" | head -3', shell=True, capture_output=True, text=True)
+    assert len(done.stdout.splitlines()) == 3 and not done.stderr
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_ascii_console(name):
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    done = lesson(name, "--steps", "30", env=env)
+    assert done.returncode == 0 and done.stdout.isascii() and "\r" not in done.stdout, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("result: task=")
+    help_text = lesson(name, "--help", env=env).stdout
+    assert "Break it" in help_text and "--seed" in help_text and "(default: 0)" in help_text
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_same_seed_same_numbers(name):
+    def numbers():
+        lines = lesson(name, "--steps", "50", "--seed", "3").stdout.splitlines()
+        return [re.sub(r"\| +[\d.]+ s .*|seconds=\S+|examples_per_s=\S+", "", line) for line in lines]
+    assert numbers() == numbers()

@@ -1,0 +1,102 @@
+"""gradcheck.py names what is wrong in a typed copy, line and kind of mistake."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def check(path, *flags):
+    """Run gradcheck.py on a file -> CompletedProcess."""
+    return subprocess.run([sys.executable, "-W", "error", ROOT / "gradcheck.py", *flags, path], capture_output=True, text=True,
+                          timeout=300)
+
+
+BUGS = [    # in mlp.py: the right code, the wrong code, what the report must say
+    ("return dout @ W.T, x.T", "return dout @ W, x.T", ["linear_backward raises", "is a .T missing", "return dout @ W, x.T"]),
+    ("x.T @ dout, dout.sum", "dout.T @ x, dout.sum", ["linear, gradient of W", "transposed", "line "]),
+    ("dout.sum(axis=0)     # b was", "dout     # b was", ["linear, gradient of b", "a missing sum over axis 0"]),
+    ("dout.sum(axis=0)     # b was", "dout.mean(axis=0)     # b was", ["linear, gradient of b at [", "multiply by 3"]),
+    ("(sigmoid(z) - targets) * (dout", "(targets - sigmoid(z)) * (dout", ["binary_cross_entropy", "the sign is wrong"]),
+    ("(2 * dout / z.size)", "(dout / z.size)", ["mse, gradient of z at [", "yours ", "numeric ", "multiply by 2"]),
+    ("return dz * (dout / len(targets))", "return dz * dout", ["softmax_cross_entropy", "multiply by 1 / 3"]),
+    ("(gamma * inv_std), dgamma, dbeta\n    return (", "(gamma * inv_std), dbeta, dgamma\n    return (",
+     ["batchnorm, gradient of gamma", "this is the gradient of beta"]),
+    ("return dout * (x > 0)", "return dout", ["relu, gradient of x", "a missing mask"]),
+    ("return dout * (1 - y * y)", "return 1 - y * y", ["tanh, gradient of x", "times dout it would be right"]),
+    ("(dout - (dbeta + xhat * dgamma) / len(dout))", "(dout - xhat * dgamma / len(dout))",
+     ["batchnorm, gradient of x", "the same along axis 0", "mlp.py, batchnorm_backward: return ((dout - (dbeta"]),
+    ("    x = cache\n    return dout * (x > 0)", "    x = cache\n    dout *= x > 0\n    return dout", ["relu: dout was changed"]),
+    ("grads[name] = grads[name] + penalty", "grads[name] = penalty",
+     ["loss_and_grads", "the operations are right", "yours, loss_and_grads"]),
+    ("            dout = act_backward(dout, act_cache)\n", "            pass\n", ["mlp.py, model_backward: dout = act_backward"]),
+    ('        grads["E"] = embedding_backward(dout, ids_cache)', "        pass", ["parameters without gradient: ['E']"]),
+    ("return dout @ W.T, x.T", "return dout @ w.T, x.T", ["NameError", "line "]),
+    ("dz = np.exp(log_p)\n", "dz = np.exp(log_p).astype(np.float32)\n", ["is float32, expected float64"]),
+    ("x.T @ dout, dout.sum(axis=0)", "x.T @ dout", ["returns 2 gradient(s), expected 3: x, W, b"]),
+    ("def relu_forward", "def rectify_forward", ["relu_backward has no relu_forward"]),
+    ("def relu_backward", "def my_relu_backward", ["my_relu"]),
+]
+
+
+@pytest.mark.parametrize("right, wrong, words", BUGS, ids=[words[0][:40] for _, _, words in BUGS])
+def test_diagnosis(right, wrong, words, tmp_path):
+    source = (ROOT / "mlp.py").read_text(encoding="utf-8")
+    assert source.count(right) == 1
+    copy = tmp_path / "my_mlp.py"
+    copy.write_text(source.replace(right, wrong), encoding="utf-8")
+    done = check(copy)
+    assert done.returncode == 1 and not done.stderr, done.stderr
+    for word in words:
+        assert word in done.stdout, done.stdout
+    assert done.stdout.splitlines()[-1].endswith(" failed") and not done.stdout.endswith(" 0 failed\n")
+
+
+def test_unfinished_copy(tmp_path):
+    source = (ROOT / "mlp.py").read_text(encoding="utf-8")
+    copy = tmp_path / "half.py"
+    start, end = source.index("def linear_forward"), source.index("def sigmoid_forward")
+    copy.write_text("import numpy as np\n" + source[start:end], encoding="utf-8")
+    done = check(copy)
+    assert done.returncode == 0 and "not checked end to end" in done.stdout, done.stdout
+    copy.write_text("import numpy as np\n", encoding="utf-8")
+    assert check(copy).returncode == 1
+    copy.write_text("def f(:\n", encoding="utf-8")
+    done = check(copy)
+    assert done.returncode == 1 and "SyntaxError" in done.stdout and not done.stderr
+    assert check(tmp_path / "missing.py").returncode == 2
+
+
+OWN = """
+import numpy as np
+
+def double_forward(x):
+    return 2 * x, None
+
+def double_backward(dout, cache):
+    return {slope} * dout
+{case}
+"""
+CASE = 'GRADCHECK = {"double": lambda rng: dict(x=rng.standard_normal((3, 4)))}'
+
+
+def test_own_operation(tmp_path):
+    copy = tmp_path / "own.py"
+    copy.write_text(OWN.format(slope=2, case=CASE), encoding="utf-8")
+    assert check(copy).returncode == 0
+    copy.write_text(OWN.format(slope=3, case=CASE), encoding="utf-8")
+    assert check(copy).returncode == 1
+    copy.write_text(OWN.format(slope=2, case=""), encoding="utf-8")
+    done = check(copy)
+    assert done.returncode == 1 and "GRADCHECK" in done.stdout
+    copy.write_text(OWN.format(slope=2, case=CASE).replace("2 * x", "0 * x").replace("2 * dout", "0 * dout"), encoding="utf-8")
+    done = check(copy)
+    assert done.returncode == 1 and "could not have failed" in done.stdout
+
+
+@pytest.mark.parametrize("path", sorted(p for p in ROOT.glob("*.py") if p.name != "gradcheck.py"), ids=lambda p: p.name)
+def test_teeth(path):
+    done = check(path, "--teeth")
+    assert done.returncode == 0 and "caught" in done.stdout and "survived" not in done.stdout, done.stdout
