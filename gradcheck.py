@@ -7,7 +7,7 @@
 The slope of f at x is nearly (f(x + h) - f(x - h)) / 2h. Nobody would train with that, because it takes two runs of the
 forward pass for every single number; but it needs no derivation, so it can tell whether yours is right.
 
-Why both sides? One side, (f(x + h) - f(x)) / h, is wrong by about h f''/2; with both that term cancels, h^2 f'''/6 is left.
+Why both sides? One side, (f(x + h) - f(x)) / h, is off by about h f''/2; with both that cancels, h^2 f'''/6 is left.
 Why h = 1e-5? A smaller h makes that error smaller, but the two values of f then agree in ever more digits, and what is
 left of their difference is rounding: about 1e-16 |f| / h. Both errors are about 1e-11 at h = 1e-5, in float64. (In
 float32 no h is good. That is why every lesson takes a dtype.)
@@ -21,9 +21,9 @@ wrong backward passes: the outputs of a softmax, for one, always add up to 1, an
     python gradcheck.py ~/my_lstm.py         your own copy, finished or not: which gradient is wrong, and which line
     python gradcheck.py --teeth mlp.py       is the checker any good? plant bugs in every backward; each must be caught
 
-A file is checked by the names in it. Every op_backward(dout, cache) needs an op_forward(inputs) -> (out, cache); it returns
-the gradients of the inputs in forward's order, without those of integers, flags and data. How to call the operations of the
-lessons is written down below, in CASES; for one of your own, say it in your file, sizes all different and above 1:
+A file is checked by the names in it. Every op_backward(dout, cache) needs an op_forward(inputs) -> (out, cache); it
+returns the gradients of the inputs in forward's order, without those of integers, flags and data. How to call the
+operations of the lessons stands below, in CASES; for one of your own, say it in your file, sizes different, above 1:
     GRADCHECK = {"my_op": lambda rng: dict(x=rng.standard_normal((3, 4)), w=rng.standard_normal(4))}
 """
 import argparse
@@ -62,7 +62,7 @@ def numeric_gradient(f, x, entries=None, h=1e-5):
 
 
 def relative_error(a, n, size):
-    """|a - n| / (|a| + |n| + floor); the floor is 1e-3 of the size of f, since rounding errors are about 1e-11 of it."""
+    """|a - n| / (|a| + |n| + floor); the floor is 1e-3 of the size of f: rounding errors are 1e-11 or so of it."""
     return np.abs(a - n) / (np.abs(a) + np.abs(n) + 1e-3 * max(1.0, size))
 
 
@@ -79,7 +79,7 @@ class Failure(Exception):
 
 # ---- how to call the operations: one case or more, by name -----------------------------------------------------------
 
-DATA = {"targets", "running", "mask"}       # inputs by these names are data: they get no gradient; nor do integers, flags
+DATA = {"targets", "running", "mask", "features"}       # inputs by these names get no gradient, nor do integers and flags
 
 
 def normal(*shape):
@@ -92,9 +92,14 @@ def integers(high, *shape):
     return lambda rng: rng.integers(0, high, shape)
 
 
-def positive(*shape):
-    """A case's input: numbers from 0.5 to 2."""
-    return lambda rng: rng.uniform(0.5, 2, shape)
+def gates(T, B, *names):
+    """A case's input: a dict of standard normal numbers, for every name (T, B) of them."""
+    return lambda rng: {name: rng.standard_normal((T, B)) for name in names}
+
+
+def padding(rng):
+    """A case's input: which of 5 steps of 3 sequences count; one sequence counts as a whole, one hardly."""
+    return np.arange(5)[:, None, None] < np.array([5, 1, 3])[:, None]
 
 
 CASES = {   # by name: a list of cases; a case: its inputs in forward's order, functions of rng or fixed values
@@ -105,12 +110,37 @@ CASES = {   # by name: a list of cases; a case: its inputs in forward's order, f
     "gelu": [dict(x=normal(3, 4))],
     "silu": [dict(x=normal(3, 4))],
     "batchnorm": [dict(x=normal(6, 4), gamma=normal(4), beta=normal(4)),
-                  dict(x=normal(6, 4), gamma=normal(4), beta=normal(4), running=lambda rng: (normal(4)(rng), positive(4)(rng)))],
+                  dict(x=normal(6, 4), gamma=normal(4), beta=normal(4),
+                       running=lambda rng: (rng.standard_normal(4), rng.uniform(0.5, 2, 4)))],
     "embedding": [dict(ids=integers(5, 3, 4), E=normal(5, 2))],
     "penalty": [dict(W=normal(3, 4), l1=0.3, l2=0.2)],
     "mse": [dict(z=normal(3, 4), targets=normal(3, 4))],
     "binary_cross_entropy": [dict(z=normal(3, 4), targets=lambda rng: rng.integers(0, 2, (3, 4)).astype(float))],
     "softmax_cross_entropy": [dict(z=normal(3, 4), targets=integers(4, 3))],
+    "rnn": [dict(z=normal(5, 3, 4), h0=normal(3, 4), Wh=normal(4, 4), mask=mask) for mask in (None, padding)],
+    "lstm": [dict(z=normal(5, 3, 8), h0=normal(3, 2), c0=normal(3, 2), Wh=normal(2, 8), mask=mask)
+             for mask in (None, padding)],
+    "gru": [dict(z=normal(5, 3, 6), h0=normal(3, 2), Wh=normal(2, 6), bn=normal(2), mask=mask)
+            for mask in (None, padding)],
+    "gd": [dict(M=normal(3, 4, 5), k=normal(3, 5), e=normal(3, 4), eta=normal(3), alpha=normal(3))],
+    "momentum": [dict(M=normal(3, 4, 5), S=normal(3, 4, 5), k=normal(3, 5), e=normal(3, 4), eta=normal(3),
+                      alpha=normal(3), mu=normal(3))],
+    "adam": [dict(M=normal(3, 4, 5), m=normal(3, 4, 5), s=lambda rng: rng.uniform(0.5, 2, (3, 4, 5)), k=normal(3, 5),
+                  e=normal(3, 4), eta=normal(3), alpha=normal(3), t=t, beta1=beta1, beta2=0.7)
+             for t, beta1 in ((1, 0.6), (3, 0.6), (2, 0.2))],
+    "dgd": [dict(M=normal(3, 4, 5), k=normal(3, 5), e=normal(3, 4), eta=normal(3), alpha=normal(3))],
+    "memory": [dict(k=normal(4, 3, 2), q=normal(4, 3, 2), v=normal(4, 3, 5),
+                    gates=gates(4, 3, *names, *["mu"] * (rule == "momentum")), M0=normal(5, 2), rule=rule,
+                    objective=objective, betas=(beta1, 0.7))
+               for rule, beta1 in (("hebb", 0.0), ("delta", 0.0), ("momentum", 0.0), ("adam", 0.6), ("adam", 0.0),
+                                   ("dgd", 0.0))
+               for objective in ("l2", "dot") for names in (("eta", "alpha"), ("eta",), ())],
+    "cms": [dict(k=normal(T, 3, 2), v=normal(T, 3, 5), eta=normal(len(periods)), alpha=normal(len(periods)),
+                 w=normal(len(periods)), periods=periods)
+            for T, periods in ((7, [1, 2, 3]), (6, [3, 1]), (5, [2, 2, 5]), (4, [1]), (8, [4, 3, 2, 1]))],
+    "unit": [dict(x=normal(3, 4))],
+    "gate": [dict(features=normal(3, 4, 2), c=normal(2))],
+    "scale": [dict(x=normal(3, 4), s=normal(1))],
 }
 
 
@@ -118,7 +148,8 @@ def cases_of(module, name):
     """The cases of an operation, functions of rng: those that the file itself brings, if any, else ours."""
     own = getattr(module, "GRADCHECK", {}).get(name)
     if own is None:
-        return [lambda rng, case=case: {k: v(rng) if callable(v) else v for k, v in case.items()} for case in CASES.get(name, [])]
+        return [lambda rng, case=case: {k: v(rng) if callable(v) else v for k, v in case.items()}
+                for case in CASES.get(name, [])]
 
     def made(rng):
         cases = own(rng)
@@ -132,7 +163,8 @@ def check_operation(module, name, make_case, seed=0):
     """Compare op_backward with numeric slopes on one case -> worst relative error; raises Failure."""
     for attempt in range(20):
         try:
-            return check_once(module, name, make_case(np.random.default_rng(seed + attempt)), np.random.default_rng(seed))
+            rng = np.random.default_rng(seed + attempt)
+            return check_once(module, name, make_case(rng), rng)
         except Kink as error:
             reason = error
     raise Failure(f"{name}: no slope to compare with after 20 draws: {reason}", [])
@@ -141,7 +173,7 @@ def check_operation(module, name, make_case, seed=0):
 def check_once(module, name, case, rng):
     """check_operation on given inputs; raises Kink where there is no slope."""
     forward, backward = getattr(module, name + "_forward"), getattr(module, name + "_backward")
-    names, args = list(case), list(case.values())
+    args = list(case.values())
     before = copy.deepcopy(args)
     out, cache = call(forward, args, 2)
     outs = out if isinstance(out, tuple) else (out,)
@@ -150,7 +182,7 @@ def check_once(module, name, case, rng):
     R = [rng.standard_normal(np.shape(o)) if np.ndim(o) else float(rng.standard_normal()) for o in outs]
     held = copy.deepcopy((R, cache))
     grads = call(backward, [*R, cache])
-    for what, now, then in (("an input of the forward pass", args, before), ("dout", R, held[0]), ("the cache", cache, held[1])):
+    for what, now, then in (("an input of forward", args, before), ("dout", R, held[0]), ("the cache", cache, held[1])):
         if not same(now, then):
             raise Failure(f"{name}: {what} was changed on the way; operations only read what they are given", [])
     if not same(grads, call(backward, [*R, cache])):
@@ -159,7 +191,8 @@ def check_once(module, name, case, rng):
     wanted = [k for k, a in case.items() if k not in DATA and floats(a)]
     grads = grads if isinstance(grads, tuple) else (grads,)
     if len(grads) != len(wanted):
-        raise Failure(f"{name}_backward: returns {len(grads)} gradient(s), expected {len(wanted)}: {', '.join(wanted)}", [])
+        expected = f"expected {len(wanted)}: {', '.join(wanted)}"
+        raise Failure(f"{name}_backward: returns {len(grads)} gradient(s), {expected}", [])
     pairs = {}                                          # label -> input, gradient; a dict of parameters is taken apart
     for k, g in zip(wanted, grads):
         if isinstance(case[k], dict):
@@ -176,9 +209,8 @@ def check_once(module, name, case, rng):
     size = max(sum(float(np.abs(o * r).sum()) for o, r in zip(outs, R)), 0.0)
     numeric = {k: numeric_gradient(f, x) for k, (x, _) in pairs.items()}
     worst = 0.0
-    for position, (k, (x, a)) in enumerate(pairs.items()):
-        n = numeric[k]
-        a = np.asarray(a)
+    for position, (k, (_, a)) in enumerate(pairs.items()):
+        n, a = numeric[k], np.asarray(a)
         if a.shape != n.shape:
             raise Failure(f"{name}, gradient of {k}: shape {a.shape}, expected {n.shape}",
                           hints(a, n, k, numeric, case, R, outs) + source_line(module, name, position, [*R, cache]))
@@ -249,7 +281,7 @@ def hints(a, n, label, numeric, case, R, outs):
     if a.shape != n.shape:
         for k in range(a.ndim):
             if close(a.sum(axis=k), n):
-                return [f"a missing sum over axis {k}: {label} was broadcast along it in the forward pass, so its gradients add up"]
+                return [f"a missing sum over axis {k}: forward broadcasts {label} along it, so its gradients add up"]
         return ["the right numbers in the wrong shape"] if a.size == n.size and close(a.reshape(n.shape), n) else []
     ratio = float((a * n).sum() / max((a * a).sum(), 1e-300))
     if close(ratio * a, n) and a.any():
@@ -258,20 +290,22 @@ def hints(a, n, label, numeric, case, R, outs):
     if (n[off] == 0).all():
         return ["right where it should not be zero, but these entries should be: a missing mask"]
     if (a[off] == 0).all():
-        return ["right where it is not zero, but these entries got nothing: a mask too many, or a sum that keeps one term of several"]
+        return ["right where it is not zero, but these entries got nothing: a mask too many, or only a part of a sum"]
     for what, v in [*((f"dout ({i})" if len(R) > 1 else "dout", r) for i, r in enumerate(R)), *case.items()]:
         if floats(v) and not isinstance(v, dict) or isinstance(v, float):
             if close(n - a, v) or close(a - n, v):
-                return [f"off by exactly {what}: a term that is missing or one too many, such as a path that goes around"]
+                return [f"off by exactly {what}: a term is missing or one too many, such as a path that goes around"]
             if np.shape(v) in (a.shape, ()) and close(a * v, n):
                 return [f"times {what} it would be right: a missing factor of the chain rule"]
     for k in range(a.ndim):
         wrong = off.any(axis=tuple(set(range(a.ndim)) - {k}))
         if 0 < wrong.sum() < len(wrong):
-            return [f"wrong only at {np.flatnonzero(wrong).tolist()} of axis {k} (of {len(wrong)}): one step, one gate or one class?"]
+            where = f"{np.flatnonzero(wrong).tolist()} of axis {k}, of {len(wrong)}"
+            return [f"wrong only at {where}: one step, one gate or one class?"]
     for k in range(a.ndim):
         if a.shape[k] > 1 and close((n - a) - (n - a).mean(axis=k, keepdims=True), np.zeros(a.shape)):
-            return [f"off by a number that is the same along axis {k}: a sum or mean over that axis is missing, or one too many"]
+            return [f"off by a number that is the same along axis {k}: "
+                    "a sum or mean over it is missing or too many"]
     return ["not a factor, a sign or a transposition: a term is missing or wrong"]
 
 
@@ -288,10 +322,10 @@ def factor(ratio, case, outs):
         if isinstance(v, np.ndarray):
             sizes.setdefault(float(v.size), f"the number of entries of {k}")
     for size, what in sizes.items():
-        for value, text in ((size, f"{size:g}, {what}"), (1 / max(size, 1e-9), f"1 / {size:g}, {what}"),
-                            (size ** 0.5, f"the root of {size:g}, {what}"), (size ** -0.5, f"1 / the root of {size:g}, {what}")):
-            if abs(abs(ratio) - value) < 1e-5 * value and abs(value - 1) > 1e-5 and abs(value - 2) > 1e-5 and abs(value - 0.5) > 1e-5:
-                return f"a factor is wrong: multiply by {'-' * (ratio < 0)}{text}"
+        for power, text in ((1, ""), (-1, "1 / "), (0.5, "the root of "), (-0.5, "1 / the root of ")):
+            value = max(size, 1e-9) ** power
+            if abs(abs(ratio) - value) < 1e-5 * value and min(abs(value - v) for v in (0.5, 1, 2)) > 1e-5:
+                return f"a factor is wrong: multiply by {'-' * (ratio < 0)}{text}{size:g}, {what}"
     return f"a factor is wrong: multiply by {ratio:.6g}"
 
 
@@ -328,14 +362,18 @@ def source_line(module, name, position, args):
 
 # ---- a whole model, end to end ---------------------------------------------------------------------------------------
 
-SMALL = {"hidden": "5,4", "batch": 5, "context": 4, "embed": 3}             # quick to check, where a Config has such a field
-NUMBERS = {"l1": (0.0, 0.02), "l2": (0.0, 0.03), "group": (0, 2)}           # numbers that switch something on
+SMALL = {"hidden": ("5,4", 4), "batch": 5, "context": 4, "embed": 3, "keys": 3, "values": 4, "width": 2, "length": 7,
+         "periods": "1,2,3", "home": 3, "away": 2}      # quick to check, if a Config has a field of this name and type
+NUMBERS = {"l1": (0.0, 0.02), "l2": (0.0, 0.03), "group": (0, 2), "mu": (0.0, 0.6), "beta1": (0.0, 0.6), "layers": (1, 2)}           # numbers that switch something on
 TRAINING = {"optimizer", "schedule", "experiment"}                          # fields that no gradient depends on
 
 
 def variants(Config):
-    """Configs in which every two values of flags that choose something meet at least once, unless the Config forbids it."""
-    default = {f.name: SMALL.get(f.name, f.default) for f in fields(Config)}
+    """Configs in which every two values of flags that choose something meet at least once, if the Config allows it."""
+    default = {f.name: f.default for f in fields(Config)}
+    for name, value in ((name, v) for name, values in SMALL.items() for v in (values if isinstance(values, tuple) else [values])):
+        if type(default.get(name)) is type(value):
+            default[name] = value
     choices = {f.name: get_args(f.type) or ((False, True) if f.type is bool else NUMBERS.get(f.name, ()))
                for f in fields(Config) if f.name not in TRAINING}
     choices = {name: values for name, values in choices.items() if values}
@@ -356,7 +394,7 @@ def variants(Config):
 
 
 def check_model(module, text, cfg, seed=0):
-    """Compare the gradients of loss_and_grads in one variant with numeric slopes -> number of parameters; raises Failure."""
+    """Compare gradients of loss_and_grads in a variant with numeric slopes -> number of parameters; raises Failure."""
     for attempt in range(20):
         try:
             return check_model_once(module, cfg, np.random.default_rng(seed + attempt))
@@ -381,7 +419,8 @@ def check_model_once(module, cfg, rng):
     if not same((loss, grads), module.loss_and_grads(params, batch, cfg)):
         raise Failure("a second call gives another result", [])
     if set(grads) != set(params):
-        raise Failure(f"gradients without parameter or parameters without gradient: {sorted(set(grads) ^ set(params))}", [])
+        odd = sorted(set(grads) ^ set(params))
+        raise Failure(f"gradients without parameter or parameters without gradient: {odd}", [])
 
     def f():
         return float(module.loss_and_grads(params, batch, cfg)[0])
@@ -398,22 +437,23 @@ def check_model_once(module, cfg, rng):
             n = numeric_gradient(f, p, [i])[0]
             if relative_error(a[i], n, abs(loss)) > TOLERANCE:
                 ratio = n / a[i] if a[i] else 0
-                raise Failure(f"gradient of {name} at {list(map(int, i))}: yours {a[i]:.6g}, numeric {n:.6g}",
-                              ["the sign is wrong"] if abs(ratio + 1) < 1e-5 else [f"here, yours times {ratio:.5g} would be right"])
+                hint = "the sign is wrong" if abs(ratio + 1) < 1e-5 else f"times {ratio:.5g} it would be right"
+                raise Failure(f"gradient of {name} at {list(map(int, i))}: yours {a[i]:.6g}, numeric {n:.6g}", [hint])
         direction, here, t = rng.standard_normal(p.shape), p.copy(), np.zeros(1)
 
-        def along():
+        def along(p=p, here=here, t=t, direction=direction):
             p[...] = here + t[0] * direction
             return f()
         n, scale = numeric_gradient(along, t)[0], float(np.abs(a * direction).sum())
         p[...] = here
         if relative_error(float((a * direction).sum()), n, max(abs(loss), scale)) > TOLERANCE:
-            raise Failure(f"gradient of {name} along a random direction: yours {(a * direction).sum():.6g}, numeric {n:.6g}", [])
+            yours = f"yours {(a * direction).sum():.6g}, numeric {n:.6g}"
+            raise Failure(f"gradient of {name} along a random direction: {yours}", [])
     small = {name: p.astype(np.float32) for name, p in params.items()}
     batch = module.make_batch(cfg, rng, np.float32)
     for name, g in module.loss_and_grads(small, batch, cfg)[1].items():
         if g.dtype != np.float32:
-            raise Failure(f"gradient of {name} is {g.dtype} where parameters and batch are float32: training would be slow", [])
+            raise Failure(f"gradient of {name} is {g.dtype} though parameters and batch are float32: that is slow", [])
     return len(params)
 
 
@@ -471,9 +511,9 @@ def edits(node):
 
 def repairs(node):
     """The same changes the other way: some are their own opposite, the others put back what was dropped."""
-    turn_back = ("flip a sign", "swap operands", "change an axis", "swap returned values", "turn a condition around", "drop a transpose",
-                 "drop a factor")
-    yield from ((what, new) for what, new in edits(node) if what in turn_back)
+    yield from ((what, new) for what, new in edits(node) if what in (
+        "flip a sign", "swap operands", "change an axis", "swap returned values", "turn a condition around",
+        "drop a transpose", "drop a factor"))
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
         for side in ("left", "right"):
             new = copy.copy(node)
@@ -517,7 +557,7 @@ def repair(module, name, make_case):
 
 
 def lesson_lines(module, names):
-    """Where these functions of a typed copy differ from the lesson beside this program that is most like it -> hints."""
+    """Where these functions of a typed copy differ from the lesson beside this program that is most like it."""
     def functions(tree):
         return {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
     mine, found = functions(module.tree), []
@@ -530,8 +570,8 @@ def lesson_lines(module, names):
     for name in names:
         if name in mine and name in theirs:
             old, new = (ast.unparse(strip(t[name])).splitlines() for t in (mine, theirs))
-            lines += [f"{'yours' if line[0] == '-' else lesson}, {name}: {line[1:].strip()}"
-                      for line in difflib.unified_diff(old, new, n=0, lineterm="") if line[:3] not in ("---", "+++") and line[0] in "-+"]
+            lines += [f"{'yours' if line[0] == '-' else lesson}, {name}: {line[2:].strip()}"
+                      for line in difflib.ndiff(old, new) if line[0] in "-+"]
     return lines[:4]
 
 
@@ -579,7 +619,8 @@ def teeth(module):
                                     for m in (mutant,) for c in cases for s in range(3))
             else:
                 same_gradient = False
-            survivors.append(f"{name}_backward, line {line}: {what}" + (" (changes no gradient in any case)" if same_gradient else ""))
+            note = " (changes no gradient in any case)" if same_gradient else ""
+            survivors.append(f"{name}_backward, line {line}: {what}{note}")
     return planted, caught, survivors
 
 
@@ -596,7 +637,8 @@ def make_module(path, tree):
 
 def operations(module):
     """Names of the operations with a backward, each after those that it is built of."""
-    trees = {n.name[:-9]: n for n in module.tree.body if isinstance(n, ast.FunctionDef) and n.name.endswith("_backward")}
+    functions = [n for n in module.tree.body if isinstance(n, ast.FunctionDef)]
+    trees = {n.name[:-9]: n for n in functions if n.name.endswith("_backward")}
     order = []
 
     def add(name):
@@ -632,7 +674,8 @@ def check_file(path):
                 modelled.append(name)           # it needs a whole Config: its case is the model that calls it
                 continue
             if not cases:
-                raise Failure(f"{name}: nobody says how to call it", [f'add to the file: GRADCHECK = {{"{name}": lambda rng: dict(...)}}'])
+                raise Failure(f"{name}: nobody says how to call it",
+                              [f'add to the file: GRADCHECK = {{"{name}": lambda rng: dict(...)}}'])
             for case in cases:
                 try:
                     worst = max(worst, check_operation(module, name, case))
@@ -664,10 +707,10 @@ def check_file(path):
         print(f"  FAIL  {error.args[0]}" + "".join(f"\n        {hint}" for hint in error.args[1] if not wrong))
         print("        mend first: " + ", ".join(wrong) if wrong else "\n".join(" " * 8 + line for line in (
             "the operations are right, so look at how the model puts them together",
-            *lesson_lines(module, [*(name + "_backward" for name in modelled), "loss_and_grads", "model_forward"]))))
+            *lesson_lines(module, ["loss_and_grads", *(name + end for name in modelled for end in ("_forward", "_backward"))]))))
     else:
         passed += 1 + len(modelled)
-        print(f"  ok    {'end to end':24s} {len(found)} variants, {count} parameters" + "".join(f", {n}" for n in modelled))
+        print(f"  ok    {'end to end':24s} " + ", ".join([f"{len(found)} variants", f"{count} parameters", *modelled]))
     return passed, len(failed)
 
 
@@ -695,7 +738,7 @@ def main():
     for path in files:
         if options.teeth:
             planted, caught, survivors = teeth(make_module(path, ast.parse(Path(path).read_text(encoding="utf-8"))))
-            print(f"{path}: caught {caught} / {planted} planted" + "".join(f"\n  survived: {s}" for s in survivors), flush=True)
+            print(f"{path}: caught {caught} / {planted} planted" + "".join(f"\n  survived: {s}" for s in survivors))
             passed, failed = passed + caught, failed + len(survivors)
         else:
             p, f = check_file(path)

@@ -92,7 +92,7 @@ class Config:
 
 PRESETS = {     # what a task changes above, unless a flag says otherwise
     "text": dict(hidden=128, lr=0.01, steps=400, batch=16, clip=5.0),
-    "text --data": dict(hidden=512, embed=64, lr=0.003, decay=0.01, steps=3500, batch=64, clip=5.0),
+    "text --data": dict(hidden=512, embed=64, lr=0.003, decay=0.01, steps=2000, batch=64, clip=5.0),
 }
 
 
@@ -115,7 +115,7 @@ def embedding_forward(ids, E):
 
 
 def embedding_backward(dout, cache):
-    """A row of E gets the sum of dout over the places where it stands: a product with a table of 0 and 1, (V, places)."""
+    """A row of E gets the sum of dout over the places where it stands: a product with a (V, places) table of 0, 1."""
     ids, shape = cache
     stands = np.arange(shape[0])[:, None] == ids.ravel()
     return stands.astype(dout.dtype) @ dout.reshape(-1, shape[1])
@@ -305,7 +305,7 @@ def zero_states(cfg, N, dtype=np.float32):
     return [tuple(np.zeros((N, cfg.hidden), dtype) for _ in range(1 + (cfg.cell == "lstm"))) for _ in range(cfg.layers)]
 
 
-def model_forward(params, x, mask, states, cfg):
+def stack_forward(params, x, mask, states, cfg):
     """x (T, N) symbols or (T, N, D) numbers -> z (T, N, M), last states, cache."""
     caches, last = [], []
     for k, state in enumerate(states):
@@ -329,9 +329,9 @@ def model_forward(params, x, mask, states, cfg):
     return z.reshape(*x.shape[:2], -1), (caches, out_cache, last, cfg)
 
 
-def model_backward(dout, cache):
-    """model_forward from bottom to top -> gradients under the keys of params."""
-    (caches, out_cache, last, cfg), grads = cache, {}
+def stack_backward(dout, cache):
+    """stack_forward from bottom to top -> gradients under the keys of params."""
+    (caches, out_cache, _, cfg), grads = cache, {}
     T, N, M = dout.shape
     dh, grads["Wo"], grads["bo"] = linear_backward(dout.reshape(-1, M), out_cache)
     for k, (project_cache, look_cache, cell_cache) in reversed(list(enumerate(caches))):
@@ -354,7 +354,7 @@ def loss_and_grads(params, batch, cfg, states=None):
     """One forward and one backward pass -> loss, gradients under the keys of params. The loss counts where the batch says:
     mse of numbers, cross-entropy of symbols. If given, states, a list, is where the batch begins and gets where it ends."""
     x, mask, places, targets = batch
-    z, cache = model_forward(params, x, mask, states or zero_states(cfg, x.shape[1], params["bo"].dtype), cfg)
+    z, cache = stack_forward(params, x, mask, states or zero_states(cfg, x.shape[1], params["bo"].dtype), cfg)
     rows = z.reshape(-1, z.shape[2])[places]
     if "E" in params:
         loss, loss_cache = softmax_cross_entropy_forward(rows, targets)
@@ -366,11 +366,11 @@ def loss_and_grads(params, batch, cfg, states=None):
     dz.reshape(-1, z.shape[2])[places] = drows          # elsewhere the output does not matter
     if states is not None:
         states[:] = cache[2]
-    return loss, model_backward(dz, cache)
+    return loss, stack_backward(dz, cache)
 
 
 def adam_update(params, grads, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
-    """m, v: running means of g and g^2, divided by 1 - beta^t since they start at 0;  w <- w - lr m / (sqrt v + eps)."""
+    """m, v: running means of g and g^2, over 1 - beta^t since they start at 0;  w <- w - lr m / (sqrt v + eps)."""
     t = state["t"] = state.get("t", 0) + 1
     step, scale = lr / (1 - beta1 ** t), (1 - beta2 ** t) ** -0.5
     for name, g in grads.items():
@@ -391,8 +391,8 @@ def adamw_update(params, grads, state, lr, decay=0.01):
 
 
 def learning_rate(step, cfg):
-    """lr at a step: up from 0 in warmup steps; then constant, or a tenth from 60 % and a hundredth from 85 % on (step), or
-    down a half cosine to 0."""
+    """lr at a step: up from 0 in warmup steps; then constant, or a tenth from 60 % and a hundredth from 85 % on (step),
+    or down a half cosine to 0."""
     rise, done = min(1, step / max(cfg.warmup, 1)), step / cfg.steps
     course = {"constant": 1, "step": 1 if done < 0.6 else 0.1 if done < 0.85 else 0.01,
               "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
@@ -621,7 +621,7 @@ def validation_loss(params, cfg):
     parts, states, total, count = ids[:N * stream].reshape(N, stream).T, zero_states(cfg, N), 0.0, 0
     for start in range(0, stream - 1, 100):
         part = parts[start:start + 101]
-        z, cache = model_forward(params, part[:-1], None, states, cfg)
+        z, cache = stack_forward(params, part[:-1], None, states, cfg)
         states, rows = cache[2], z.reshape(-1, z.shape[2])
         total, count = total + float(softmax_cross_entropy_forward(rows, part[1:].ravel())[0]) * len(rows), count + len(rows)
     return total / count
@@ -631,7 +631,7 @@ def measure(params, cfg, seed=1000):
     """On 1000 fresh sequences -> numbers: mean |error|, mean squared error; symbols: share of sequences that are all right."""
     cfg = replace(cfg, batch=1000)
     x, mask, places, targets = make_batch(cfg, np.random.default_rng(seed))
-    z, _ = model_forward(params, x, mask, zero_states(cfg, 1000), cfg)
+    z, _ = stack_forward(params, x, mask, zero_states(cfg, 1000), cfg)
     rows = z.reshape(-1, z.shape[2])[places]
     if cfg.task != "reverse":
         return {"error": float(np.abs(rows - targets).mean()), "mse": float(((rows - targets) ** 2).mean())}
@@ -640,7 +640,7 @@ def measure(params, cfg, seed=1000):
     return {"exact": float((wrong == 0).mean())}
 
 
-def announce(cfg, text, chance):
+def announce_cells(cfg, text, chance):
     """What is being learned, and by what."""
     size = sum(p.size for p in init_params(cfg, np.random.default_rng(0)).values())
     print(f"\n{text}: {cfg.cell}, hidden {cfg.hidden}, {cfg.layers} layer(s), lr {cfg.lr}, batch {cfg.batch}, {size} parameters")
@@ -650,7 +650,7 @@ def announce(cfg, text, chance):
 def show_gates(params, cfg, rng):
     """The first four cells over time on one sequence: gates and contents, dark is 1 (for c: 1 or more, either sign)."""
     x, mask, _, targets = make_batch(replace(cfg, batch=1), rng)
-    _, (caches, *_) = model_forward(params, x, mask, zero_states(cfg, 1), cfg)
+    _, (caches, *_) = stack_forward(params, x, mask, zero_states(cfg, 1), cfg)
     h, c, y = caches[0][2][:3]
     T, H = len(y), cfg.hidden
     i, f, g, o = y.reshape(T, 4, H).transpose(1, 0, 2)
@@ -669,7 +669,7 @@ def show_gradient(cfg, rng, T=50):
         part = replace(cfg, cell=cell, task="remember", length=T)
         params = init_params(part, rng, np.float64)
         x = make_batch(part, rng, np.float64)[0][:T]
-        z, (caches, *_) = model_forward(params, x, None, zero_states(part, cfg.batch, np.float64), part)
+        z, (caches, *_) = stack_forward(params, x, None, zero_states(part, cfg.batch, np.float64), part)
         dh = np.zeros((T, cfg.batch, cfg.hidden))
         dh[-1] = rng.standard_normal(dh[-1].shape)
         backward = {"rnn": rnn_backward, "gru": gru_backward, "lstm": lambda d, cache: lstm_backward(d, 0 * d[0], cache)}[cell]
@@ -687,7 +687,7 @@ def learn_numbers(cfg, rng):
             f"Add the two marked ones of {cfg.length} numbers")
     for cell in dict.fromkeys((cfg.cell, "rnn")):
         part = replace(cfg, cell=cell)
-        announce(part, text, "loss 0.333, mean error 0.5" if remember else "loss 0.167")
+        announce_cells(part, text, "loss 0.333, mean error 0.5" if remember else "loss 0.167")
         params, progress = train_cells(part, rng, quiet=cell != cfg.cell)
         found = measure(params, part)
         print("loss", loss_curve(progress.losses))
@@ -707,11 +707,11 @@ def learn_numbers(cfg, rng):
 
 def learn_reverse(cfg, rng):
     """Read up to length symbols, then say them backwards."""
-    announce(cfg, f"Reverse up to {cfg.length} symbols", "loss 2.303")
+    announce_cells(cfg, f"Reverse up to {cfg.length} symbols", "loss 2.303")
     params, progress = train_cells(cfg, rng)
     print("loss", loss_curve(progress.losses))
     x, mask, places, targets = make_batch(replace(cfg, batch=4), rng)
-    z, _ = model_forward(params, x, mask, zero_states(cfg, 4), cfg)
+    z, _ = stack_forward(params, x, mask, zero_states(cfg, 4), cfg)
     said = z.argmax(axis=2)
     for k in range(4):
         t = places[places % 4 == k] // 4
@@ -724,14 +724,14 @@ def learn_reverse(cfg, rng):
 def learn_text(cfg, rng):
     """The next letter of a text."""
     data = load_text(cfg.data)
-    announce(cfg, f"Text, {len(data['train'])} letters of {len(data['chars'])} kinds, windows of {cfg.length}", f"loss {math.log(len(data['chars'])):.3f}")
+    announce_cells(cfg, f"Text, {len(data['train'])} letters of {len(data['chars'])} kinds, windows of {cfg.length}", f"loss {math.log(len(data['chars'])):.3f}")
     params, progress = train_cells(cfg, rng)
     print("loss", loss_curve(progress.losses or [0]))
     print("A sample, letter by letter:")
     states, letter = zero_states(cfg, 1), data["validation"][0]
     for _ in range(500):
         print(data["chars"][letter], end="", flush=True)
-        z, cache = model_forward(params, np.array([[letter]]), None, states, cfg)
+        z, cache = stack_forward(params, np.array([[letter]]), None, states, cfg)
         states, z = cache[2], z[0, 0].astype(float) / cfg.temperature
         p = np.exp(z - z.max())
         letter = rng.choice(len(p), p=p / p.sum())
@@ -799,7 +799,7 @@ def run(main):
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)                           # `| head` ends the program quietly
     np.seterr(over="ignore", invalid="ignore")          # a run that diverges shows in its loss, which Progress checks
-    with contextlib.suppress(AttributeError, OSError, TypeError):               # Linux: keep freed memory, it is needed again
+    with contextlib.suppress(AttributeError, OSError, TypeError):               # Linux: keep freed memory for reuse
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30), libc.mallopt(-1, -1)
     try:
@@ -812,8 +812,8 @@ def run(main):
 
 
 class Progress:
-    """for step in progress: ... progress.report(loss).   Prints about ten lines with the time left. Ctrl-C ends the loop
-    after the step at hand, a second one quits. A loss that is not finite raises FloatingPointError."""
+    """for step in progress: ... progress.report(loss).   Prints about ten lines with the time left. Ctrl-C ends the
+    loop after the step at hand, a second one quits. A loss that is not finite raises FloatingPointError."""
 
     def __init__(self, steps, first=1, quiet=False):
         self.steps, self.first, self.quiet = steps, first, quiet

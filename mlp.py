@@ -16,8 +16,8 @@ Backward, in reverse. Call da, dz, dW, ... the derivatives of the loss by a, z, 
     db = sum_n dz            b[m] is added to every row
     dx = dz W^T              x[n, d] feeds every z[n, m]; this dx is the da of the layer before
 Slopes f'(z):   relu 1 or 0    sigmoid s (1 - s)    tanh 1 - a^2    silu s + z s (1 - s)    gelu: see below
-Slopes of L:    mse 2 (z - y) / size     binary cross-entropy (s(z) - y) / size     softmax cross-entropy (p - onehot y) / N
-BatchNorm:      xhat = (x - mean) / std over the batch,  y = gamma xhat + beta. Each x moves mean and std as well, and so
+Slopes of L:    mse 2 (z - y) / size    binary cross-entropy (s(z) - y) / size    softmax ... (p - onehot y) / N
+BatchNorm:      xhat = (x - mean) / std over the batch,  y = gamma xhat + beta. Each x moves mean and std too, and so
                 dx = gamma / std (dy - mean(dy) - xhat mean(dy xhat)): dy without its part along 1 and along xhat
 
 Run
@@ -32,10 +32,10 @@ Run
     python mlp.py --task names --data names.txt --group 2     joins neighbours level by level, as WaveNet does
 
 Break it
-    act_forward(x) -> (x, act_forward(x)[1]) in model_forward, --task xor: layers of lines are a line, loss 0.693, 50 %
-    rng.standard_normal -> 0 * rng.standard_normal for W in init_params, --task xor: loss 0.693, 50 %; neurons that begin
-        alike get the same gradient for ever
-    dout * (1 - y * y) -> dout in tanh_backward, --task spirals: 62 %. It still learns something! So check your gradients
+    act_forward(x) -> (x, act_forward(x)[1]) in mlp_forward, --task xor: layers of lines are a line, loss 0.693, 50 %
+    rng.standard_normal -> 0 * rng.standard_normal for W in init_params, --task xor: loss 0.693, 50 %; neurons that
+        begin alike get the same gradient for ever
+    dout * (1 - y * y) -> dout in tanh_backward, --task spirals: 62 %. It still learns something! So check gradients
     --task spirals --hidden 16,16,16,16,16,16,16,16,16,16 --init small: 50 %, the signal dies on its way through ten
         layers; with --batchnorm as well: 99.9 %
     --task xor --hidden 2 --seed 1: 50 %, stuck; seed 0 gets through. More neurons than needed make luck unnecessary
@@ -67,7 +67,7 @@ import numpy as np
 @dataclass
 class Config:
     """Hyperparameters. Edit a line, or pass its name as a flag: --lr 0.1"""
-    task: Literal["demo", "xor", "gates", "spirals", "names", "mnist"] = "demo"  # what to learn; demo is xor, then spirals
+    task: Literal["demo", "xor", "gates", "spirals", "names", "mnist"] = "demo"  # what to learn; demo: xor, spirals
     experiment: Literal["none", "init", "optimizers"] = "none"  # instead: compare initialisations or optimizers
     hidden: str = "32,32"   # width of every hidden layer
     activation: Literal["relu", "sigmoid", "tanh", "gelu", "silu"] = "tanh"  # what follows every hidden layer
@@ -90,13 +90,14 @@ class Config:
     seed: int = 0           # of every random draw
 
     def __post_init__(self):
-        require(re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.hidden), "--hidden", "widths above 0, such as 64,32", self.hidden)
+        widths = re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.hidden)
+        require(widths, "--hidden", "widths above 0, such as 64,32", self.hidden)
         for name in ("steps", "batch", "context", "embed"):
             require(getattr(self, name) >= 1, "--" + name, "1 or more", getattr(self, name))
         for name in ("l1", "l2", "decay", "warmup", "seed"):
             require(0 <= getattr(self, name) < math.inf, "--" + name, "0 or more", getattr(self, name))
         require(0 < self.lr < math.inf, "--lr", "a number above 0", self.lr)
-        require(self.task != "gates" or self.loss != "softmax", "--loss", "binary or mse for four yes-or-no gates", self.loss)
+        require((self.task, self.loss) != ("gates", "softmax"), "--loss", "binary or mse for yes or no", self.loss)
         joined = self.group ** (self.hidden.count(",") + 2)
         require(self.group == 0 or self.group > 1 and joined % self.context == 0, "--group",
                 f"a number whose powers reach --context {self.context} within the layers", self.group)
@@ -105,7 +106,8 @@ class Config:
 PRESETS = {     # what a task changes above, unless a flag says otherwise
     "names": dict(hidden="128,128,128", activation="gelu", batchnorm=True, lr=0.003, optimizer="adamw", decay=1.0,
                   steps=20000, batch=256),
-    "mnist": dict(hidden="512,256", activation="relu", init="he", batchnorm=True, lr=0.003, optimizer="adamw", steps=8000),
+    "mnist": dict(hidden="512,256", activation="relu", init="he", batchnorm=True, lr=0.003, optimizer="adamw",
+                  steps=8000),
 }
 
 
@@ -198,7 +200,7 @@ def batchnorm_forward(x, gamma, beta, running=None, eps=1e-5):
 
 
 def batchnorm_backward(dout, cache):
-    """dgamma = sum_n dout xhat, dbeta = sum_n dout, and dx as derived above; in evaluation mean and std are constants."""
+    """dgamma = sum_n dout xhat, dbeta = sum_n dout, dx as derived above; in evaluation mean and std are constants."""
     xhat, gamma, inv_std, training, _, _ = cache
     dgamma, dbeta = (dout * xhat).sum(axis=0), dout.sum(axis=0)
     if not training:
@@ -212,7 +214,7 @@ def embedding_forward(ids, E):
 
 
 def embedding_backward(dout, cache):
-    """A row of E gets the sum of dout over the places where it stands: a product with a table of 0 and 1, (V, places)."""
+    """A row of E gets the sum of dout over the places where it stands: a product with a (V, places) table of 0, 1."""
     ids, shape = cache
     stands = np.arange(shape[0])[:, None] == ids.ravel()
     return stands.astype(dout.dtype) @ dout.reshape(-1, shape[1])
@@ -230,7 +232,7 @@ def mse_backward(dout, cache):
 
 
 def binary_cross_entropy_forward(z, targets):
-    """mean[log(1 + e^z) - y z], the cross-entropy of y and sigmoid(z).   z (N, K), targets (N, K) of 0 or 1 -> scalar."""
+    """mean[log(1 + e^z) - y z], cross-entropy of y and sigmoid(z).   z (N, K), targets (N, K) of 0 or 1 -> scalar."""
     return (np.logaddexp(0, z) - targets * z).mean(), (z, targets)
 
 
@@ -273,8 +275,8 @@ ACTIVATIONS = {"relu": (relu_forward, relu_backward), "sigmoid": (sigmoid_forwar
 LOSSES = {"mse": (mse_forward, mse_backward),
           "binary": (binary_cross_entropy_forward, binary_cross_entropy_backward),
           "softmax": (softmax_cross_entropy_forward, softmax_cross_entropy_backward)}
-INITS = {"he": lambda D, M: (2 / D) ** 0.5, "xavier": lambda D, M: (2 / (D + M)) ** 0.5,    # standard deviation of W (D, M)
-         "normal": lambda D, M: 1.0, "small": lambda D, M: 0.01}
+INITS = {"he": lambda D, M: (2 / D) ** 0.5, "xavier": lambda D, M: (2 / (D + M)) ** 0.5,
+         "normal": lambda D, M: 1.0, "small": lambda D, M: 0.01}                # standard deviation of W (D, M)
 
 
 # ---- model: L hidden layers, then a linear one -----------------------------------------------------------------------
@@ -302,7 +304,7 @@ def init_params(cfg, rng, dtype=np.float32):
     return {name: value.astype(dtype) for name, value in params.items()}
 
 
-def model_forward(params, x, cfg, running=None):
+def mlp_forward(params, x, cfg, running=None):
     """x (N, D), or for names letters (N, context) -> z (N, K). With running, the BatchNorm statistics, it evaluates."""
     layers, ids_cache, depth = [], None, cfg.hidden.count(",") + 1
     act_forward, _ = ACTIVATIONS[cfg.activation]
@@ -321,8 +323,8 @@ def model_forward(params, x, cfg, running=None):
     return x, (ids_cache, layers, cfg)
 
 
-def model_backward(dout, cache):
-    """model_forward from bottom to top -> gradients under the keys of params."""
+def mlp_backward(dout, cache):
+    """mlp_forward from bottom to top -> gradients under the keys of params."""
     (ids_cache, layers, cfg), grads = cache, {}
     _, act_backward = ACTIVATIONS[cfg.activation]
     for i, (shape, linear_cache, norm_cache, act_cache) in reversed(list(enumerate(layers))):
@@ -344,9 +346,9 @@ def loss_and_grads(params, batch, cfg, running=None):
     BatchNorm's (mean, var) by layer, moves a tenth of the way to the statistics of this batch."""
     x, targets = batch
     loss_forward, loss_backward = LOSSES[loss_name(cfg)]
-    z, cache = model_forward(params, x, cfg)
+    z, cache = mlp_forward(params, x, cfg)
     loss, loss_cache = loss_forward(z, targets)
-    grads = model_backward(loss_backward(1.0, loss_cache), cache)
+    grads = mlp_backward(loss_backward(1.0, loss_cache), cache)
     for name, W in params.items():
         if name[0] == "W" and (cfg.l1 or cfg.l2):
             cost, penalty_cache = penalty_forward(W, cfg.l1, cfg.l2)
@@ -374,7 +376,7 @@ def momentum_update(params, grads, state, lr, mu=0.9):
 
 
 def adam_update(params, grads, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
-    """m, v: running means of g and g^2, divided by 1 - beta^t since they start at 0;  w <- w - lr m / (sqrt v + eps)."""
+    """m, v: running means of g and g^2, over 1 - beta^t since they start at 0;  w <- w - lr m / (sqrt v + eps)."""
     t = state["t"] = state.get("t", 0) + 1
     step, scale = lr / (1 - beta1 ** t), (1 - beta2 ** t) ** -0.5
     for name, g in grads.items():
@@ -398,8 +400,8 @@ UPDATES = {"sgd": sgd_update, "momentum": momentum_update, "adam": adam_update, 
 
 
 def learning_rate(step, cfg):
-    """lr at a step: up from 0 in warmup steps; then constant, or a tenth from 60 % and a hundredth from 85 % on (step), or
-    down a half cosine to 0."""
+    """lr at a step: up from 0 in warmup steps; then constant, or a tenth from 60 % and a hundredth from 85 % on (step),
+    or down a half cosine to 0."""
     rise, done = min(1, step / max(cfg.warmup, 1)), step / cfg.steps
     course = {"constant": 1, "step": 1 if done < 0.6 else 0.1 if done < 0.85 else 0.01,
               "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
@@ -412,26 +414,27 @@ GATES = {"AND": (0, 0, 0, 1), "OR": (0, 1, 1, 1), "NAND": (1, 1, 1, 0), "XOR": (
 ROWS = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)])
 
 NAMES = """
-aaron abigail adam adrian agnes aidan alan albert alexander alice alma amanda amber amelia amy andrea andrew angela ann
-anna anthony antonia april arthur audrey austin barbara beatrice benjamin bernard beth bianca blake brandon brenda brian
-bridget bruce bruno caleb calvin cameron carl carla carmen caroline cecilia charles charlotte chloe christian christina
-clara claire clement colin connor cora craig cynthia daisy damian daniel daphne david deborah dennis derek diana dominic
-donald dora dorothy douglas duncan dylan edgar edith edmund edward eleanor elena elias elizabeth ella ellen elliot eloise
-elsa emily emma eric erica erin ernest esther ethan eva evan evelyn fabian faith felix fiona flora florence frances frank
-frederick gabriel gareth gemma george gerald gilbert gloria gordon grace graham grant gregory greta hannah harold harriet
-harry hazel heather hector helen henry herbert holly hope howard hugh hugo ian ida ingrid irene iris isaac isabel ivan ivy
-jack jacob james jane janet jasmine jason jasper jean jeffrey jenna jennifer jeremy jesse jessica joan joel johanna john
-jonas jonathan jordan joseph joshua joyce judith julia julian june justin karen karl kate katherine keith kelly kenneth
-kevin kyle lara laura lauren lawrence leah lena leo leonard leslie lewis liam lilian lily linda lisa logan lorna louis
-louise lucas lucy luke lydia mabel madeline marcus margaret maria marian marina mark martha martin mary mason matilda
-matthew maud maurice max megan melanie melissa michael mildred miles miranda miriam molly monica morgan muriel myra nancy
-naomi natalie nathan neil nelson nicholas nicole nigel nina noah nora norman olga olive oliver olivia oscar owen pamela
-patricia patrick paul paula penelope peter philip phoebe phyllis quentin rachel ralph raymond rebecca regina richard rita
-robert robin roger roland rosa rose rowan roy ruby rupert russell ruth ryan sabrina sally samantha samuel sandra sara
-scott sean sebastian selina sharon sheila sidney silvia simon sonia sophia spencer stanley stella stephen steven stuart
-susan sybil sylvester tamara tanya tara teresa thelma theodore thomas timothy tobias tracy trevor tristan ursula valerie
-vanessa vera veronica victor victoria vincent viola violet virginia vivian walter wanda warren wendy wesley wilfred
-william winifred yvonne zachary zara zoe""".split()
+aaron abigail adam adrian agnes aidan alan albert alexander alice alma amanda amber amelia amy andrea andrew angela
+ann anna anthony antonia april arthur audrey austin barbara beatrice benjamin bernard beth bianca blake brandon brenda
+brian bridget bruce bruno caleb calvin cameron carl carla carmen caroline cecilia charles charlotte chloe christian
+christina clara claire clement colin connor cora craig cynthia daisy damian daniel daphne david deborah dennis derek
+diana dominic donald dora dorothy douglas duncan dylan edgar edith edmund edward eleanor elena elias elizabeth ella
+ellen elliot eloise elsa emily emma eric erica erin ernest esther ethan eva evan evelyn fabian faith felix fiona flora
+florence frances frank frederick gabriel gareth gemma george gerald gilbert gloria gordon grace graham grant gregory
+greta hannah harold harriet harry hazel heather hector helen henry herbert holly hope howard hugh hugo ian ida ingrid
+irene iris isaac isabel ivan ivy jack jacob james jane janet jasmine jason jasper jean jeffrey jenna jennifer jeremy
+jesse jessica joan joel johanna john jonas jonathan jordan joseph joshua joyce judith julia julian june justin karen
+karl kate katherine keith kelly kenneth kevin kyle lara laura lauren lawrence leah lena leo leonard leslie lewis liam
+lilian lily linda lisa logan lorna louis louise lucas lucy luke lydia mabel madeline marcus margaret maria marian
+marina mark martha martin mary mason matilda matthew maud maurice max megan melanie melissa michael mildred miles
+miranda miriam molly monica morgan muriel myra nancy naomi natalie nathan neil nelson nicholas nicole nigel nina noah
+nora norman olga olive oliver olivia oscar owen pamela patricia patrick paul paula penelope peter philip phoebe
+phyllis quentin rachel ralph raymond rebecca regina richard rita robert robin roger roland rosa rose rowan roy ruby
+rupert russell ruth ryan sabrina sally samantha samuel sandra sara scott sean sebastian selina sharon sheila sidney
+silvia simon sonia sophia spencer stanley stella stephen steven stuart susan sybil sylvester tamara tanya tara teresa
+thelma theodore thomas timothy tobias tracy trevor tristan ursula valerie vanessa vera veronica victor victoria
+vincent viola violet virginia vivian walter wanda warren wendy wesley wilfred william winifred yvonne zachary zara
+zoe""".split()
 
 
 def task_sizes(cfg):
@@ -525,8 +528,8 @@ def read_idx(path):
 
 @functools.lru_cache
 def load_mnist(folder):
-    """The four files of MNIST -> {"train": (x, y), "validation" (the last 5,000 of the training pictures), "test"}, x (N, 784)
-    with mean 0 and variance 1, y (N,). With no folder, noise in the same shape: enough to check gradients and speed on."""
+    """The four files of MNIST -> {"train": (x, y), "validation" (the last 5,000 training pictures), "test"}; x (N, 784)
+    with mean 0, variance 1, y (N,). With no folder, noise in the same shape: enough to check gradients and speed on."""
     if not folder:
         noise = np.random.default_rng(0).standard_normal((1000, 784)).astype(np.float32)
         return {"train": (noise, np.arange(1000) % 10)}
@@ -592,18 +595,18 @@ def train_mlp(cfg, rng, quiet=False):
     for step in progress:
         loss, grads = loss_and_grads(params, make_batch(cfg, rng), cfg, running)
         update(params, grads, state, learning_rate(step, cfg))
-        progress.report(loss, lambda: "  validation {:.4f}, {:.2%} right".format(*evaluate(params, running, cfg, "validation"))
-                        if cfg.task in ("names", "mnist") else "")
+        progress.report(loss, lambda: "  validation {:.4f}, {:.2%} right".format(
+            *evaluate(params, running, cfg, "validation")) if cfg.task in ("names", "mnist") else "")
     return params, running, progress
 
 
 def evaluate(params, running, cfg, split):
-    """Loss without penalty and share of right answers: xor, gates on their rows, spirals on fresh points, else on a split."""
+    """Loss without penalty, share of right answers: on the rows of xor, gates; fresh points of spirals; a split."""
     if cfg.task in ("names", "mnist"):
         x, targets = encode(*load_split(cfg, split), cfg)
     else:
         x, targets = make_batch(replace(cfg, batch=2000), np.random.default_rng(cfg.seed + 1000))
-    z = np.concatenate([model_forward(params, part, cfg, running)[0] for part in np.array_split(x, -(-len(x) // 2000))])
+    z = np.concatenate([mlp_forward(params, part, cfg, running)[0] for part in np.array_split(x, -(-len(x) // 2000))])
     loss = LOSSES[loss_name(cfg)][0](z, targets)[0]
     if targets.ndim == 1:
         right = z.argmax(axis=1) == targets
@@ -616,23 +619,25 @@ def evaluate(params, running, cfg, split):
 
 def announce(cfg, params, text):
     """What is being learned, and by what."""
-    print(f"\n{text}: hidden {cfg.hidden}, {cfg.activation}, init {cfg.init}, batchnorm {cfg.batchnorm}, {cfg.optimizer}, "
-          f"lr {cfg.lr}, {sum(p.size for p in params.values())} parameters")
+    print(f"\n{text}: hidden {cfg.hidden}, {cfg.activation}, init {cfg.init}, batchnorm {cfg.batchnorm}, "
+          f"{cfg.optimizer}, lr {cfg.lr}, {sum(p.size for p in params.values())} parameters")
     K = task_sizes(cfg)[1]
-    chance = {"softmax": math.log(K), "binary": math.log(2), "mse": 0.25 if K == 2 or cfg.task == "gates" else (K - 1) / K ** 2}
+    share = 1 / K if cfg.task in ("names", "mnist") else 1 / 2                  # of 1 among the targets
+    chance = {"softmax": math.log(K), "binary": math.log(2), "mse": share * (1 - share)}
     print(f"chance level: loss {chance[loss_name(cfg)]:.3f}")
 
 
 def learn_plane(cfg, rng):
     """xor, gates or spirals, with a picture of what every output says in the plane."""
-    announce(cfg, init_params(cfg, rng), {"xor": "XOR", "gates": "Four gates at once", "spirals": "Two spirals"}[cfg.task])
+    text = {"xor": "XOR", "gates": "Four gates at once", "spirals": "Two spirals"}[cfg.task]
+    announce(cfg, init_params(cfg, rng), text)
     params, running, progress = train_mlp(cfg, rng)
     loss, right = evaluate(params, running, cfg, "test")
     print("loss", loss_curve(progress.losses))
 
     def prob(k):
         def of_points(points):
-            z, _ = model_forward(params, points.astype(np.float32), cfg, running)
+            z, _ = mlp_forward(params, points.astype(np.float32), cfg, running)
             if loss_name(cfg) == "softmax":
                 return sigmoid(z[:, 1] - z[:, 0])           # softmax of two classes is a sigmoid
             return sigmoid(z[:, k]) if loss_name(cfg) == "binary" else z[:, k]
@@ -662,7 +667,7 @@ def learn_letters(cfg, rng):
     for _ in range(10):
         letters = [0] * cfg.context
         while len(letters) == cfg.context or letters[-1] and len(letters) < cfg.context + 20:
-            z, _ = model_forward(params, np.array([letters[-cfg.context:]]), cfg, running)
+            z, _ = mlp_forward(params, np.array([letters[-cfg.context:]]), cfg, running)
             p = np.exp(z[0].astype(float) - z.max())
             letters.append(rng.choice(len(p), p=p / p.sum()))
         names.append("".join(chars[i] for i in letters[cfg.context:] if i))
@@ -680,10 +685,11 @@ def learn_digits_deep(cfg, rng):
     announce(cfg, init_params(cfg, rng), f"Digits, {len(load_split(cfg, 'train')[0])} pictures of 28 x 28 pixels")
     params, running, progress = train_mlp(cfg, rng)
     print("loss", loss_curve(progress.losses))
-    guess = model_forward(params, x, cfg, running)[0].argmax(axis=1)
+    guess = mlp_forward(params, x, cfg, running)[0].argmax(axis=1)
     wrong = np.flatnonzero(guess != y)[:5]
+    ink = (x[wrong].reshape(-1, 14, 2, 28).mean(axis=2) + 0.4) / 3              # half the rows: letters are tall
     print(side_by_side([f"a {y[n]} read as {guess[n]}" for n in wrong],
-                       [["".join(row) for row in shade((x[n].reshape(14, 2, 28).mean(axis=1) + 0.4) / 3)] for n in wrong]))
+                       [["".join(row) for row in shade(picture)] for picture in ink]))
     loss, right = evaluate(params, running, cfg, "test")
     print(f"test accuracy {right:.4f} on {len(y)} pictures (expected 0.984)")
     return {"accuracy": right, "loss": loss}, params, progress
@@ -691,17 +697,19 @@ def learn_digits_deep(cfg, rng):
 
 def compare_inits(cfg, rng):
     """Spread of activations and of weight gradients, layer by layer, before any training."""
-    print("\nWhy initialisation matters: 8 layers of 100 before training, standard deviation of activations (a) and of the "
-          "\ngradients of W (dW) by layer. It should neither grow nor vanish from left to right (a), right to left (dW).")
+    print("\nWhy initialisation matters: 8 layers of 100 before training, standard deviation of activations (a) and\n"
+          "of the gradients of W (dW) by layer. It should neither grow nor vanish from left to right (a), "
+          "right to left (dW).")
     print(f"{'':26s}" + "".join(f"{f'layer {i}':>9s}" for i in range(1, 9)))
     for activation in ("tanh", "relu"):
         for init in INITS:
             part = replace(cfg, task="mnist", data="", hidden="100" + ",100" * 7, activation=activation, init=init)
             params, batch = init_params(part, rng), make_batch(part, rng)
-            _, (_, layers, _) = model_forward(params, batch[0], part)
+            _, (_, layers, _) = mlp_forward(params, batch[0], part)
             _, grads = loss_and_grads(params, batch, part)
-            for name, values in (("a", [layer[1][0] for layer in layers[1:]]), ("dW", [grads[f"W{i}"] for i in range(8)])):
-                print(f"{activation:>8s} {init:>12s} {name:>4s}" + "".join(f"{v.std():9.1e}" for v in values))
+            spread = {"a": [layer[1][0].std() for layer in layers[1:]], "dW": [grads[f"W{i}"].std() for i in range(8)]}
+            for name, values in spread.items():
+                print(f"{activation:>8s} {init:>12s} {name:>4s}" + "".join(f"{v:9.1e}" for v in values))
     return {}
 
 
@@ -713,7 +721,8 @@ def compare_optimizers(cfg, rng):
         part = replace(cfg, task="spirals", optimizer=name, lr=lr)
         params, running, progress = train_mlp(part, np.random.default_rng(cfg.seed), quiet=True)
         loss, right = evaluate(params, running, part, "test")
-        print(f"{name:>8s}  lr {lr:<5}|{loss_curve(progress.losses, 50)}|  loss {loss:.4f}  {right:.2%} right on fresh points")
+        curve = loss_curve(progress.losses, 50)
+        print(f"{name:>8s}  lr {lr:<5}|{curve}|  loss {loss:.4f}  {right:.2%} right on fresh points")
         figures[name] = right
     return figures
 
@@ -721,20 +730,21 @@ def compare_optimizers(cfg, rng):
 def main(cfg):
     """Run one task or experiment, or all parts of the demo."""
     start, rng, figures = time.perf_counter(), np.random.default_rng(cfg.seed), {}
-    learn = {"xor": learn_plane, "gates": learn_plane, "spirals": learn_plane, "names": learn_letters, "mnist": learn_digits_deep}
+    learn = {"names": learn_letters, "mnist": learn_digits_deep}
     examples, seconds, size, steps = 0, 0.0, 0, 0
     print("mlp.py: layers on layers, trained by backpropagation")
     if cfg.experiment == "none":
         for task in ("xor", "spirals") if cfg.task == "demo" else (cfg.task,):
-            found, params, progress = learn[task](replace(cfg, task=task), rng)
+            found, params, progress = learn.get(task, learn_plane)(replace(cfg, task=task), rng)
             figures.update({f"{task}_{name}" if cfg.task == "demo" else name: value for name, value in found.items()})
             examples += progress.step * (4 if task in ("xor", "gates") else cfg.batch)
-            seconds, steps, size = seconds + progress.seconds, steps + progress.step, sum(p.size for p in params.values())
+            seconds, steps = seconds + progress.seconds, steps + progress.step
+            size = sum(p.size for p in params.values())
     if cfg.experiment == "init" or cfg.task == "demo" and cfg.experiment == "none":
         figures.update(compare_inits(cfg, rng))
     if cfg.experiment == "optimizers" or cfg.task == "demo" and cfg.experiment == "none":
         figures.update(compare_optimizers(cfg, rng))
-    print("\nNext: python mlp.py --hidden 2      python mlp.py --task spirals --activation relu --lr 0.003      python lstm.py")
+    print("\nNext: python mlp.py --hidden 2      python mlp.py --task spirals --activation relu --lr 0.003")
     print_result(task=cfg.task, **figures, params=size, steps=steps, seconds=time.perf_counter() - start,
                  examples_per_s=int(examples / max(seconds, 1e-9)))
 
@@ -779,7 +789,7 @@ def run(main):
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)                           # `| head` ends the program quietly
     np.seterr(over="ignore", invalid="ignore")          # a run that diverges shows in its loss, which Progress checks
-    with contextlib.suppress(AttributeError, OSError, TypeError):               # Linux: keep freed memory, it is needed again
+    with contextlib.suppress(AttributeError, OSError, TypeError):               # Linux: keep freed memory for reuse
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30), libc.mallopt(-1, -1)
     try:
@@ -792,8 +802,8 @@ def run(main):
 
 
 class Progress:
-    """for step in progress: ... progress.report(loss).   Prints about ten lines with the time left. Ctrl-C ends the loop
-    after the step at hand, a second one quits. A loss that is not finite raises FloatingPointError."""
+    """for step in progress: ... progress.report(loss).   Prints about ten lines with the time left. Ctrl-C ends the
+    loop after the step at hand, a second one quits. A loss that is not finite raises FloatingPointError."""
 
     def __init__(self, steps, first=1, quiet=False):
         self.steps, self.first, self.quiet = steps, first, quiet

@@ -103,7 +103,7 @@ def sigmoid(z):
 
 
 def binary_cross_entropy_forward(z, targets):
-    """mean[log(1 + e^z) - y z], the cross-entropy of y and sigmoid(z).   z (N, K), targets (N, K) of 0 or 1 -> scalar."""
+    """mean[log(1 + e^z) - y z], cross-entropy of y and sigmoid(z).   z (N, K), targets (N, K) of 0 or 1 -> scalar."""
     return (np.logaddexp(0, z) - targets * z).mean(), (z, targets)
 
 
@@ -179,26 +179,27 @@ ROWS = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)])
 WIDEST = {"AND": (1, 1, -1), "OR": (1, 1, 1), "NAND": (-1, -1, 1)}              # w1, w2, b with the widest margin
 
 NAMES = """
-aaron abigail adam adrian agnes aidan alan albert alexander alice alma amanda amber amelia amy andrea andrew angela ann
-anna anthony antonia april arthur audrey austin barbara beatrice benjamin bernard beth bianca blake brandon brenda brian
-bridget bruce bruno caleb calvin cameron carl carla carmen caroline cecilia charles charlotte chloe christian christina
-clara claire clement colin connor cora craig cynthia daisy damian daniel daphne david deborah dennis derek diana dominic
-donald dora dorothy douglas duncan dylan edgar edith edmund edward eleanor elena elias elizabeth ella ellen elliot eloise
-elsa emily emma eric erica erin ernest esther ethan eva evan evelyn fabian faith felix fiona flora florence frances frank
-frederick gabriel gareth gemma george gerald gilbert gloria gordon grace graham grant gregory greta hannah harold harriet
-harry hazel heather hector helen henry herbert holly hope howard hugh hugo ian ida ingrid irene iris isaac isabel ivan ivy
-jack jacob james jane janet jasmine jason jasper jean jeffrey jenna jennifer jeremy jesse jessica joan joel johanna john
-jonas jonathan jordan joseph joshua joyce judith julia julian june justin karen karl kate katherine keith kelly kenneth
-kevin kyle lara laura lauren lawrence leah lena leo leonard leslie lewis liam lilian lily linda lisa logan lorna louis
-louise lucas lucy luke lydia mabel madeline marcus margaret maria marian marina mark martha martin mary mason matilda
-matthew maud maurice max megan melanie melissa michael mildred miles miranda miriam molly monica morgan muriel myra nancy
-naomi natalie nathan neil nelson nicholas nicole nigel nina noah nora norman olga olive oliver olivia oscar owen pamela
-patricia patrick paul paula penelope peter philip phoebe phyllis quentin rachel ralph raymond rebecca regina richard rita
-robert robin roger roland rosa rose rowan roy ruby rupert russell ruth ryan sabrina sally samantha samuel sandra sara
-scott sean sebastian selina sharon sheila sidney silvia simon sonia sophia spencer stanley stella stephen steven stuart
-susan sybil sylvester tamara tanya tara teresa thelma theodore thomas timothy tobias tracy trevor tristan ursula valerie
-vanessa vera veronica victor victoria vincent viola violet virginia vivian walter wanda warren wendy wesley wilfred
-william winifred yvonne zachary zara zoe""".split()
+aaron abigail adam adrian agnes aidan alan albert alexander alice alma amanda amber amelia amy andrea andrew angela
+ann anna anthony antonia april arthur audrey austin barbara beatrice benjamin bernard beth bianca blake brandon brenda
+brian bridget bruce bruno caleb calvin cameron carl carla carmen caroline cecilia charles charlotte chloe christian
+christina clara claire clement colin connor cora craig cynthia daisy damian daniel daphne david deborah dennis derek
+diana dominic donald dora dorothy douglas duncan dylan edgar edith edmund edward eleanor elena elias elizabeth ella
+ellen elliot eloise elsa emily emma eric erica erin ernest esther ethan eva evan evelyn fabian faith felix fiona flora
+florence frances frank frederick gabriel gareth gemma george gerald gilbert gloria gordon grace graham grant gregory
+greta hannah harold harriet harry hazel heather hector helen henry herbert holly hope howard hugh hugo ian ida ingrid
+irene iris isaac isabel ivan ivy jack jacob james jane janet jasmine jason jasper jean jeffrey jenna jennifer jeremy
+jesse jessica joan joel johanna john jonas jonathan jordan joseph joshua joyce judith julia julian june justin karen
+karl kate katherine keith kelly kenneth kevin kyle lara laura lauren lawrence leah lena leo leonard leslie lewis liam
+lilian lily linda lisa logan lorna louis louise lucas lucy luke lydia mabel madeline marcus margaret maria marian
+marina mark martha martin mary mason matilda matthew maud maurice max megan melanie melissa michael mildred miles
+miranda miriam molly monica morgan muriel myra nancy naomi natalie nathan neil nelson nicholas nicole nigel nina noah
+nora norman olga olive oliver olivia oscar owen pamela patricia patrick paul paula penelope peter philip phoebe
+phyllis quentin rachel ralph raymond rebecca regina richard rita robert robin roger roland rosa rose rowan roy ruby
+rupert russell ruth ryan sabrina sally samantha samuel sandra sara scott sean sebastian selina sharon sheila sidney
+silvia simon sonia sophia spencer stanley stella stephen steven stuart susan sybil sylvester tamara tanya tara teresa
+thelma theodore thomas timothy tobias tracy trevor tristan ursula valerie vanessa vera veronica victor victoria
+vincent viola violet virginia vivian walter wanda warren wendy wesley wilfred william winifred yvonne zachary zara
+zoe""".split()
 
 
 def with_product(points):
@@ -207,7 +208,7 @@ def with_product(points):
 
 
 def make_batch(cfg, rng, dtype=np.float32):
-    """gates: the four rows and a column of targets a gate; else a random batch of the training data -> x (N, D), targets."""
+    """gates: the four rows, a column of targets a gate; else a random batch of the data to learn from -> x, targets."""
     if cfg.task in ("demo", "gates"):
         x = with_product(ROWS) if cfg.product else ROWS
         return x.astype(dtype), np.array(list(GATES.values())).T.astype(dtype)
@@ -220,7 +221,7 @@ def make_batch(cfg, rng, dtype=np.float32):
 
 @functools.lru_cache
 def load_bigrams(path):
-    """Every letter of the names and the one before it -> {"chars": ..., "train": (x, y), "validation": ..., "test": ...}."""
+    """Every letter of the names and the one before it -> {"chars": ..., "train": (x, y), "validation", "test"}."""
     words = read_words(path)
     chars = "." + "".join(sorted(set("".join(words))))      # . stands before and behind every word
     index, data = {c: i for i, c in enumerate(chars[1:], 1)}, {"chars": chars}
@@ -270,8 +271,8 @@ def read_idx(path):
 
 @functools.lru_cache
 def load_mnist(folder):
-    """The four files of MNIST -> {"train": (x, y), "validation" (the last 5,000 of the training pictures), "test"}, x (N, 784)
-    with mean 0 and variance 1, y (N,). With no folder, noise in the same shape: enough to check gradients and speed on."""
+    """The four files of MNIST -> {"train": (x, y), "validation" (the last 5,000 training pictures), "test"}; x (N, 784)
+    with mean 0, variance 1, y (N,). With no folder, noise in the same shape: enough to check gradients and speed on."""
     if not folder:
         noise = np.random.default_rng(0).standard_normal((1000, 784)).astype(np.float32)
         return {"train": (noise, np.arange(1000) % 10)}
@@ -363,11 +364,15 @@ def show_rule(rng):
 def learn_gates(cfg, rng):
     """Four sigmoid neurons, one a gate -> share of right answers by gate, steps."""
     inputs = "x1, x2 and x1 x2" if cfg.product else "x1 and x2"
-    print(f"\nSigmoid neurons, one a gate, inputs {inputs}: {4 * (3 + cfg.product)} parameters\nchance level: loss 0.693")
+    print(f"\nSigmoid neurons, one a gate, inputs {inputs}: {4 * (3 + cfg.product)} parameters")
+    print("chance level: loss 0.693")
     params, progress = descend(cfg, rng)
 
     def prob(k):
-        return lambda points: sigmoid((with_product(points) if cfg.product else points) @ params["W"] + params["b"])[:, k]
+        def of_points(points):
+            z, _ = linear_forward(with_product(points) if cfg.product else points, params["W"], params["b"])
+            return sigmoid(z[:, k])
+        return of_points
     right = {name: float(((prob(k)(ROWS) > 0.5) == y).mean()) for k, (name, y) in enumerate(GATES.items())}
     print(side_by_side([f"{name}: {share:.0%} right" for name, share in right.items()],
                        [draw_regions(prob(k), ROWS, np.array(y), 17, 9) for k, y in enumerate(GATES.values())]))
@@ -379,8 +384,8 @@ def learn_names(cfg, rng):
     data = load_bigrams(cfg.data)
     chars, (x, y), (x_test, y_test) = data["chars"], data["train"], data["test"]
     V = len(chars)
-    print(f"\nNames: the next letter from the last one, {(x == 0).sum()} names to learn from, {V} letters, {V * V + V} parameters")
-    print(f"chance level: loss {np.log(V):.3f}")
+    print(f"\nNames: the next letter from the last one, {(x == 0).sum()} names to learn from, {V} letters, "
+          f"{V * V + V} parameters\nchance level: loss {np.log(V):.3f}")
     counts = np.zeros((V, V))
     np.add.at(counts, (x, y), 1)
     counted = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -391,7 +396,7 @@ def learn_names(cfg, rng):
     learned = np.exp(z - z.max(axis=1, keepdims=True))
     learned /= learned.sum(axis=1, keepdims=True)
     expected = "   (expected on names.txt: 2.45 and at most 2.46)" if cfg.data else ""
-    print(f"counting {counting:.3f}, the layer {trained:.3f} on the same names, {heldout:.3f} on held-out ones{expected}")
+    print(f"counting {counting:.3f}, the layer {trained:.3f} on the same names, {heldout:.3f} held out{expected}")
     top = np.sort(np.argsort(-counts.sum(axis=1), kind="stable")[:30])          # a text of many letters: the commonest
     maps = [["  " + "".join(chars[i] for i in top)] +
             [f"{chars[i]} " + "".join(shade(p[i, top] ** 0.5)) for i in top] for p in (counted, learned)]
@@ -417,7 +422,7 @@ def learn_digits(cfg, rng):
     right = z.argmax(axis=1) == y
     W = params["W"].reshape(14, 2, 14, 2, 10).mean(axis=(1, 3))                 # quarter the size, to fit on the screen
     pictures = [["".join(row) for row in shade(0.5 + 1.5 * W[:, :, k])] for k in range(10)]
-    titles = [f"{k}: {right[y == k].mean():.1%} right" for k in range(10)]
+    titles = [f"{k}: {right[y == k].sum() / max((y == k).sum(), 1):.1%} right" for k in range(10)]
     print("What each neuron looks for (dark) and what speaks against it (blank):")
     for k in (0, 5):
         print(side_by_side(titles[k:k + 5], pictures[k:k + 5]))
@@ -434,7 +439,8 @@ def main(cfg):
     for task in ("gates", "gates with x1 x2", "names") if cfg.task == "demo" else (cfg.task,):
         part = replace(cfg, task=task.split()[0], product=cfg.product or "with" in task)
         found, progress = {"gates": learn_gates, "names": learn_names, "digits": learn_digits}[part.task](part, rng)
-        figures.update({f"{name}_x1x2" if part.product and part.task == "gates" else name: value for name, value in found.items()})
+        ending = "_x1x2" if part.product and part.task == "gates" else ""
+        figures.update({name + ending: value for name, value in found.items()})
         steps += progress.step
     print("\nNext: python perceptron.py --task names --lr 5      python perceptron.py --help      python mlp.py")
     print_result(task=cfg.task, **figures, steps=steps, seconds=time.perf_counter() - start)
@@ -468,7 +474,9 @@ def read_flags(argv=None):
             kind = dict(choices=get_args(field.type))
         text = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=text, **kind)
-    parser.set_defaults(**PRESETS.get(parser.parse_known_args(argv)[0].task, {}))
+    known = parser.parse_known_args(argv)[0]
+    for key in (known.task, f"{known.task} --data") if getattr(known, "data", "") else (known.task,):
+        parser.set_defaults(**PRESETS.get(key, {}))
     return Config(**vars(parser.parse_args(argv)))
 
 
@@ -478,7 +486,7 @@ def run(main):
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)                           # `| head` ends the program quietly
     np.seterr(over="ignore", invalid="ignore")          # a run that diverges shows in its loss, which Progress checks
-    with contextlib.suppress(AttributeError, OSError, TypeError):               # Linux: keep freed memory, it is needed again
+    with contextlib.suppress(AttributeError, OSError, TypeError):               # Linux: keep freed memory for reuse
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30), libc.mallopt(-1, -1)
     try:
@@ -491,8 +499,8 @@ def run(main):
 
 
 class Progress:
-    """for step in progress: ... progress.report(loss).   Prints about ten lines with the time left. Ctrl-C ends the loop
-    after the step at hand, a second one quits. A loss that is not finite raises FloatingPointError."""
+    """for step in progress: ... progress.report(loss).   Prints about ten lines with the time left. Ctrl-C ends the
+    loop after the step at hand, a second one quits. A loss that is not finite raises FloatingPointError."""
 
     def __init__(self, steps, first=1, quiet=False):
         self.steps, self.first, self.quiet = steps, first, quiet

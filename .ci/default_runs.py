@@ -7,18 +7,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {      # figure of the result line: at least (>=) or at most (<=)
-    "perceptron.py": {"AND": ">= 1", "OR": ">= 1", "NAND": ">= 1", "XOR": "<= 0.75", "XOR_x1x2": ">= 1", "layer": "<= 2.28",
-                      "seconds": "<= 30"},
-    "mlp.py": {"xor_accuracy": ">= 1", "xor_loss": "<= 0.0002", "spirals_accuracy": ">= 0.99", "sgd": ">= 0.9", "momentum": ">= 0.99",
-               "adam": ">= 0.99", "adamw": ">= 0.99", "seconds": "<= 30"},
+    "perceptron.py": {"AND": ">= 1", "OR": ">= 1", "NAND": ">= 1", "XOR": "<= 0.75", "XOR_x1x2": ">= 1",
+                      "layer": "<= 2.28", "seconds": "<= 30"},
+    "mlp.py": {"xor_accuracy": ">= 1", "xor_loss": "<= 0.0002", "spirals_accuracy": ">= 0.99", "sgd": ">= 0.9",
+               "momentum": ">= 0.99", "adam": ">= 0.99", "adamw": ">= 0.99", "seconds": "<= 30"},
 }
 
 
 def run(lesson, *flags):
     """Output of a lesson; it must succeed and say nothing on stderr."""
-    done = subprocess.run([sys.executable, "-W", "error", ROOT / lesson, *flags], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-W", "error", ROOT / lesson, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode or done.stderr:
-        sys.exit(f"{lesson} {' '.join(flags)}: exit status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+        sys.exit(f"{lesson} {flags}: exit status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     return done.stdout
 
 

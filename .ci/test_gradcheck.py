@@ -10,12 +10,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def check(path, *flags):
     """Run gradcheck.py on a file -> CompletedProcess."""
-    return subprocess.run([sys.executable, "-W", "error", ROOT / "gradcheck.py", *flags, path], capture_output=True, text=True,
-                          timeout=300)
+    return subprocess.run([sys.executable, "-W", "error", ROOT / "gradcheck.py", *flags, path], capture_output=True,
+                          text=True, timeout=300)
 
 
 BUGS = [    # in mlp.py: the right code, the wrong code, what the report must say
-    ("return dout @ W.T, x.T", "return dout @ W, x.T", ["linear_backward raises", "is a .T missing", "return dout @ W, x.T"]),
+    ("return dout @ W.T, x.T", "return dout @ W, x.T",
+     ["linear_backward raises", "is a .T missing", "return dout @ W, x.T"]),
     ("x.T @ dout, dout.sum", "dout.T @ x, dout.sum", ["linear, gradient of W", "transposed", "line "]),
     ("dout.sum(axis=0)     # b was", "dout     # b was", ["linear, gradient of b", "a missing sum over axis 0"]),
     ("dout.sum(axis=0)     # b was", "dout.mean(axis=0)     # b was", ["linear, gradient of b at [", "multiply by 3"]),
@@ -28,15 +29,18 @@ BUGS = [    # in mlp.py: the right code, the wrong code, what the report must sa
     ("return dout * (1 - y * y)", "return 1 - y * y", ["tanh, gradient of x", "times dout it would be right"]),
     ("(dout - (dbeta + xhat * dgamma) / len(dout))", "(dout - xhat * dgamma / len(dout))",
      ["batchnorm, gradient of x", "the same along axis 0", "mlp.py, batchnorm_backward: return ((dout - (dbeta"]),
-    ("    x = cache\n    return dout * (x > 0)", "    x = cache\n    dout *= x > 0\n    return dout", ["relu: dout was changed"]),
+    ("    x = cache\n    return dout * (x > 0)", "    x = cache\n    dout *= x > 0\n    return dout",
+     ["relu: dout was changed"]),
     ("grads[name] = grads[name] + penalty", "grads[name] = penalty",
      ["loss_and_grads", "the operations are right", "yours, loss_and_grads"]),
-    ("            dout = act_backward(dout, act_cache)\n", "            pass\n", ["mlp.py, model_backward: dout = act_backward"]),
-    ('        grads["E"] = embedding_backward(dout, ids_cache)', "        pass", ["parameters without gradient: ['E']"]),
+    ("            dout = act_backward(dout, act_cache)\n", "            pass\n",
+     ["mlp.py, mlp_backward: dout = act_backward"]),
+    ('        grads["E"] = embedding_backward(dout, ids_cache)', "        pass",
+     ["parameters without gradient: ['E']"]),
     ("return dout @ W.T, x.T", "return dout @ w.T, x.T", ["NameError", "line "]),
     ("dz = np.exp(log_p)\n", "dz = np.exp(log_p).astype(np.float32)\n", ["is float32, expected float64"]),
     ("x.T @ dout, dout.sum(axis=0)", "x.T @ dout", ["returns 2 gradient(s), expected 3: x, W, b"]),
-    ("def relu_forward", "def rectify_forward", ["relu_backward has no relu_forward"]),
+    ("def penalty_forward", "penalty_forward = None\n\n\ndef other_forward", ["penalty_backward has no penalty_forward"]),
     ("def relu_backward", "def my_relu_backward", ["my_relu"]),
 ]
 
@@ -91,7 +95,7 @@ def test_own_operation(tmp_path):
     copy.write_text(OWN.format(slope=2, case=""), encoding="utf-8")
     done = check(copy)
     assert done.returncode == 1 and "GRADCHECK" in done.stdout
-    copy.write_text(OWN.format(slope=2, case=CASE).replace("2 * x", "0 * x").replace("2 * dout", "0 * dout"), encoding="utf-8")
+    copy.write_text(OWN.format(slope=0, case=CASE).replace("2 * x", "0 * x"), encoding="utf-8")
     done = check(copy)
     assert done.returncode == 1 and "could not have failed" in done.stdout
 

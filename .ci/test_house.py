@@ -1,4 +1,4 @@
-"""The rules of the house that a program can hold: one name, one meaning; imports; the four names; float32; plain ASCII."""
+"""The rules of the house a program can hold: one name, one meaning; imports; the four names; float32; plain ASCII."""
 import ast
 import importlib.util
 import inspect
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = sorted(p for p in ROOT.glob("*.py") if p.name != "gradcheck.py")
-OWN = {"Config", "init_params", "make_batch", "loss_and_grads", "main"}    # every lesson has its own
+OWN = {"Config", "PRESETS", "init_params", "make_batch", "loss_and_grads", "main"}
 
 
 def load(path):
@@ -25,8 +25,9 @@ def load(path):
 
 
 def test_top_level():
-    allowed = {"perceptron.py", "mlp.py", "vanilla_rnn.py", "lstm.py", "seq2seq.py", "attention.py", "nested_attention.py",
-               "cnn.py", "transformer.py", "mae.py", "gradcheck.py", "README.md", "LICENSE", ".gitignore", ".ci", ".git"}
+    allowed = {"perceptron.py", "mlp.py", "vanilla_rnn.py", "lstm.py", "seq2seq.py", "attention.py",
+               "nested_attention.py", "cnn.py", "transformer.py", "mae.py", "gradcheck.py", "README.md", "LICENSE",
+               ".gitignore", ".ci", ".git"}
     assert {p.name for p in ROOT.iterdir()} - allowed <= {"__pycache__", ".ruff_cache"}
 
 
@@ -36,22 +37,25 @@ def test_same_name_same_code():
         source = path.read_text(encoding="utf-8")
         for node in ast.parse(source).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in OWN:
-                text = ast.get_source_segment(source, node)
-                assert seen.setdefault(node.name, (text, path.name))[0] == text, f"{node.name}: {path.name}, {seen[node.name][1]}"
-            if isinstance(node, ast.Assign) and node.targets[0].id != "PRESETS":
+                name, text = node.name, ast.get_source_segment(source, node)
+            elif isinstance(node, ast.Assign) and node.targets[0].id not in OWN:
                 name, text = node.targets[0].id, ast.unparse(node)
-                assert seen.setdefault(name, (text, path.name))[0] == text, f"{name}: {path.name}, {seen[name][1]}"
+            else:
+                continue
+            first, where = seen.setdefault(name, (text, path.name))
+            assert first == text, f"{name} differs in {where} and {path.name}"
 
 
 @pytest.mark.parametrize("path", [*LESSONS, ROOT / "gradcheck.py"], ids=lambda p: p.name)
 def test_file(path):
     source = path.read_text(encoding="utf-8")
     assert source.isascii() and "\t" not in source and max(map(len, source.splitlines())) <= 120
-    assert source.startswith('# /// script\n# requires-python = ">=3.10"\n# dependencies = ["numpy"]\n# ///\n"""' + path.name)
+    head = '# /// script\n# requires-python = ">=3.10"\n# dependencies = ["numpy"]\n# ///\n"""'
+    assert source.startswith(head + path.name)
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
-            [node.module] if isinstance(node, ast.ImportFrom) else []
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
         for name in names:
             assert name.split(".")[0] in sys.stdlib_module_names | {"numpy"}, f"imports {name}"
     for node in tree.body:
@@ -63,7 +67,8 @@ def test_file(path):
 def test_lesson(path, capsys):
     state = np.random.get_state()[1].copy()
     module = load(path)
-    assert capsys.readouterr().out == "" and np.array_equal(state, np.random.get_state()[1]), "something happens at import"
+    untouched = np.array_equal(state, np.random.get_state()[1])
+    assert capsys.readouterr().out == "" and untouched, "something happens at import"
     for heading in ("\nRun\n", "\nBreak it\n", "\nPapers: "):
         assert heading in module.__doc__
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(module.Config), re.M))
@@ -71,8 +76,8 @@ def test_lesson(path, capsys):
         assert comments.get(field.name), f"{field.name} has no comment"
     for name in (n[:-9] for n in vars(module) if n.endswith("_backward")):
         lines = inspect.getsource(module).splitlines()
-        at = {kind: next(i for i, line in enumerate(lines) if line.startswith(f"def {name}_{kind}(")) for kind in
-              ("forward", "backward")}
+        at = {kind: next(i for i, line in enumerate(lines) if line.startswith(f"def {name}_{kind}("))
+              for kind in ("forward", "backward")}
         between = [line for line in lines[at["forward"] + 1:at["backward"]] if line.startswith(("def ", "class "))]
         assert not between, f"{name}_forward does not stand directly above {name}_backward"
     for task in module.Config.__dataclass_fields__["task"].type.__args__:
