@@ -79,7 +79,7 @@ class Failure(Exception):
 
 # ---- how to call the operations: one case or more, by name -----------------------------------------------------------
 
-DATA = {"targets", "running", "mask", "features"}       # inputs by these names get no gradient, nor do integers and flags
+DATA = {"targets", "running", "mask", "features"}   # inputs by these names get no gradient
 
 
 def normal(*shape):
@@ -364,16 +364,18 @@ def source_line(module, name, position, args):
 
 SMALL = {"hidden": ("5,4", 4), "batch": 5, "context": 4, "embed": 3, "keys": 3, "values": 4, "width": 2, "length": 7,
          "periods": "1,2,3", "home": 3, "away": 2}      # quick to check, if a Config has a field of this name and type
-NUMBERS = {"l1": (0.0, 0.02), "l2": (0.0, 0.03), "group": (0, 2), "mu": (0.0, 0.6), "beta1": (0.0, 0.6), "layers": (1, 2)}           # numbers that switch something on
+NUMBERS = {"l1": (0.0, 0.02), "l2": (0.0, 0.03), "group": (0, 2), "mu": (0.0, 0.6), "beta1": (0.0, 0.6),
+           "layers": (1, 2)}                            # numbers that switch something on
 TRAINING = {"optimizer", "schedule", "experiment"}                          # fields that no gradient depends on
 
 
 def variants(Config):
     """Configs in which every two values of flags that choose something meet at least once, if the Config allows it."""
     default = {f.name: f.default for f in fields(Config)}
-    for name, value in ((name, v) for name, values in SMALL.items() for v in (values if isinstance(values, tuple) else [values])):
-        if type(default.get(name)) is type(value):
-            default[name] = value
+    for name, values in SMALL.items():
+        for value in values if isinstance(values, tuple) else (values,):
+            if type(default.get(name)) is type(value):
+                default[name] = value
     choices = {f.name: get_args(f.type) or ((False, True) if f.type is bool else NUMBERS.get(f.name, ()))
                for f in fields(Config) if f.name not in TRAINING}
     choices = {name: values for name, values in choices.items() if values}
@@ -703,11 +705,12 @@ def check_file(path):
                 raise Failure(f"{name}_backward is never called by loss_and_grads", [])
     except Failure as error:
         wrong = [name for name in failed if name in names]
+        whole = ["loss_and_grads", *(name + end for name in modelled for end in ("_forward", "_backward"))]
         failed.append("loss_and_grads")
         print(f"  FAIL  {error.args[0]}" + "".join(f"\n        {hint}" for hint in error.args[1] if not wrong))
         print("        mend first: " + ", ".join(wrong) if wrong else "\n".join(" " * 8 + line for line in (
             "the operations are right, so look at how the model puts them together",
-            *lesson_lines(module, ["loss_and_grads", *(name + end for name in modelled for end in ("_forward", "_backward"))]))))
+            *lesson_lines(module, whole))))
     else:
         passed += 1 + len(modelled)
         print(f"  ok    {'end to end':24s} " + ", ".join([f"{len(found)} variants", f"{count} parameters", *modelled]))

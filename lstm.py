@@ -4,20 +4,20 @@
 # ///
 """lstm.py: a memory that gates protect.
 
-The plain recurrent cell h' = tanh(x Wx + h Wh + b) rewrites its whole state at every step. So it forgets, and so does its
-gradient: on the way back through T steps it is multiplied T times by Wh and by slopes below 1. The LSTM keeps a second
-state, the cell c, which is changed by addition only, and three gates between 0 and 1 that say how much to keep, to write
-and to show. While the forget gate is near 1, both the memory and its gradient go through unchanged.
+The plain recurrent cell h' = tanh(x Wx + h Wh + b) rewrites its whole state at every step. So it forgets, and so does
+its gradient: on the way back through T steps it is multiplied T times by Wh and by slopes below 1. The LSTM keeps a
+second state, the cell c, which is changed by addition only, and three gates between 0 and 1 that say how much to keep,
+to write and to show. While the forget gate is near 1, both the memory and its gradient go through unchanged.
 
 Forward, one step (a row of z is x Wx + b; s is the sigmoid):      i = s(z_i + h W_i)     input gate: how much to write
     c' = f c + i g         what is kept and what is new            f = s(z_f + h W_f)     forget gate: how much to keep
     h' = o tanh c'         what is shown                           g = tanh(z_g + h W_g)  what to write
                                                                    o = s(z_o + h W_o)     output gate: how much to show
 Backward, from the last step to the first, given dh and dc (from above, and from the step after):
-    dc += dh o (1 - tanh^2 c')                                     dz_i = dc g i (1 - i)       dz_g = dc i (1 - g^2)
-    dc of the step before = dc f                                   dz_f = dc c f (1 - f)       dz_o = dh tanh(c') o (1 - o)
-    dh of the step before = dz Wh^T                                dWh = sum_t h_t^T dz_t,     one product after the loop
-The GRU (Cho 2014) has no cell; a gate u mixes the old state with a new one, and a gate r says how much of h goes into it:
+    dc += dh o (1 - tanh^2 c')                                   dz_i = dc g i (1 - i)     dz_g = dc i (1 - g^2)
+    dc of the step before = dc f                                 dz_f = dc c f (1 - f)     dz_o = dh tanh c' o (1 - o)
+    dh of the step before = dz Wh^T                              dWh = sum_t h_t^T dz_t,   one product at the end
+The GRU (Cho 2014) has no cell; a gate u mixes the old state with a new one, a gate r says how much of h goes into it:
     n = tanh(z_n + r (h W_n + b_n))      h' = (1 - u) n + u h
 
 What does not depend on h is left out of the loop: x Wx for all steps is one product. If x is a letter, there are only V
@@ -35,8 +35,8 @@ Run
 Break it
     BREAK_IT
 
-Papers: Hochreiter, Schmidhuber 1997 (LSTM, the adding problem); Gers et al. 2000 (the forget gate); Cho et al. 2014 (GRU);
-Jozefowicz et al. 2015 (a forget bias of 1).
+Papers: Hochreiter, Schmidhuber 1997 (LSTM, the adding problem); Gers et al. 2000 (the forget gate); Cho et al. 2014
+(GRU); Jozefowicz et al. 2015 (a forget bias of 1).
 """
 import argparse
 import contextlib
@@ -91,6 +91,9 @@ class Config:
 
 
 PRESETS = {     # what a task changes above, unless a flag says otherwise
+    "remember": dict(hidden=32, lr=0.02, steps=2300),
+    "reverse": dict(hidden=128, lr=0.005),
+    "add": dict(steps=700),
     "text": dict(hidden=128, lr=0.01, steps=400, batch=16, clip=5.0),
     "text --data": dict(hidden=512, embed=64, lr=0.003, decay=0.01, steps=2000, batch=64, clip=5.0),
 }
@@ -154,7 +157,7 @@ def lstm_forward(z, h0, c0, Wh, mask=None):
     """An LSTM layer; the gates i, f, g, o are four blocks of H columns; where mask is false the state stays.
     z = x Wx + b (T, N, 4 H), h0, c0 (N, H), Wh (H, 4 H), mask (T, N, 1) -> h (T, N, H), last c (N, H)."""
     T, N, H = len(z), *h0.shape
-    scale = np.repeat(np.array([0.5, 0.5, 1, 0.5], z.dtype), H)     # s(a) = tanh(a / 2) / 2 + 1/2: a single tanh does it all
+    scale = np.repeat(np.array([0.5, 0.5, 1, 0.5], z.dtype), H)     # s(a) = tanh(a / 2) / 2 + 1/2: one tanh for all
     shift, Wh_scaled, y = 1 - scale, Wh * scale, z * scale
     i, f, g, o = y.reshape(T, N, 4, H).transpose(2, 0, 1, 3)        # views: what becomes of y is seen in them
     h, c, tanh_c = (np.empty((T + 1, N, H), z.dtype) for _ in range(3))
@@ -222,7 +225,7 @@ def gru_forward(z, h0, Wh, bn, mask=None):
 
 
 def gru_backward(dout, cache):
-    """dn = dh (1 - u), du = dh (h - n), then the slopes; q = h W_n + bn gets dz_n r.   -> dz (T, N, 3 H), dh0, dWh, dbn."""
+    """dn = dh (1 - u), du = dh (h - n), then slopes; q = h W_n + bn gets dz_n r.   -> dz (T, N, 3 H), dh0, dWh, dbn."""
     h, ru, n, q, Wh, mask = cache
     T, N, H = n.shape
     r, u = ru[:, :, :H], ru[:, :, H:]
@@ -292,7 +295,7 @@ def init_params(cfg, rng, dtype=np.float32):
         params[f"Wh{k}"] = rng.standard_normal((H, K * H)) * H ** -0.5
         params[f"b{k}"] = np.zeros(K * H)
         if cfg.cell == "lstm":
-            params[f"b{k}"][H:2 * H] = 1                # the forget gate begins open: remember until there is a reason not to
+            params[f"b{k}"][H:2 * H] = 1                # the forget gate begins open: remember, until told not to
         if cfg.cell == "gru":
             params[f"bn{k}"] = np.zeros(H)
         D = H
@@ -351,8 +354,8 @@ def stack_backward(dout, cache):
 
 
 def loss_and_grads(params, batch, cfg, states=None):
-    """One forward and one backward pass -> loss, gradients under the keys of params. The loss counts where the batch says:
-    mse of numbers, cross-entropy of symbols. If given, states, a list, is where the batch begins and gets where it ends."""
+    """One forward and one backward pass -> loss, gradients under the keys of params. The loss counts where batch says,
+    mse of numbers, cross-entropy of symbols. states, a list: where the batch begins; it gets where the batch ends."""
     x, mask, places, targets = batch
     z, cache = stack_forward(params, x, mask, states or zero_states(cfg, x.shape[1], params["bo"].dtype), cfg)
     rows = z.reshape(-1, z.shape[2])[places]
@@ -471,12 +474,11 @@ GO = 9
 
 def make_batch(cfg, rng, dtype=np.float32, step=None):
     """-> x (T, N) or (T, N, D), mask (T, N, 1) or None, places that count (numbers t N + n), their targets.
-    remember: a number, then noise; at the end, say the number.    add: at the end, say the sum of the two marked numbers.
+    remember: at the end, say the first number.    add: at the end, say the sum of the two marked numbers.
     reverse: n symbols, n drawn a sequence, GO, then say them backwards.    text: the next letter, everywhere."""
     T, N = cfg.length, cfg.batch
     if cfg.task in ("demo", "remember"):
-        x = rng.standard_normal((T + 1, N, 1))
-        x[0] = rng.uniform(-1, 1, (N, 1))
+        x = rng.uniform(-1, 1, (T + 1, N, 1))
         return x.astype(dtype), None, np.arange(T * N, T * N + N), x[0].astype(dtype)
     if cfg.task == "add":
         x = np.stack([rng.random((T, N)), np.zeros((T, N))], axis=2)
@@ -495,7 +497,7 @@ def make_batch(cfg, rng, dtype=np.float32, step=None):
     ids = load_text(cfg.data)["train"]
     stream, width = len(ids) // N, min(T, len(ids) // N - 1)
     start = rng.integers(0, stream - width, N) if step is None else (step - 1) * width % (stream - width)
-    at = np.arange(width + 1)[:, None] + np.arange(N) * stream + start      # N readers, each in a part of the text of its own
+    at = np.arange(width + 1)[:, None] + np.arange(N) * stream + start      # N readers, each in its part of the text
     return ids[at[:-1]], None, np.arange(width * N), ids[at[1:]].ravel()
 
 
@@ -545,9 +547,10 @@ def loss_curve(losses, width=60):
 
 # ---- training and demo -----------------------------------------------------------------------------------------------
 
-def train_cells(cfg, rng, quiet=False):
-    """-> params, progress. Text is read on and on: the states are carried from window to window, gradients are not."""
-    params, state, first, carried = init_params(cfg, rng), {}, 0, None
+def train_cells(cfg, rng, quiet=False, params=None):
+    """Train new parameters, or those given -> params, progress. Text is read on and on: states are carried from window
+    to window, gradients are not."""
+    params, state, first, carried = params or init_params(cfg, rng), {}, 0, None
     if cfg.task == "text":
         carried = zero_states(cfg, cfg.batch)
         window = make_batch(cfg, rng, step=1)[0].shape[0]
@@ -588,8 +591,8 @@ def save_checkpoint(cfg, params, state, carried, rng, step):
 def load_checkpoint(cfg, params, state, carried, rng):
     """Fill params, state, carried and rng from --load -> the number of steps done."""
     try:
-        with np.load(cfg.load, allow_pickle=False) as file:
-            arrays = dict(file)
+        with open(cfg.load, "rb") as file, np.load(file, allow_pickle=False) as saved:
+            arrays = dict(saved)
         about = json.loads(str(arrays.pop("about")))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"--load {cfg.load}: expected a file that --save wrote, found: {error}") from None
@@ -603,7 +606,8 @@ def load_checkpoint(cfg, params, state, carried, rng):
     shapes = {"p " + name: p.shape for name, p in params.items()}
     found = {name: a.shape for name, a in arrays.items() if name[0] == "p"}
     wrong = sorted(name for name in shapes | found if shapes.get(name) != found.get(name))
-    require(not wrong, f"--load {cfg.load}", *[f"{wrong[0][2:]} {table.get(wrong[0])}" for table in (shapes, found)] if wrong else ("", ""))
+    for name in wrong:
+        raise InputError(f"--load {cfg.load}: expected {name[2:]} {shapes.get(name)}, found {found.get(name)}")
     params.update({name[2:]: a for name, a in arrays.items() if name[0] == "p"})
     state.update({name[2:]: a if a.ndim else int(a) for name, a in arrays.items() if name[0] == "s"})
     kept = {tuple(map(int, name.split()[1:])): a for name, a in arrays.items() if name[0] == "h"}
@@ -623,12 +627,13 @@ def validation_loss(params, cfg):
         part = parts[start:start + 101]
         z, cache = stack_forward(params, part[:-1], None, states, cfg)
         states, rows = cache[2], z.reshape(-1, z.shape[2])
-        total, count = total + float(softmax_cross_entropy_forward(rows, part[1:].ravel())[0]) * len(rows), count + len(rows)
+        total += float(softmax_cross_entropy_forward(rows, part[1:].ravel())[0]) * len(rows)
+        count += len(rows)
     return total / count
 
 
 def measure(params, cfg, seed=1000):
-    """On 1000 fresh sequences -> numbers: mean |error|, mean squared error; symbols: share of sequences that are all right."""
+    """On 1000 fresh sequences -> numbers: mean |error|, mean squared error; symbols: share of sequences all right."""
     cfg = replace(cfg, batch=1000)
     x, mask, places, targets = make_batch(cfg, np.random.default_rng(seed))
     z, _ = stack_forward(params, x, mask, zero_states(cfg, 1000), cfg)
@@ -643,7 +648,8 @@ def measure(params, cfg, seed=1000):
 def announce_cells(cfg, text, chance):
     """What is being learned, and by what."""
     size = sum(p.size for p in init_params(cfg, np.random.default_rng(0)).values())
-    print(f"\n{text}: {cfg.cell}, hidden {cfg.hidden}, {cfg.layers} layer(s), lr {cfg.lr}, batch {cfg.batch}, {size} parameters")
+    print(f"\n{text}: {cfg.cell}, hidden {cfg.hidden}, {cfg.layers} layer(s), lr {cfg.lr}, batch {cfg.batch}, "
+          f"{size} parameters")
     print(f"chance level: {chance}")
 
 
@@ -655,7 +661,7 @@ def show_gates(params, cfg, rng):
     T, H = len(y), cfg.hidden
     i, f, g, o = y.reshape(T, 4, H).transpose(1, 0, 2)
     busy = np.argsort(-np.abs(params["Wo"][:, 0]) * np.abs(c[-1, 0]))[:4]   # those that the answer is read from
-    print(f"One sequence, value {float(targets[0, 0]):.2f} at step 0, then noise. The four cells that matter most, over time:")
+    print(f"One sequence, value {float(targets[0, 0]):.2f} at step 0, then noise. The busiest cells, over time:")
     for name, rows in (("input gate i", i), ("forget gate f", f), ("output gate o", o), ("cell |c|", np.abs(c[1:, 0]))):
         for n, k in enumerate(busy):
             print(f"{name if n == 0 else '':>14s} cell {k:3d} |{''.join(shade(rows[:, k]))}|")
@@ -672,11 +678,13 @@ def show_gradient(cfg, rng, T=50):
         z, (caches, *_) = stack_forward(params, x, None, zero_states(part, cfg.batch, np.float64), part)
         dh = np.zeros((T, cfg.batch, cfg.hidden))
         dh[-1] = rng.standard_normal(dh[-1].shape)
-        backward = {"rnn": rnn_backward, "gru": gru_backward, "lstm": lambda d, cache: lstm_backward(d, 0 * d[0], cache)}[cell]
-        norm = np.linalg.norm(backward(dh, caches[0][2])[0], axis=(1, 2))
+        dc = (0 * dh[0],) if cell == "lstm" else ()
+        backward = {"rnn": rnn_backward, "gru": gru_backward, "lstm": lstm_backward}[cell]
+        norm = np.linalg.norm(backward(dh, *dc, caches[0][2])[0], axis=(1, 2))
         norm /= norm[-1]
         figures[cell] = float(norm[0])
-        print(f"{cell:>5s}  step 1 |{''.join(shade(1 + np.log10(norm + 1e-30) / 8))}| step {T}   left at step 1: {norm[0]:.0e}")
+        picture = "".join(shade(1 + np.log10(norm + 1e-30) / 8))
+        print(f"{cell:>5s}  step 1 |{picture}| step {T}   left at step 1: {norm[0]:.0e}")
     print("       (dark: 1, every shade lighter: six times less)")
 
 
@@ -695,9 +703,12 @@ def learn_numbers(cfg, rng):
         if cell == cfg.cell:
             kept, figures = (params, progress), {**found}
             if remember:
-                far = measure(params, replace(cfg, length=100))
-                print(f"{cell}: after 100 steps of noise instead of {cfg.length}: mean error {far['error']:.4f}")
-                figures["error_at_100"] = far["error"]
+                long = replace(cfg, length=100, steps=max(1, cfg.steps // 5), lr=cfg.lr / 3)
+                before = measure(params, long)["error"]
+                train_cells(long, rng, quiet=True, params=params)
+                figures["error_at_100"] = measure(params, long)["error"]
+                print(f"{cell}: after 100 steps of noise instead of {cfg.length}: {before:.4f}, and when {long.steps} "
+                      f"more updates have shown it such: {figures['error_at_100']:.4f}")
                 if cell == "lstm":
                     show_gates(params, replace(cfg, length=60), rng)
         else:
@@ -715,7 +726,8 @@ def learn_reverse(cfg, rng):
     said = z.argmax(axis=2)
     for k in range(4):
         t = places[places % 4 == k] // 4
-        print("  reads", " ".join("ABCDEFGH"[s] for s in x[:len(t), k]).ljust(2 * cfg.length), "says", " ".join("ABCDEFGH.."[s] for s in said[t, k]))
+        read, answer = (" ".join("ABCDEFGH.."[s] for s in symbols) for symbols in (x[:len(t), k], said[t, k]))
+        print(f"  reads {read:{2 * cfg.length}s} says {answer}")
     found = measure(params, cfg)
     print(f"{found['exact']:.1%} of 1000 fresh sequences entirely right")
     return found, params, progress
@@ -724,7 +736,9 @@ def learn_reverse(cfg, rng):
 def learn_text(cfg, rng):
     """The next letter of a text."""
     data = load_text(cfg.data)
-    announce_cells(cfg, f"Text, {len(data['train'])} letters of {len(data['chars'])} kinds, windows of {cfg.length}", f"loss {math.log(len(data['chars'])):.3f}")
+    V = len(data["chars"])
+    text = f"Text, {len(data['train'])} letters of {V} kinds, windows of {cfg.length}"
+    announce_cells(cfg, text, f"loss {math.log(V):.3f}")
     params, progress = train_cells(cfg, rng)
     print("loss", loss_curve(progress.losses or [0]))
     print("A sample, letter by letter:")
@@ -736,7 +750,8 @@ def learn_text(cfg, rng):
         p = np.exp(z - z.max())
         letter = rng.choice(len(p), p=p / p.sum())
     loss = validation_loss(params, cfg)
-    print(f"\n\nvalidation loss {loss:.4f} nats a letter on the last tenth" + ("   (expected on tinyshakespeare: 1.60)" if cfg.data else ""))
+    expected = "   (expected on tinyshakespeare: 1.60)" if cfg.data else ""
+    print(f"\n\nvalidation loss {loss:.4f} nats a letter on the last tenth{expected}")
     return {"validation": loss}, params, progress
 
 
@@ -749,7 +764,10 @@ def main(cfg):
     if cfg.task == "demo":
         show_gradient(cfg, rng)
     for task in ("remember", "reverse", "add") if cfg.task == "demo" else (cfg.task,):
-        part = replace(cfg, task=task, length=0 if cfg.task == "demo" else cfg.length)
+        part = replace(cfg, task=task)
+        if cfg.task == "demo":                          # its presets, but for flags
+            own = {k: v for k, v in PRESETS.get(task, {}).items() if getattr(cfg, k) == getattr(Config(), k)}
+            part = replace(part, length=0, **own)
         found, params, progress = learn[task](part, rng)
         figures.update({f"{task}_{name}" if cfg.task == "demo" else name: value for name, value in found.items()})
         examples, seconds = examples + len(progress.losses) * cfg.batch, seconds + progress.seconds

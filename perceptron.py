@@ -245,7 +245,9 @@ def read_text(path):
 
 def read_words(path):
     """A text with a word a line, or the built-in names -> list of words."""
-    return [line.strip() for line in read_text(path).splitlines() if line.strip()] if path else NAMES
+    words = [line.strip() for line in read_text(path).splitlines() if line.strip()] if path else NAMES
+    require(len(words) >= 20, f"--data {path}", "20 words or more, one a line", len(words))
+    return words
 
 
 def split_words(words):
@@ -262,7 +264,8 @@ def read_idx(path):
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
     except (OSError, EOFError, zlib.error) as error:
         require(False, path, "a whole gzip file", str(error))
-    require(len(raw) > 4 and raw[:3] == b"\0\0\x08", path, "an IDX file of bytes (0 0 8)", raw[:4])
+    whole = raw[:3] == b"\0\0\x08" and len(raw) >= 4 + 4 * raw[3]
+    require(whole, path, "an IDX file of bytes (0 0 8) with its sizes", raw[:8])
     sizes = np.frombuffer(raw[4:4 + 4 * raw[3]], ">u4").tolist()
     body = np.frombuffer(raw[4 + 4 * raw[3]:], np.uint8)
     require(len(body) == np.prod(sizes), path, f"{' x '.join(map(str, sizes))} bytes after the header", len(body))

@@ -60,6 +60,52 @@ def test_wrong_flag_mlp(flags, words):
     is_refused(lesson("mlp.py", *flags), "mlp.py", *words)
 
 
+@pytest.mark.parametrize("flags, words", [
+    (["--periods", "0"], ["--periods", "above 0"]),
+    (["--periods", "1,x"], ["--periods", "1,x"]),
+    (["--rule", "foo"], ["--rule", "foo", "choose from"]),
+    (["--mu", "1"], ["--mu"]),
+    (["--keys", "1"], ["--keys"]),
+])
+def test_wrong_flag_nested(flags, words):
+    is_refused(lesson("nested_attention.py", *flags), "nested_attention.py", *words)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--hidden", "0"], ["--hidden", "1 or more"]),
+    (["--cell", "foo"], ["--cell", "foo", "choose from"]),
+    (["--length", "-1"], ["--length", "0 or more"]),
+    (["--temperature", "0"], ["--temperature", "above 0"]),
+    (["--task", "text", "--batch", "5000"], ["--batch", "at most"]),
+    (["--task", "text", "--data", "nowhere"], ["nowhere"]),
+    (["--task", "text", "--load", "nowhere.npz"], ["--load nowhere.npz"]),
+    (["--task", "text", "--save", "no/such/folder/a.npz"], ["--save no/such/folder/a.npz"]),
+])
+def test_wrong_flag_lstm(flags, words):
+    is_refused(lesson("lstm.py", *flags), "lstm.py", *words)
+
+
+def test_resume_bit_for_bit(tmp_path):
+    def figures(done):
+        assert done.returncode == 0, done.stderr
+        return re.findall(r"validation=\S+", done.stdout)
+    common = ["--task", "text", "--hidden", "16", "--steps", "30"]
+    half, whole = str(tmp_path / "half.npz"), figures(lesson("lstm.py", *common))
+    code = ("import sys, lstm; original = lstm.Progress.report\n"
+            "def report(self, loss, note=str):\n    original(self, loss, note); self.stopped = self.step == 12\n"
+            "lstm.Progress.report = report; lstm.run(lstm.main)")
+    subprocess.run([sys.executable, "-c", code, *common, "--save", half], cwd=ROOT, check=True, capture_output=True)
+    assert figures(lesson("lstm.py", *common, "--load", half)) == whole
+    is_refused(lesson("lstm.py", "--task", "text", "--hidden", "17", "--load", half), "half.npz", "(", "17")
+    is_refused(lesson("lstm.py", *common, "--cell", "gru", "--load", half), "half.npz", "gru")
+    other = tmp_path / "other.txt"
+    other.write_text("This is \u00e9trange. " * 100, encoding="utf-8")
+    is_refused(lesson("lstm.py", *common, "--load", half, "--data", str(other)), "half.npz", "characters")
+    raw = (tmp_path / "half.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(raw[:len(raw) // 2])
+    is_refused(lesson("lstm.py", *common, "--load", str(tmp_path / "cut.npz")), "cut.npz")
+
+
 def idx(array_sizes, body):
     """The bytes of an IDX file."""
     return b"\0\0\x08" + bytes([len(array_sizes)]) + b"".join(n.to_bytes(4, "big") for n in array_sizes) + body
@@ -128,6 +174,8 @@ def test_divergence_ends_in_one_sentence(name, flags):
 LONG = {name: ["--steps", "100000000"] for name in LESSONS}
 LONG["perceptron.py"] = ["--task", "gates", "--steps", "100000000"]
 LONG["mlp.py"] = ["--task", "xor", "--steps", "100000000"]
+LONG["lstm.py"] = ["--task", "text", "--hidden", "16", "--steps", "100000000"]
+LONG["nested_attention.py"] = ["--task", "recall", "--steps", "100000000"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")

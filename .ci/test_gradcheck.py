@@ -40,7 +40,8 @@ BUGS = [    # in mlp.py: the right code, the wrong code, what the report must sa
     ("return dout @ W.T, x.T", "return dout @ w.T, x.T", ["NameError", "line "]),
     ("dz = np.exp(log_p)\n", "dz = np.exp(log_p).astype(np.float32)\n", ["is float32, expected float64"]),
     ("x.T @ dout, dout.sum(axis=0)", "x.T @ dout", ["returns 2 gradient(s), expected 3: x, W, b"]),
-    ("def penalty_forward", "penalty_forward = None\n\n\ndef other_forward", ["penalty_backward has no penalty_forward"]),
+    ("def penalty_forward", "penalty_forward = None\n\n\ndef other_forward",
+     ["penalty_backward has no penalty_forward"]),
     ("def relu_backward", "def my_relu_backward", ["my_relu"]),
 ]
 
