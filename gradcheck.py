@@ -33,6 +33,7 @@ import difflib
 import inspect
 import itertools
 import linecache
+import signal
 import sys
 import time
 import traceback
@@ -152,8 +153,14 @@ def cases_of(module, name):
                 for case in CASES.get(name, [])]
 
     def made(rng):
-        cases = own(rng)
-        return cases if isinstance(cases, list) else [cases]
+        try:
+            cases = own(rng)
+            cases = cases if isinstance(cases, list) else [cases]
+            assert cases and all(isinstance(case, dict) for case in cases)
+        except Exception as error:
+            raise Failure(f"GRADCHECK[{name!r}] should be a function of rng that returns the inputs by name, in a dict",
+                          [f"it raises {type(error).__name__}: {error}"] if str(error) else []) from error
+        return cases
     return [lambda rng, k=k: made(rng)[k] for k in range(len(made(np.random.default_rng(0))))]
 
 
@@ -174,6 +181,9 @@ def check_once(module, name, case, rng):
     """check_operation on given inputs; raises Kink where there is no slope."""
     forward, backward = getattr(module, name + "_forward"), getattr(module, name + "_backward")
     args = list(case.values())
+    for k, v in case.items():
+        if isinstance(v, np.ndarray) and v.dtype.kind == "f":
+            sound(v, np.float64, f"{name}, the case's input {k}")
     before = copy.deepcopy(args)
     out, cache = call(forward, args, 2)
     outs = out if isinstance(out, tuple) else (out,)
@@ -189,6 +199,8 @@ def check_once(module, name, case, rng):
         raise Failure(f"{name}_backward: a second call with the same cache gives another result", [])
 
     wanted = [k for k, a in case.items() if k not in DATA and floats(a)]
+    if grads is None:
+        raise Failure(f"{name}_backward returns None: is its return missing?", [])
     grads = grads if isinstance(grads, tuple) else (grads,)
     if len(grads) != len(wanted):
         expected = f"expected {len(wanted)}: {', '.join(wanted)}"
@@ -421,8 +433,8 @@ def check_model_once(module, cfg, rng):
     if not same((loss, grads), module.loss_and_grads(params, batch, cfg)):
         raise Failure("a second call gives another result", [])
     if set(grads) != set(params):
-        odd = sorted(set(grads) ^ set(params))
-        raise Failure(f"gradients without parameter or parameters without gradient: {odd}", [])
+        missing, odd = sorted(set(params) - set(grads)), sorted(set(grads) - set(params))
+        raise Failure(f"no gradient for {missing}" if missing else f"gradients {odd} belong to no parameter", [])
 
     def f():
         return float(module.loss_and_grads(params, batch, cfg)[0])
@@ -663,13 +675,17 @@ def check_file(path):
         print(f"  FAIL  it does not run: {type(error).__name__}: {error}")
         return 0, 1
     names, passed, failed, called = operations(module), 0, [], set()
+    for name in set(getattr(module, "GRADCHECK", {})) - set(names):
+        failed.append(name)
+        print(f"  FAIL  GRADCHECK[{name!r}]: there is no {name}_backward")
     if not names:
-        failed.append("no op_backward in it: nothing to check")
+        failed.append("nothing")
+        print("  FAIL  no op_backward in it: nothing to check")
     modelled = []
     for name in names:
-        cases, worst = cases_of(module, name), 0.0
-        forward = getattr(module, name + "_forward", None)
+        worst, forward = 0.0, getattr(module, name + "_forward", None)
         try:
+            cases = cases_of(module, name)
             if forward is None:
                 raise Failure(f"{name}_backward has no {name}_forward", [])
             if not cases and "cfg" in inspect.signature(forward).parameters:
@@ -692,8 +708,8 @@ def check_file(path):
             print(f"  ok    {name:24s} {len(cases)} case(s), worst relative error {worst:.0e}")
     missing = [n for n in ("Config", "init_params", "make_batch", "loss_and_grads") if not hasattr(module, n)]
     if missing:
-        print(f"  not checked end to end: the file has no {', '.join(missing)} (yet)")
-        failed += modelled
+        print("  not checked" + "".join(f" {name}," for name in modelled) + " end to end: the file has no "
+              + ", ".join(missing) + " (yet)")
         return passed, len(failed)
     for name in modelled:
         setattr(module, name + "_backward", watched(getattr(module, name + "_backward"), called))
@@ -753,4 +769,9 @@ def main():
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    main()
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)   # `| head` ends the program quietly
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -91,6 +91,7 @@ class Config:
             require(0 <= getattr(self, name) < math.inf, "--" + name, "0 or more", getattr(self, name))
         for name in ("lr", "temperature"):
             require(0 < getattr(self, name) < math.inf, "--" + name, "a number above 0", getattr(self, name))
+        require(not self.data or self.task == "text", "--data", "--task text with it", self.task)
         self.length = self.length or {"reverse": 6, "add": 50, "text": 64}.get(self.task, 14)
 
 
@@ -826,7 +827,7 @@ def run(main):
         libc.mallopt(-3, 1 << 30), libc.mallopt(-1, -1)
     try:
         main(read_flags())
-    except (InputError, FloatingPointError) as error:
+    except (InputError, FloatingPointError, MemoryError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:

@@ -97,6 +97,7 @@ class Config:
         for name in ("l1", "l2", "decay", "warmup", "seed"):
             require(0 <= getattr(self, name) < math.inf, "--" + name, "0 or more", getattr(self, name))
         require(0 < self.lr < math.inf, "--lr", "a number above 0", self.lr)
+        require(not self.data or self.task in ("names", "mnist"), "--data", "--task names or mnist with it", self.task)
         require((self.task, self.loss) != ("gates", "softmax"), "--loss", "binary or mse for yes or no", self.loss)
         joined = self.group ** (self.hidden.count(",") + 2)
         require(self.group == 0 or self.group > 1 and joined % self.context == 0, "--group",
@@ -174,6 +175,9 @@ def silu_backward(dout, cache):
     """dx = dout (s + x s (1 - s)), the product rule."""
     x, s = cache
     return dout * (s + x * s * (1 - s))
+
+
+GELU_C = (2 / math.pi) ** 0.5
 
 
 def gelu_forward(x):
@@ -268,7 +272,6 @@ def penalty_backward(dout, cache):
     return dout * (l1 * np.sign(W) + l2 * W)
 
 
-GELU_C = (2 / math.pi) ** 0.5
 ACTIVATIONS = {"relu": (relu_forward, relu_backward), "sigmoid": (sigmoid_forward, sigmoid_backward),
                "tanh": (tanh_forward, tanh_backward), "gelu": (gelu_forward, gelu_backward),
                "silu": (silu_forward, silu_backward)}
@@ -797,7 +800,7 @@ def run(main):
         libc.mallopt(-3, 1 << 30), libc.mallopt(-1, -1)
     try:
         main(read_flags())
-    except (InputError, FloatingPointError) as error:
+    except (InputError, FloatingPointError, MemoryError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:

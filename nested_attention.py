@@ -942,7 +942,7 @@ def run(main):
         libc.mallopt(-3, 1 << 30), libc.mallopt(-1, -1)
     try:
         main(read_flags())
-    except (InputError, FloatingPointError) as error:
+    except (InputError, FloatingPointError, MemoryError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:

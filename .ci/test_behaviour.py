@@ -45,6 +45,11 @@ def test_wrong_flag(name, flags, words):
     is_refused(lesson(name, *flags), name, *words)
 
 
+@pytest.mark.parametrize("name", ["perceptron.py", "mlp.py", "lstm.py"])
+def test_data_without_a_task_that_reads_it(name):
+    is_refused(lesson(name, "--data", "nowhere"), name, "--data", "--task")
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--hidden", "0"], ["--hidden", "above 0", "'0'"]),
     (["--hidden", "8,,8"], ["--hidden", "8,,8"]),

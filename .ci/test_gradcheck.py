@@ -36,7 +36,7 @@ BUGS = [    # in mlp.py: the right code, the wrong code, what the report must sa
     ("            dout = act_backward(dout, act_cache)\n", "            pass\n",
      ["mlp.py, mlp_backward: dout = act_backward"]),
     ('        grads["E"] = embedding_backward(dout, ids_cache)', "        pass",
-     ["parameters without gradient: ['E']"]),
+     ["no gradient for ['E']"]),
     ("return dout @ W.T, x.T", "return dout @ w.T, x.T", ["NameError", "line "]),
     ("dz = np.exp(log_p)\n", "dz = np.exp(log_p).astype(np.float32)\n", ["is float32, expected float64"]),
     ("x.T @ dout, dout.sum(axis=0)", "x.T @ dout", ["returns 2 gradient(s), expected 3: x, W, b"]),
