@@ -82,7 +82,7 @@ class Config:
 
 PRESETS = {     # what a task changes above, unless a flag says otherwise
     "names": dict(lr=50.0, steps=3000, batch=2000),
-    "digits": dict(lr=0.05, steps=10000, batch=100),
+    "digits": dict(lr=0.1, steps=10000, batch=100),
 }
 
 
