@@ -498,7 +498,7 @@ def make_batch(cfg, rng, dtype=np.float32, step=None):
         says = (t >= n) & (t < 2 * n)
         answer = symbols[np.clip(2 * n - 1 - t, 0, T - 1), np.arange(N)]
         return x, (t < 2 * n)[:, :, None], np.flatnonzero(says), answer[says]
-    ids = load_text(cfg.data)["train"]
+    ids = load_text(cfg.data, cfg.load)["train"]
     stream, width = len(ids) // N, min(T, len(ids) // N - 1)
     start = rng.integers(0, stream - width, N) if step is None else (step - 1) * width % (stream - width)
     at = np.arange(width + 1)[:, None] + np.arange(N) * stream + start      # N readers, each in its part of the text
@@ -506,11 +506,14 @@ def make_batch(cfg, rng, dtype=np.float32, step=None):
 
 
 @functools.lru_cache
-def load_text(path):
-    """A text as numbers -> {"chars": ..., "train": its first nine tenths, "validation": the last tenth}."""
+def load_text(path, checkpoint=""):
+    """A text as numbers -> {"chars": ..., "train": its first nine tenths, "validation": the last tenth}. The numbers
+    stand for the text's own characters or, with a checkpoint, for those that it was trained on."""
     text = read_text(path) if path else RHYME
     require(len(text) >= 1000, f"--data {path}", "1000 characters or more", len(text))
-    chars = "".join(sorted(set(text)))
+    chars = read_checkpoint(checkpoint)[0].get("chars", "") if checkpoint else "".join(sorted(set(text)))
+    strange = "".join(sorted(set(text) - set(chars)))
+    require(not strange, f"--load {checkpoint}", "a text of the characters it was trained on", strange[:10])
     index = {c: i for i, c in enumerate(chars)}
     ids, cut = np.array([index[c] for c in text]), len(text) * 9 // 10
     return {"chars": chars, "train": ids[:cut], "validation": ids[cut:]}
@@ -518,7 +521,7 @@ def load_text(path):
 
 def vocabulary_size(cfg):
     """Number of symbols."""
-    return len(load_text(cfg.data)["chars"]) if cfg.task == "text" else 10
+    return len(load_text(cfg.data, cfg.load)["chars"]) if cfg.task == "text" else 10
 
 
 def read_text(path):
@@ -555,14 +558,25 @@ def train_cells(cfg, rng, quiet=False, params=None):
     """Train new parameters, or those given -> params, progress. Text is read on and on: states are carried from window
     to window, gradients are not."""
     params, state, first, carried = params or init_params(cfg, rng), {}, 0, None
+    about = dict(task=cfg.task, cell=cfg.cell)
     if cfg.task == "text":
         carried = zero_states(cfg, cfg.batch)
         window = make_batch(cfg, rng, step=1)[0].shape[0]
-        require(window >= 2, "--batch", f"at most {len(load_text(cfg.data)['train']) // 3} for this text", cfg.batch)
+        text = load_text(cfg.data, cfg.load)
+        require(window >= 2, "--batch", f"at most {len(text['train']) // 3} for this text", cfg.batch)
+        about["chars"] = text["chars"]
+
+    def parts():
+        held = {f"{k} {j}": s for k, layer in enumerate(carried or ()) for j, s in enumerate(layer)}
+        return {"params": params, "adam": state, "carried": held}
     if cfg.load:
-        first = load_checkpoint(cfg, params, state, carried, rng)
+        read = parts()
+        first = load_checkpoint(cfg.load, rng, about, read)
+        kept = [tuple(read["carried"][f"{k} {j}"] for j in range(len(layer))) for k, layer in enumerate(carried or ())]
+        if kept and kept[0][0].shape == carried[0][0].shape:                # else --batch is another: begin with zeros
+            carried = kept
     if cfg.save:
-        save_checkpoint(cfg, params, state, carried, rng, first)            # now, to find out whether it can be written
+        save_checkpoint(cfg.save, first, rng, about, parts())               # now, to find out whether it can be written
     progress, clipped = Progress(cfg.steps, first + 1, quiet), 0
     for step in progress:
         loss, grads = loss_and_grads(params, make_batch(cfg, rng, step=step), cfg, carried)
@@ -570,60 +584,54 @@ def train_cells(cfg, rng, quiet=False, params=None):
         adamw_update(params, grads, state, learning_rate(step, cfg), cfg.decay)
         progress.report(loss, lambda: f"  validation {validation_loss(params, cfg):.4f}" if cfg.task == "text" else "")
         if cfg.save and (step % 1000 == 0 or step == cfg.steps or progress.stopped):
-            save_checkpoint(cfg, params, state, carried, rng, step)
+            save_checkpoint(cfg.save, step, rng, about, parts())
     if clipped and not quiet:
         print(f"the gradient was clipped to norm {cfg.clip} in {clipped} of {len(progress.losses)} steps")
     return params, progress
 
 
-def save_checkpoint(cfg, params, state, carried, rng, step):
-    """Everything that a training needs to go on, in an .npz file that is either whole or not there."""
-    arrays = {"p " + name: p for name, p in params.items()}
-    arrays.update({"s " + name: np.asarray(s) for name, s in state.items()})
-    arrays.update({f"h {k} {j}": s for k, layer in enumerate(carried or ()) for j, s in enumerate(layer)})
-    about = dict(task=cfg.task, cell=cfg.cell, step=step, rng=rng.bit_generator.state,
-                 chars=load_text(cfg.data)["chars"] if cfg.task == "text" else "")
-    arrays["about"] = np.array(json.dumps(about))
+def save_checkpoint(path, step, rng, about, parts):
+    """Everything that a training needs to go on, in an .npz file that is either whole or not there. about: what has to
+    be the same when it goes on; parts: {"params": dict of arrays, ...}, dicts of arrays and numbers."""
+    arrays = {f"{part} {name}": a for part, named in parts.items() for name, a in named.items()}
+    arrays["about"] = np.array(json.dumps({**about, "step": step, "rng": rng.bit_generator.state}))
     try:
-        with open(cfg.save + ".tmp", "wb") as file:
+        with open(path + ".tmp", "wb") as file:
             np.savez(file, **arrays)
-        os.replace(cfg.save + ".tmp", cfg.save)
+        os.replace(path + ".tmp", path)
     except OSError as error:
-        raise InputError(f"--save {cfg.save}: expected a place to write to, found: {error.strerror}") from None
+        raise InputError(f"--save {path}: expected a place to write to, found: {error.strerror}") from None
 
 
-def load_checkpoint(cfg, params, state, carried, rng):
-    """Fill params, state, carried and rng from --load -> the number of steps done."""
+def read_checkpoint(path):
+    """A file of save_checkpoint -> about, arrays by name."""
     try:
-        with open(cfg.load, "rb") as file, np.load(file, allow_pickle=False) as saved:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
             arrays = dict(saved)
-        about = json.loads(str(arrays.pop("about")))
+        return json.loads(str(arrays.pop("about"))), arrays
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"--load {cfg.load}: expected a file that --save wrote, found: {error}") from None
-    for name in ("task", "cell"):
-        require(about[name] == getattr(cfg, name), f"--load {cfg.load}", f"--{name} {getattr(cfg, name)}", about[name])
-    if cfg.task == "text":
-        chars = load_text(cfg.data)["chars"]
-        strange = sorted(set(chars) - set(about["chars"]))
-        require(not strange, f"--load {cfg.load}", "a text of the characters it was trained on", "".join(strange[:10]))
-        require(chars == about["chars"], f"--load {cfg.load}", "a text with all its characters", chars)
-    shapes = {"p " + name: p.shape for name, p in params.items()}
-    found = {name: a.shape for name, a in arrays.items() if name[0] == "p"}
-    wrong = sorted(name for name in shapes | found if shapes.get(name) != found.get(name))
-    for name in wrong:
-        raise InputError(f"--load {cfg.load}: expected {name[2:]} {shapes.get(name)}, found {found.get(name)}")
-    params.update({name[2:]: a for name, a in arrays.items() if name[0] == "p"})
-    state.update({name[2:]: a if a.ndim else int(a) for name, a in arrays.items() if name[0] == "s"})
-    kept = {tuple(map(int, name.split()[1:])): a for name, a in arrays.items() if name[0] == "h"}
-    if carried and all(kept[0, 0].shape == layer[0].shape for layer in carried):
-        carried[:] = [tuple(kept[k, j] for j in range(len(layer))) for k, layer in enumerate(carried)]
-    rng.bit_generator.state = about["rng"]
-    return about["step"]
+        raise InputError(f"--load {path}: expected a file that --save wrote, found: {error}") from None
+
+
+def load_checkpoint(path, rng, about, parts):
+    """Fill rng and parts from a file of save_checkpoint; what it is about must be the same -> number of steps done."""
+    found, arrays = read_checkpoint(path)
+    for name, value in about.items():
+        require(found.get(name) == value, f"--load {path}", f"{name} {value}", found.get(name))
+    for part, named in parts.items():
+        held = {name[len(part) + 1:]: a if a.ndim else a.item() for name, a in arrays.items()
+                if name.startswith(part + " ")}
+        for name in sorted(named.keys() | held.keys()) if part == "params" else ():
+            shape, other = np.shape(named.get(name)), np.shape(held.get(name))
+            require(name in named and name in held and shape == other, f"--load {path}", f"{name} {shape}", other)
+        named.update(held)
+    rng.bit_generator.state = found["rng"]
+    return found["step"]
 
 
 def validation_loss(params, cfg):
     """Cross-entropy on the last tenth of the text, nats a letter, read by several readers with their states carried."""
-    ids = load_text(cfg.data)["validation"]
+    ids = load_text(cfg.data, cfg.load)["validation"]
     N = max(1, min(20, len(ids) // 200))
     stream = len(ids) // N
     parts, states, total, count = ids[:N * stream].reshape(N, stream).T, zero_states(cfg, N), 0.0, 0
@@ -739,7 +747,7 @@ def learn_reverse(cfg, rng):
 
 def learn_text(cfg, rng):
     """The next letter of a text."""
-    data = load_text(cfg.data)
+    data = load_text(cfg.data, cfg.load)
     V = len(data["chars"])
     text = f"Text, {len(data['train'])} letters of {V} kinds, windows of {cfg.length}"
     announce_cells(cfg, text, f"loss {math.log(V):.3f}")
@@ -837,8 +845,8 @@ class Progress:
     """for step in progress: ... progress.report(loss).   Prints about ten lines with the time left. Ctrl-C ends the
     loop after the step at hand, a second one quits. A loss that is not finite raises FloatingPointError."""
 
-    def __init__(self, steps, first=1, quiet=False):
-        self.steps, self.first, self.quiet = steps, first, quiet
+    def __init__(self, steps, first=1, quiet=False, lines=10):
+        self.steps, self.first, self.quiet, self.lines = steps, first, quiet, lines
         self.step, self.losses, self.printed, self.stopped = first - 1, [], 0, False
         self.start, self.seconds = time.perf_counter(), 0.0
 
@@ -865,7 +873,7 @@ class Progress:
             raise FloatingPointError(f"the loss is {loss} at step {self.step}: training diverged; try a smaller --lr")
         self.losses.append(float(loss))
         self.seconds = time.perf_counter() - self.start
-        if not self.quiet and (self.step % -(-self.steps // 10) == 0 or self.step == self.steps):
+        if not self.quiet and (self.step % -(-self.steps // self.lines) == 0 or self.step == self.steps):
             recent = self.losses[self.printed:]
             self.printed = len(self.losses)
             left = self.seconds / len(self.losses) * (self.steps - self.step)

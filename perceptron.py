@@ -507,8 +507,8 @@ class Progress:
     """for step in progress: ... progress.report(loss).   Prints about ten lines with the time left. Ctrl-C ends the
     loop after the step at hand, a second one quits. A loss that is not finite raises FloatingPointError."""
 
-    def __init__(self, steps, first=1, quiet=False):
-        self.steps, self.first, self.quiet = steps, first, quiet
+    def __init__(self, steps, first=1, quiet=False, lines=10):
+        self.steps, self.first, self.quiet, self.lines = steps, first, quiet, lines
         self.step, self.losses, self.printed, self.stopped = first - 1, [], 0, False
         self.start, self.seconds = time.perf_counter(), 0.0
 
@@ -535,7 +535,7 @@ class Progress:
             raise FloatingPointError(f"the loss is {loss} at step {self.step}: training diverged; try a smaller --lr")
         self.losses.append(float(loss))
         self.seconds = time.perf_counter() - self.start
-        if not self.quiet and (self.step % -(-self.steps // 10) == 0 or self.step == self.steps):
+        if not self.quiet and (self.step % -(-self.steps // self.lines) == 0 or self.step == self.steps):
             recent = self.losses[self.printed:]
             self.printed = len(self.losses)
             left = self.seconds / len(self.losses) * (self.steps - self.step)
