@@ -80,7 +80,7 @@ class Failure(Exception):
 
 # ---- how to call the operations: one case or more, by name -----------------------------------------------------------
 
-DATA = {"targets", "running", "mask", "features"}   # inputs by these names get no gradient
+DATA = {"targets", "running", "mask", "memory_mask", "features"}   # inputs by these names get no gradient
 
 
 def normal(*shape):
@@ -101,6 +101,30 @@ def gates(T, B, *names):
 def padding(rng):
     """A case's input: which of 5 steps of 3 sequences count; one sequence counts as a whole, one hardly."""
     return np.arange(5)[:, None, None] < np.array([5, 1, 3])[:, None]
+
+
+def weights(D, K=0, norm=""):
+    """A case's input: the parameters of an attention of width D or, with K, of a feed-forward net; and of a norm."""
+    shapes = dict(W1=(D, K), b1=K, W2=(K // (2 if "swiglu" in norm else 1), D), b2=D) if K else dict(
+        Wqkv=(D, 3 * D), bqkv=3 * D, Wo=(D, D), bo=D)
+    shapes.update({"layer": dict(gamma=D, beta=D), "rms": dict(gamma=D)}.get(norm.split()[0] if norm else "", {}))
+    return lambda rng: {name: 0.5 * rng.standard_normal(shape) for name, shape in shapes.items()}
+
+
+def block_weights(D, K, norm, *names):
+    """A case's input: the parameters of a block: attn, cross if it is among the names, feed."""
+    return lambda rng: {f"{name}.{key}": value for name in ("attn", *names, "feed")
+                        for key, value in weights(D, K * (name == "feed"), norm)(rng).items()}
+
+
+def future(rng):
+    """A case's input: the mask of 5 positions, the last of 7, which must not look ahead."""
+    return np.where(np.arange(7) > np.arange(2, 7)[:, None], -1e9, 0.0)
+
+
+def ended(rng):
+    """A case's input: the mask of 2 sequences of 7 of which one ends after 3."""
+    return np.where(np.arange(7) < np.array([3, 7])[:, None, None, None], 0.0, -1e9)
 
 
 CASES = {   # by name: a list of cases; a case: its inputs in forward's order, functions of rng or fixed values
@@ -142,6 +166,29 @@ CASES = {   # by name: a list of cases; a case: its inputs in forward's order, f
     "unit": [dict(x=normal(3, 4))],
     "gate": [dict(features=normal(3, 4, 2), c=normal(2))],
     "scale": [dict(x=normal(3, 4), s=normal(1))],
+    "layernorm": [dict(x=normal(3, 4), gamma=normal(4), beta=normal(4))],
+    "rmsnorm": [dict(x=normal(3, 4), gamma=normal(4))],
+    "dropout": [dict(x=normal(3, 4), keep=lambda rng: np.arange(12).reshape(3, 4) % 3 > 0, rate=0.25)],
+    "rotary": [dict(x=normal(2, 5, 3, 4), turn=lambda rng: tuple(rng.standard_normal((2, 5, 1, 2))))],
+    "attention": [dict(q=normal(2, 5, 3, 4), k=normal(2, 7, 3, 4), v=normal(2, 7, 3, 4), mask=mask)
+                  for mask in (None, future, ended)],
+    "multihead": [dict(x=normal(14, 6), p=weights(6), heads=3, B=2, mask=ended),
+                  dict(x=normal(14, 6), p=weights(6), heads=3, B=2, mask=None, memory=None,
+                       turn=lambda rng: tuple(rng.standard_normal((2, 7, 1, 1)))),
+                  dict(x=normal(10, 6), p=weights(6), heads=3, B=2, mask=future, memory=normal(14, 6))],
+    "swiglu": [dict(x=normal(3, 8))],
+    "feed": [dict(x=normal(3, 4), p=weights(4, 6, "swiglu" * (feed == "swiglu")), feed=feed)
+             for feed in ("gelu", "relu", "swiglu")],
+    "block": [dict(x=normal(10, 4), p=block_weights(4, 6, f"{norm} {feed}", *["cross"] * memory), heads=2, B=2,
+                   mask=None, memory=normal(14, 4) if memory else None, memory_mask=ended if memory else None,
+                   turn=None, keep=None if rate == 0 else lambda rng, n=2 + memory: rng.random((n, 10, 4)) > 0.3,
+                   rate=rate, norm=norm, feed=feed, order=order)
+              for memory, norm, feed, order, rate in (
+                  (True, "layer", "gelu", "pre", 0.3), (True, "rms", "swiglu", "post", 0.0),
+                  (False, "layer", "relu", "post", 0.3), (False, "rms", "gelu", "pre", 0.0))],
+    "lookup": [dict(ids=integers(5, 3, 4), E=normal(5, 2)), dict(ids=integers(50, 3, 4), E=normal(50, 2))],
+    "project": [dict(x=normal(3, 4), E=normal(5, 4))],
+    "smoothed_cross_entropy": [dict(z=normal(3, 4), targets=integers(4, 3), smoothing=s) for s in (0.0, 0.3)],
 }
 
 
@@ -374,11 +421,13 @@ def source_line(module, name, position, args):
 
 # ---- a whole model, end to end ---------------------------------------------------------------------------------------
 
-SMALL = {"hidden": ("5,4", 4), "batch": 5, "context": 4, "embed": 3, "keys": 3, "values": 4, "width": 2, "length": 7,
-         "periods": "1,2,3", "home": 3, "away": 2}      # quick to check, if a Config has a field of this name and type
+SMALL = {"hidden": ("5,4", 4), "batch": 5, "context": 4, "embed": 3, "keys": 3, "values": 4, "width": 8, "length": 7,
+         "periods": "1,2,3", "home": 3, "away": 2, "heads": 2, "inner": 6}
+# (quick to check, if a Config has a field of this name and type)
 NUMBERS = {"l1": (0.0, 0.02), "l2": (0.0, 0.03), "group": (0, 2), "mu": (0.0, 0.6), "beta1": (0.0, 0.6),
-           "layers": (1, 2)}                            # numbers that switch something on
-TRAINING = {"optimizer", "schedule", "experiment"}                          # fields that no gradient depends on
+           "layers": (1, 2), "dropout": (0.0, 0.4), "smoothing": (0.0, 0.2), "patch": (0, 14)}
+# (numbers that switch something on)
+TRAINING = {"optimizer", "schedule", "experiment", "model", "tokens", "lower"}      # fields that no gradient depends on
 
 
 def variants(Config):

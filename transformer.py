@@ -1,0 +1,1437 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["numpy"]
+# ///
+"""transformer.py: every token looks at every other one.
+
+TODO
+
+Run
+    python transformer.py
+
+Break it
+    todo
+
+Papers: Vaswani et al. 2017
+"""
+import argparse
+import collections
+import contextlib
+import ctypes
+import functools
+import gzip
+import heapq
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+import zipfile
+import zlib
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+
+
+@dataclass
+class Config:
+    """Hyperparameters. Edit a line, or pass its name as a flag: --lr 0.1"""
+    task: Literal["demo", "sort", "reverse", "pairs", "text", "letters", "mnist"] = "demo"  # what to learn
+    model: Literal["auto", "gpt", "seq2seq", "encoder"] = "auto"  # auto: the one that the task is for
+    layers: int = 2         # blocks of the encoder, and of the decoder
+    heads: int = 4          # attentions side by side, each on its share of the width
+    width: int = 64         # numbers that stand for a token
+    inner: int = 0          # width inside the feed-forward net; 0: four times the width
+    norm: Literal["layer", "rms"] = "layer"  # normalisation of a token
+    order: Literal["pre", "post"] = "pre"  # normalise what enters a sublayer, or what leaves it
+    feed: Literal["gelu", "relu", "swiglu"] = "gelu"  # nonlinearity of the feed-forward net
+    position: Literal["learned", "sinusoidal", "rotary", "alibi"] = "learned"  # how a token knows its place
+    tie: bool = True        # one embedding for source, target and output
+    context: int = 64       # most tokens of a sequence
+    dropout: float = 0.0    # share of numbers set to 0 in training
+    smoothing: float = 0.0  # share of the target's probability that is spread over all symbols
+    clip: float = 1.0       # largest norm of the gradient; 0: any
+    lr: float = 0.002       # learning rate at its height
+    decay: float = 0.01     # share of every matrix that is taken off, times lr
+    schedule: Literal["constant", "step", "cosine"] = "cosine"  # course of the learning rate
+    warmup: int = 100       # steps in which it rises from 0
+    steps: int = 1000       # updates
+    batch: int = 32         # sequences an update
+    length: int = 8         # sort, reverse: most digits
+    masked: float = 0.2     # letters: share of the letters to be filled in
+    patch: int = 0          # mnist: tokens are patches of this width; 0: rows
+    tokens: Literal["chars", "bpe"] = "chars"  # characters, or pieces of words (byte-pair encoding)
+    merges: int = 4000      # bpe: number of pieces that are learned
+    lower: bool = False     # pairs: capital letters become small ones
+    beam: int = 4           # pairs: hypotheses kept in the search; 1 is greedy
+    penalty: float = 0.6    # pairs: how much the search favours long outputs
+    temperature: float = 0.8  # text: of the samples; small is careful, large is wild
+    top_k: int = 0          # text: samples come from the k likeliest tokens only; 0: all
+    prompt: str = ""        # text: how the sample begins
+    sample: int = 400       # text: tokens of the sample
+    data: str = ""          # text, letters: a UTF-8 text; pairs: lines of source TAB target; mnist: its folder
+    validation: str = ""    # pairs: more lines, to choose by (none: a tenth of the data, before the last)
+    test: str = ""          # pairs: more lines, to report (none: the last tenth of the data)
+    save: str = ""          # file (.npz) to keep parameters and state of the training in
+    load: str = ""          # such a file to go on from
+    seed: int = 0           # of every random draw
+
+    def __post_init__(self):
+        models = {"sort": "seq2seq", "reverse": "seq2seq", "pairs": "seq2seq", "demo": "gpt", "text": "gpt",
+                  "letters": "encoder", "mnist": "encoder"}
+        require(self.model in ("auto", models[self.task]), f"--model {self.model}", "a task for it", self.task)
+        self.model = models[self.task]
+        for name in ("steps", "batch", "layers", "heads", "width", "length", "beam", "sample"):
+            require(getattr(self, name) >= 1, "--" + name, "1 or more", getattr(self, name))
+        for name in ("inner", "clip", "decay", "warmup", "merges", "penalty", "top_k", "seed"):
+            require(0 <= getattr(self, name) < math.inf, "--" + name, "0 or more", getattr(self, name))
+        for name in ("lr", "temperature"):
+            require(0 < getattr(self, name) < math.inf, "--" + name, "a number above 0", getattr(self, name))
+        for name in ("dropout", "smoothing"):
+            require(0 <= getattr(self, name) < 1, "--" + name, "a number from 0 to below 1", getattr(self, name))
+        require(0 < self.masked < 1, "--masked", "a number between 0 and 1", self.masked)
+        require(self.width % self.heads == 0, "--width", f"a multiple of --heads {self.heads}", self.width)
+        require(self.position != "rotary" or self.width // self.heads % 2 == 0, "--position",
+                "an even width a head for rotary", f"{self.width} / {self.heads}")
+        require(self.context >= 2, "--context", "2 or more", self.context)
+        require(not self.data or self.task not in ("demo", "sort", "reverse"), "--data",
+                "--task text, letters, pairs or mnist with it", self.task)
+        self.inner = self.inner or 4 * self.width
+        require(self.feed != "swiglu" or self.inner % 2 == 0, "--inner", "an even number for swiglu", self.inner)
+
+
+PRESETS = {     # what a task changes above, unless a flag says otherwise
+    "text": dict(layers=2, steps=300, batch=16),
+    "text --data": dict(layers=4, width=128, steps=2000, batch=12),
+}
+
+
+# ---- layers: B sequences, T tokens (S of what is looked at), N = B T rows, D width, H heads, V symbols ---------------
+
+def linear_forward(x, W, b):
+    """y = x W + b.   x (N, D), W (D, K), b (K,) -> y (N, K)."""
+    return x @ W + b, (x, W)
+
+
+def linear_backward(dout, cache):
+    """dx = dout W^T, dW = x^T dout, db = sum_n dout.   dout (N, K) -> dx (N, D), dW (D, K), db (K,)."""
+    x, W = cache
+    return dout @ W.T, x.T @ dout, dout.sum(axis=0)     # b was broadcast over N, so sum over N
+
+
+def layernorm_forward(x, gamma, beta, eps=1e-5):
+    """y = gamma xhat + beta, xhat = (x - mean) / sqrt(var + eps) of each row.   x, y (N, D), gamma, beta (D,)."""
+    average = np.full(x.shape[1], 1 / x.shape[1], x.dtype)      # means of rows as products: the fastest way
+    xhat = x - (x @ average)[:, None]
+    inv_std = (((xhat * xhat) @ average + eps) ** -0.5)[:, None]
+    xhat *= inv_std
+    y = xhat * gamma
+    y += beta
+    return y, (xhat, gamma, inv_std)
+
+
+def layernorm_backward(dout, cache):
+    """dgamma = sum_n dout xhat, dbeta = sum_n dout; with g = gamma dout and means over each row,
+    dx = (g - mean(g) - xhat mean(g xhat)) / std: g without its part along 1 and along xhat.   -> dx, dgamma, dbeta."""
+    xhat, gamma, inv_std = cache
+    by_xhat, share = dout * xhat, gamma / len(gamma)
+    dx = dout * gamma
+    dx -= (dout @ share)[:, None]
+    dx -= xhat * (by_xhat @ share)[:, None]
+    dx *= inv_std
+    return dx, by_xhat.sum(axis=0), dout.sum(axis=0)
+
+
+def rmsnorm_forward(x, gamma, eps=1e-5):
+    """y = gamma xhat, xhat = x / sqrt(mean(x^2) + eps) of each row: no mean, no beta (Zhang 2019).   x (N, D)."""
+    average = np.full(x.shape[1], 1 / x.shape[1], x.dtype)
+    inv_rms = (((x * x) @ average + eps) ** -0.5)[:, None]
+    xhat = x * inv_rms
+    return xhat * gamma, (xhat, gamma, inv_rms)
+
+
+def rmsnorm_backward(dout, cache):
+    """dgamma = sum_n dout xhat; with g = gamma dout, dx = (g - xhat mean(g xhat)) / rms.   -> dx, dgamma."""
+    xhat, gamma, inv_rms = cache
+    by_xhat = dout * xhat
+    dx = dout * gamma
+    dx -= xhat * (by_xhat @ (gamma / len(gamma)))[:, None]
+    dx *= inv_rms
+    return dx, by_xhat.sum(axis=0)
+
+
+def dropout_forward(x, keep, rate):
+    """Every entry is 0 with probability rate, the others grow to make up for it; keep (N, D) comes with the batch."""
+    y = x * keep
+    y *= 1 / (1 - rate)
+    return y, (keep, rate)
+
+
+def dropout_backward(dout, cache):
+    """dx = dout where x was kept, grown alike."""
+    keep, rate = cache
+    dx = dout * keep
+    dx *= 1 / (1 - rate)
+    return dx
+
+
+def rotary_forward(x, turn):
+    """Turn every pair (x_j, x_{j + d/2}) by an angle that grows with the position: q_t k_s then depends on t - s only
+    (Su 2021).   x (B, T, H, d), turn: cos and sin of the angles, each (T, 1, d/2) -> (B, T, H, d)."""
+    (cos, sin), (a, b) = turn, np.split(x, 2, axis=3)
+    return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=3), turn
+
+
+def rotary_backward(dout, cache):
+    """The same turn, backwards."""
+    (cos, sin), (a, b) = cache, np.split(dout, 2, axis=3)
+    return np.concatenate([a * cos + b * sin, b * cos - a * sin], axis=3)
+
+
+def attention_forward(q, k, v, mask=None):
+    """out = p v, p = softmax(q k^T / sqrt(d) + mask): of every position t, an average of v over the positions s.
+    q (B, T, H, d), k, v (B, S, H, d), mask 0 where to look, -1e9 where not, fit for (B, H, T, S) -> (B, T, H, d)."""
+    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))             # heads before time: a product for each head
+    p = (q * q.shape[3] ** -0.5) @ k.swapaxes(2, 3)             # (B, H, T, S), and no second array of this size
+    if mask is not None:
+        p += mask
+    p -= p.max(axis=3, keepdims=True)
+    np.exp(p, out=p)
+    p *= 1 / p.sum(axis=3, keepdims=True)
+    out = np.empty_like(q, order="C", shape=(len(q), q.shape[2], q.shape[1], v.shape[3]))
+    np.matmul(p, v, out=out.swapaxes(1, 2))
+    return out, (q, k, v, p, out)
+
+
+def attention_backward(dout, cache):
+    """dv = p^T dout, dp = dout v^T. Softmax: ds = p (dp - sum_s p dp), where sum_s p dp = dout . out, since out = p v.
+    Scores: dq = ds k / sqrt(d), dk = ds^T q / sqrt(d).   dout (B, T, H, d) -> dq, dk, dv."""
+    q, k, v, p, out = cache
+    along = (dout * out).sum(axis=3).swapaxes(1, 2)[:, :, :, None]
+    dout = dout.swapaxes(1, 2)
+    ds = dout @ v.swapaxes(2, 3)
+    ds -= along
+    ds *= p
+    scale = q.shape[3] ** -0.5
+    dq, dk, dv = ds @ k * scale, ds.swapaxes(2, 3) @ q * scale, p.swapaxes(2, 3) @ dout
+    return dq.swapaxes(1, 2), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
+
+
+def multihead_forward(x, p, heads, B, mask=None, memory=None, turn=None, past=None):
+    """Attention of x to itself, or to memory if there is one, by several heads, each on its share of the width.
+    x (B T, D), memory (B S, D), p: Wqkv (D, 3 D), bqkv (3 D,), Wo (D, D), bo (D,) -> (B T, D).
+    In generation, past keeps the keys and values of the tokens so far; x is then only what is new."""
+    D, W, b = x.shape[1], p["Wqkv"], p["bqkv"]
+    shape = B, -1, heads, D // heads
+    turned = memory_cache = None
+    if memory is None:                                          # one product for q, k and v
+        qkv, x_cache = linear_forward(x, W, b)
+        q, k, v = (a.reshape(shape) for a in np.split(qkv.reshape(B, -1, 3 * D), 3, axis=2))
+    else:
+        q, x_cache = linear_forward(x, W[:, :D], b[:D])
+        q = q.reshape(shape)
+        if past:                                                # the memory is what it was
+            k, v = past["k"], past["v"]
+        else:
+            kv, memory_cache = linear_forward(memory, W[:, D:], b[D:])
+            k, v = (a.reshape(shape) for a in np.split(kv.reshape(B, -1, 2 * D), 2, axis=2))
+    if turn is not None:
+        (q, turned), (k, _) = rotary_forward(q, turn), rotary_forward(k, turn)
+    if past is not None:
+        if past and memory is None:
+            k, v = np.concatenate([past["k"], k], axis=1), np.concatenate([past["v"], v], axis=1)
+        past["k"], past["v"] = k, v
+    out, attention_cache = attention_forward(q, k, v, mask)
+    y, out_cache = linear_forward(out.reshape(-1, D), p["Wo"], p["bo"])
+    return y, (x_cache, memory_cache, turned, attention_cache, out_cache)
+
+
+def multihead_backward(dout, cache):
+    """multihead_forward from bottom to top.   dout (B T, D) -> dx, gradients of p; dmemory, if there was a memory."""
+    x_cache, memory_cache, turned, attention_cache, out_cache = cache
+    shape, grads = attention_cache[-1].shape, {}
+    dheads, grads["Wo"], grads["bo"] = linear_backward(dout, out_cache)
+    dq, dk, dv = attention_backward(dheads.reshape(shape), attention_cache)
+    if turned is not None:
+        dq, dk = rotary_backward(dq, turned), rotary_backward(dk, turned)
+    N, D = dout.shape
+    if memory_cache is None:
+        dx, grads["Wqkv"], grads["bqkv"] = linear_backward(np.stack([dq, dk, dv], axis=2).reshape(N, 3 * D), x_cache)
+        return dx, grads
+    dx, dWq, dbq = linear_backward(dq.reshape(N, D), x_cache)
+    dmemory, dWkv, dbkv = linear_backward(np.stack([dk, dv], axis=2).reshape(-1, 2 * D), memory_cache)
+    grads["Wqkv"], grads["bqkv"] = np.concatenate([dWq, dWkv], axis=1), np.concatenate([dbq, dbkv])
+    return dx, grads, dmemory
+
+
+def relu_forward(x):
+    """y = max(x, 0), entry by entry."""
+    return np.maximum(x, 0), x
+
+
+def relu_backward(dout, cache):
+    """dx = dout where x > 0, else 0."""
+    x = cache
+    return dout * (x > 0)
+
+
+GELU_C = (2 / math.pi) ** 0.5
+
+
+def gelu_forward(x):
+    """y = x h, h = 1/2 + tanh(c (x + 0.044715 x^3)) / 2, c = sqrt(2 / pi): x times the normal distribution, nearly."""
+    h = x * x                                           # in place: passes over memory are what takes the time
+    h *= GELU_C * 0.044715
+    h += GELU_C
+    h *= x
+    np.tanh(h, out=h)
+    h *= 0.5
+    h += 0.5
+    return x * h, (x, h)
+
+
+def gelu_backward(dout, cache):
+    """dx = dout (h + x h'), and h' = 2 h (1 - h) c (1 + 3 0.044715 x^2), as for a sigmoid.   The order of the lines is
+    dx = (((6 0.044715 c x^2 + 2 c) x (1 - h)) + 1) h dout."""
+    x, h = cache
+    dx = x * x
+    dx *= 6 * 0.044715 * GELU_C
+    dx += 2 * GELU_C
+    dx *= x
+    dx *= 1 - h
+    dx += 1
+    dx *= h
+    dx *= dout
+    return dx
+
+
+def sigmoid(z):
+    """1 / (1 + e^-z), written with tanh, which cannot overflow."""
+    return 0.5 * np.tanh(0.5 * z) + 0.5
+
+
+def swiglu_forward(x):
+    """y = a g s(g), x = [a, g], s the sigmoid: half is a gate for the other (Shazeer 2020).   (N, 2 K) -> (N, K)."""
+    a, g = np.split(x, 2, axis=1)
+    s = sigmoid(g)
+    silu = g * s
+    return a * silu, (a, silu, s)
+
+
+def swiglu_backward(dout, cache):
+    """da = dout g s, dg = dout a (s + g s (1 - s)): the product rule, twice.   dout (N, K) -> dx (N, 2 K)."""
+    a, silu, s = cache
+    return np.concatenate([dout * silu, dout * a * (s + silu * (1 - s))], axis=1)
+
+
+FEEDS = {"relu": (relu_forward, relu_backward), "gelu": (gelu_forward, gelu_backward),
+         "swiglu": (swiglu_forward, swiglu_backward)}
+NORMS = {"layer": (layernorm_forward, layernorm_backward, ("gamma", "beta")),
+         "rms": (rmsnorm_forward, rmsnorm_backward, ("gamma",))}
+
+
+def feed_forward(x, p, feed):
+    """Each row by itself through a small net.   x (N, D), p: W1 (D, K), b1, W2 (K, D), b2 -> (N, D).
+    feed: relu, gelu; or swiglu, whose W1 is (D, 2 K)."""
+    z, in_cache = linear_forward(x, p["W1"], p["b1"])
+    a, act_cache = FEEDS[feed][0](z)
+    y, out_cache = linear_forward(a, p["W2"], p["b2"])
+    return y, (in_cache, act_cache, out_cache, feed)
+
+
+def feed_backward(dout, cache):
+    """feed_forward from bottom to top.   dout (N, D) -> dx, gradients of p."""
+    in_cache, act_cache, out_cache, feed = cache
+    grads = {}
+    da, grads["W2"], grads["b2"] = linear_backward(dout, out_cache)
+    dz = FEEDS[feed][1](da, act_cache)
+    dx, grads["W1"], grads["b1"] = linear_backward(dz, in_cache)
+    return dx, grads
+
+
+def part(params, name):
+    """The parameters whose names begin with "name.", without it."""
+    return {key[len(name) + 1:]: value for key, value in params.items() if key.startswith(name + ".")}
+
+
+def block_forward(x, p, heads, B, mask=None, memory=None, memory_mask=None, turn=None, keep=None, rate=0.0,
+                  norm="layer", feed="gelu", order="pre", past=None):
+    """Attention, attention to a memory if there is one, feed-forward, each as x + f(norm(x)) (order pre, the way past
+    is clear) or norm(x + f(x)) (post, as in 2017).   x (B T, D), memory (B S, D), keep (3, B T, D), rate: of dropout,
+    p: "attn.Wqkv", "attn.gamma", ..., "cross.Wqkv", ..., "feed.W1", ... -> (B T, D)."""
+    caches, (norm_forward, _, names) = [], NORMS[norm]
+    for k, name in enumerate(("attn", "feed") if memory is None else ("attn", "cross", "feed")):
+        q, y, norm_cache, keep_cache = part(p, name), x, None, None
+        if order == "pre":
+            y, norm_cache = norm_forward(x, *(q[n] for n in names))
+        if name == "feed":
+            y, cache = feed_forward(y, q, feed)
+        elif name == "attn":
+            y, cache = multihead_forward(y, q, heads, B, mask, None, turn, past and past[name])
+        else:
+            y, cache = multihead_forward(y, q, heads, B, memory_mask, memory, None, past and past[name])
+        if keep is not None:
+            y, keep_cache = dropout_forward(y, keep[k], rate)
+        x = x + y
+        if order == "post":
+            x, norm_cache = norm_forward(x, *(q[n] for n in names))
+        caches.append((name, norm_cache, cache, keep_cache))
+    return x, (caches, norm, order)
+
+
+def block_backward(dout, cache):
+    """block_forward from bottom to top.   dout (B T, D) -> dx, gradients of p; dmemory, if there was a memory."""
+    (caches, norm, order), grads, dmemory = cache, {}, []
+    _, norm_backward, names = NORMS[norm]
+    for name, norm_cache, cache, keep_cache in reversed(caches):
+        dnorm = ()
+        if order == "post":
+            dout, *dnorm = norm_backward(dout, norm_cache)
+        dy = dout if keep_cache is None else dropout_backward(dout, keep_cache)
+        dy, dq, *to_memory = (feed_backward if name == "feed" else multihead_backward)(dy, cache)
+        dmemory += to_memory
+        if order == "pre":
+            dy, *dnorm = norm_backward(dy, norm_cache)
+        dout = dout + dy                                        # x goes on in two ways, so gradients add
+        grads.update({f"{name}.{key}": g for key, g in [*dq.items(), *zip(names, dnorm)]})
+    return dout, grads, *dmemory
+
+
+def lookup_forward(ids, E):
+    """The row of E that each number names.   ids (...) integers, E (V, D) -> (..., D)."""
+    return E[ids], (ids, E.shape)
+
+
+def lookup_backward(dout, cache):
+    """A row of E gets the sum of dout over the places where it stands. With many symbols, most of which do not occur:
+    sort the places by symbol, add up each run."""
+    ids, shape = cache
+    places = ids.ravel().argsort(kind="stable")
+    found, starts = np.unique(ids.ravel()[places], return_index=True)
+    dE = np.zeros(shape, dout.dtype)
+    dE[found] = np.add.reduceat(dout.reshape(-1, shape[1])[places], starts, axis=0)
+    return dE
+
+
+def project_forward(x, E):
+    """z = x E^T, how well x fits each symbol.   x (N, D), E (V, D) -> (N, V)."""
+    return x @ E.T, (x, E)
+
+
+def project_backward(dout, cache):
+    """dx = dout E, dE = dout^T x."""
+    x, E = cache
+    return dout @ E, dout.T @ x
+
+
+def smoothed_cross_entropy_forward(z, targets, smoothing):
+    """mean_n of -sum_k y_k log p[n, k], p = softmax of each row, y = 1 - smoothing at the target, and smoothing / K
+    everywhere (Szegedy 2016).   z (N, K), targets (N,) class numbers -> scalar."""
+    p, rows = z - z.max(axis=1, keepdims=True), np.arange(len(targets))
+    right, mean = p[rows, targets], p.mean(axis=1) if smoothing else 0
+    np.exp(p, out=p)
+    total = p.sum(axis=1, keepdims=True)
+    p *= 1 / total
+    loss = np.log(total[:, 0]) - (1 - smoothing) * right - smoothing * mean
+    return loss.mean(), (p, targets, smoothing)
+
+
+def smoothed_cross_entropy_backward(dout, cache):
+    """dz = (p - y) / N.   dout scalar -> dz (N, K)."""
+    p, targets, smoothing = cache
+    N, K = p.shape
+    dz = p * (dout / N)
+    if smoothing:
+        dz -= smoothing / K * (dout / N)
+    dz[np.arange(N), targets] -= (1 - smoothing) * (dout / N)
+    return dz
+
+
+# ---- model: an encoder, a decoder, or both ---------------------------------------------------------------------------
+
+def init_params(cfg, rng, dtype=np.float32):
+    """E (V, D) for all symbols; enc0., enc1., ... and dec0., dec1., ... as block_forward wants them; enc. and dec., the
+    last norms of order pre. What the options add: P, positions; Es, Wz, if not tied; Wp, bp, Wz of pictures."""
+    D, F, params = cfg.width, cfg.inner, {}
+    sides = {"gpt": ("dec",), "encoder": ("enc",), "seq2seq": ("enc", "dec")}[cfg.model]
+
+    def matrix(rows, columns, gain=1.0):
+        return rng.standard_normal((rows, columns)) * (gain * (2 / (rows + columns)) ** 0.5)
+    if cfg.task == "mnist":
+        P = cfg.patch ** 2 if cfg.patch else 28
+        params["Wp"], params["bp"] = matrix(P, D), np.zeros(D)
+        params["Wz"] = matrix(10, D)
+    else:
+        V = vocabulary(cfg).size
+        for name in ["E"] + ["Wz"] * (not cfg.tie) + ["Es"] * (not cfg.tie and len(sides) == 2):
+            params[name] = 0.02 * rng.standard_normal((V, D))   # small: at first, all symbols are equally likely
+    for side in sides:
+        if cfg.position == "learned":
+            params["P" + side] = 0.02 * rng.standard_normal((positions(cfg), D))
+        for k in range(cfg.layers):
+            for name in ("attn", "cross", "feed") if (side, len(sides)) == ("dec", 2) else ("attn", "feed"):
+                at = f"{side}{k}.{name}."
+                last = (2 * cfg.layers) ** -0.5                 # many small steps from layer to layer add up to one
+                if name == "feed":
+                    params[at + "W1"], params[at + "b1"] = matrix(D, F), np.zeros(F)
+                    inside = F // 2 if cfg.feed == "swiglu" else F
+                    params[at + "W2"], params[at + "b2"] = matrix(inside, D, last), np.zeros(D)
+                else:
+                    params[at + "Wqkv"], params[at + "bqkv"] = matrix(D, 3 * D), np.zeros(3 * D)
+                    params[at + "Wo"], params[at + "bo"] = matrix(D, D, last), np.zeros(D)
+                params.update({at + n: np.full(D, float(n == "gamma")) for n in NORMS[cfg.norm][2]})
+        if cfg.order == "pre":
+            params.update({f"{side}.{n}": np.full(D, float(n == "gamma")) for n in NORMS[cfg.norm][2]})
+    return {name: value.astype(dtype) for name, value in params.items()}
+
+
+@functools.lru_cache
+def sinusoids(T, D, dtype):
+    """Positions as the hands of D / 2 clocks, from fast to slow (Vaswani 2017).   -> (T, D)."""
+    angle = np.arange(T)[:, None] * 10000.0 ** (-np.arange(0, D, 2) / D)
+    return 0.02 * np.concatenate([np.sin(angle), np.cos(angle)], axis=1)[:, :D].astype(dtype)
+
+
+@functools.lru_cache
+def turns(T, d, dtype):
+    """cos and sin of the angles by which rotary_forward turns the pairs of position t.   -> two of (T, 1, d / 2)."""
+    angle = np.arange(T)[:, None, None] * 10000.0 ** (-np.arange(0, d, 2) / d)
+    return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
+
+
+@functools.lru_cache
+def where_to_look(T, S, causal, heads, dtype):
+    """The last T of S positions look at all S: -1e9 at what is still to come, if causal; else 0, or, if heads is not 0,
+    ALiBi: minus the distance, times 2^-8/H, 2^-16/H, ... (Press 2022).   -> (1, 1 or H, T, S), or None if all are 0."""
+    distance = np.arange(S - T, S)[:, None] - np.arange(S)
+    slopes = 2.0 ** (-8 * np.arange(1, heads + 1) / heads) if heads else np.zeros(1)
+    mask = np.where(causal & (distance < 0), -1e9, -slopes[:, None, None] * np.abs(distance))[None].astype(dtype)
+    return mask if mask.any() else None
+
+
+def side_forward(params, ids, side, cfg, causal, memory=None, memory_mask=None, keep=None, past=None):
+    """The encoder (side enc) or the decoder (dec): symbols (B, T), or patches (B, T, P), to rows (B T, D).
+    keep: what dropout keeps (B, places, T, D). past: see multihead_forward, a dict for each attention of each layer."""
+    B, T, D, dtype = *ids.shape[:2], cfg.width, next(iter(params.values())).dtype
+    start = past[0]["attn"]["k"].shape[1] if past and past[0]["attn"] else 0            # tokens that came before
+    if ids.ndim == 3:
+        x, in_cache = linear_forward(ids.reshape(B * T, -1), params["Wp"], params["bp"])
+    else:
+        x, in_cache = lookup_forward(ids, params["Es" if side == "enc" and "Es" in params else "E"])
+        x = x.reshape(B * T, D)
+    if cfg.position in ("learned", "sinusoidal"):
+        table = params["P" + side] if cfg.position == "learned" else sinusoids(start + T, D, dtype)
+        x = (x.reshape(B, T, D) + table[start:start + T]).reshape(B * T, D)
+    turn = None
+    if cfg.position == "rotary":
+        turn = tuple(a[start:] for a in turns(start + T, D // cfg.heads, dtype))
+    mask = where_to_look(T, start + T, causal, cfg.heads * (cfg.position == "alibi"), dtype)
+    if not causal and ids.ndim == 2:
+        padding = hide_padding(ids, dtype)
+        mask = padding if mask is None else mask if padding is None else mask + padding
+    keep_cache, caches, n = None, [], 2 + (memory is not None)
+    if keep is not None:
+        keep = keep.swapaxes(0, 1).reshape(1 + n * cfg.layers, B * T, D)
+        x, keep_cache = dropout_forward(x, keep[0], dropout_rate(cfg))
+    for k in range(cfg.layers):
+        x, cache = block_forward(x, part(params, f"{side}{k}"), cfg.heads, B, mask, memory, memory_mask, turn,
+                                 None if keep is None else keep[1 + n * k:1 + n * (k + 1)], dropout_rate(cfg),
+                                 cfg.norm, cfg.feed, cfg.order, past and past[k])
+        caches.append(cache)
+    norm_cache = None
+    if cfg.order == "pre":
+        x, norm_cache = NORMS[cfg.norm][0](x, *part(params, side).values())
+    return x, (in_cache, keep_cache, caches, norm_cache, (B, T), side, cfg, params)
+
+
+def side_backward(dout, cache):
+    """side_forward from bottom to top -> gradients under the keys of params, and dmemory (or None)."""
+    in_cache, keep_cache, caches, norm_cache, (B, T), side, cfg, params = cache
+    grads, dmemory = {}, None
+    if norm_cache is not None:
+        dout, *dnorm = NORMS[cfg.norm][1](dout, norm_cache)
+        grads.update({f"{side}.{n}": g for n, g in zip(NORMS[cfg.norm][2], dnorm)})
+    for k, cache in reversed(list(enumerate(caches))):
+        dout, dp, *more = block_backward(dout, cache)
+        grads.update({f"{side}{k}.{name}": g for name, g in dp.items()})
+        if more:                                                # every layer looks at the memory
+            dmemory = more[0] if dmemory is None else dmemory + more[0]
+    if keep_cache is not None:
+        dout = dropout_backward(dout, keep_cache)
+    if cfg.position == "learned":
+        grads["P" + side] = np.zeros_like(params["P" + side])
+        grads["P" + side][:T] = dout.reshape(B, T, -1).sum(axis=0)
+    if cfg.task == "mnist":
+        _, grads["Wp"], grads["bp"] = linear_backward(dout, in_cache)
+    else:
+        E = "Es" if side == "enc" and "Es" in params else "E"
+        grads[E] = lookup_backward(dout, in_cache)
+    return grads, dmemory
+
+
+def hide_padding(ids, dtype):
+    """-1e9 where a sequence has ended.   ids (B, S) -> (B, 1, 1, S), or None if nothing is padding."""
+    mask = (ids == PAD) * np.array(-1e9, dtype)
+    return mask[:, None, None] if mask.any() else None
+
+
+def transformer_forward(params, source, target, cfg, places=None, keeps=(None, None)):
+    """gpt: target only. encoder: source only. seq2seq: source, then target, which looks at what became of the source.
+    source (B, S), target (B, T) -> scores of the symbols (N, V) in all rows, or those in places; pictures: (B, 10)."""
+    memory = memory_mask = enc_cache = dec_cache = shape = None
+    if source is not None:
+        x, enc_cache = side_forward(params, source, "enc", cfg, False, keep=keeps[0])
+    if target is not None:
+        if source is not None:
+            memory, memory_mask = x, hide_padding(source, x.dtype)
+        x, dec_cache = side_forward(params, target, "dec", cfg, True, memory, memory_mask, keeps[1])
+    if cfg.task == "mnist":
+        shape = len(source), -1, cfg.width
+        x = x.reshape(shape).mean(axis=1)                       # one row a picture: the average of its tokens
+    elif places is not None:
+        shape = x.shape
+        x = x[places]
+    z, out_cache = project_forward(x, params.get("Wz", params.get("E")))
+    return z, (enc_cache, dec_cache, shape, places, out_cache, cfg)
+
+
+def transformer_backward(dout, cache):
+    """transformer_forward from bottom to top -> gradients under the keys of params."""
+    enc_cache, dec_cache, shape, places, out_cache, cfg = cache
+    last, grads = "E" if cfg.tie and cfg.task != "mnist" else "Wz", {}
+    dx, grads[last] = project_backward(dout, out_cache)
+    if cfg.task == "mnist":
+        T = enc_cache[4][1]
+        dx = np.repeat(dx / T, T, axis=0)
+    elif places is not None:
+        drows, dx = dx, np.zeros(shape, dx.dtype)
+        dx[places] = drows
+    for cache in (dec_cache, enc_cache):
+        if cache is not None:
+            found, dmemory = side_backward(dx, cache)
+            dx = dmemory                                        # the encoder learns from what the decoder looked at
+            for name, g in found.items():
+                grads[name] = grads[name] + g if name in grads else g       # E is used up to three times
+    return grads
+
+
+def loss_and_grads(params, batch, cfg):
+    """One forward and one backward pass -> loss, gradients under the keys of params."""
+    source, target, answers, *keeps = batch
+    answers, places = answers.ravel(), None
+    if (answers < 0).any():                                     # no answer is asked for: padding, or a letter seen
+        places = np.flatnonzero(answers >= 0)
+        answers = answers[places]
+    z, cache = transformer_forward(params, source, target, cfg, places, keeps)
+    loss, loss_cache = smoothed_cross_entropy_forward(z, answers, cfg.smoothing)
+    return loss, transformer_backward(smoothed_cross_entropy_backward(1.0, loss_cache), cache)
+
+
+def adam_update(params, grads, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
+    """m, v: running means of g and g^2, over 1 - beta^t since they start at 0;  w <- w - lr m / (sqrt v + eps)."""
+    t = state["t"] = state.get("t", 0) + 1
+    step, scale = lr / (1 - beta1 ** t), (1 - beta2 ** t) ** -0.5
+    for name, g in grads.items():
+        if "m " + name not in state:
+            state["m " + name], state["v " + name] = np.zeros_like(g), np.zeros_like(g)
+        m, v = state["m " + name], state["v " + name]
+        m += (1 - beta1) * (g - m)
+        v += (1 - beta2) * (g * g - v)
+        params[name] -= step * m / (np.sqrt(v) * scale + eps)
+
+
+def adamw_update(params, grads, state, lr, decay=0.01):
+    """Adam, and every matrix shrinks by lr decay, whatever its gradient was."""
+    for W in params.values():
+        if W.ndim > 1:
+            W *= 1 - lr * decay
+    adam_update(params, grads, state, lr)
+
+
+def learning_rate(step, cfg):
+    """lr at a step: up from 0 in warmup steps; then constant, or a tenth from 60 % and a hundredth from 85 % on (step),
+    or down a half cosine to 0."""
+    rise, done = min(1, step / max(cfg.warmup, 1)), step / cfg.steps
+    course = {"constant": 1, "step": 1 if done < 0.6 else 0.1 if done < 0.85 else 0.01,
+              "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
+    return cfg.lr * rise * course[cfg.schedule]
+
+
+def clip_norm(grads, limit):
+    """Scale all gradients so that their common norm is at most limit (Pascanu 2013) -> the norm before."""
+    norm = math.sqrt(sum(float((g * g).sum()) for g in grads.values()))
+    if norm > limit > 0:
+        for g in grads.values():
+            g *= limit / norm
+    return norm
+
+
+def dropout_rate(cfg):
+    """The rate in 256ths: random bytes decide."""
+    return round(256 * cfg.dropout) / 256
+
+
+# ---- data: text to numbers, numbers to batches -----------------------------------------------------------------------
+
+RHYME = """
+This is the house that Jack built.
+
+This is the malt
+That lay in the house that Jack built.
+
+This is the rat,
+That ate the malt
+That lay in the house that Jack built.
+
+This is the cat,
+That killed the rat,
+That ate the malt
+That lay in the house that Jack built.
+
+This is the dog,
+That worried the cat,
+That killed the rat,
+That ate the malt
+That lay in the house that Jack built.
+
+This is the cow with the crumpled horn,
+That tossed the dog,
+That worried the cat,
+That killed the rat,
+That ate the malt
+That lay in the house that Jack built.
+
+This is the maiden all forlorn,
+That milked the cow with the crumpled horn,
+That tossed the dog,
+That worried the cat,
+That killed the rat,
+That ate the malt
+That lay in the house that Jack built.
+
+This is the man all tattered and torn,
+That kissed the maiden all forlorn,
+That milked the cow with the crumpled horn,
+That tossed the dog,
+That worried the cat,
+That killed the rat,
+That ate the malt
+That lay in the house that Jack built.
+
+This is the priest all shaven and shorn,
+That married the man all tattered and torn,
+That kissed the maiden all forlorn,
+That milked the cow with the crumpled horn,
+That tossed the dog,
+That worried the cat,
+That killed the rat,
+That ate the malt
+That lay in the house that Jack built.
+"""
+SPECIAL = ["<pad>", "<start>", "<end>", "<mask>"]       # symbols of every vocabulary, before those of the data
+PAD = 0
+START = 1
+END = 2
+MASK = 3
+WORDS = re.compile(r" ?\w+| ?[^\w\s]+|\s+(?!\S)|\s+")   # every text falls into such pieces, and pieces into symbols
+
+
+def learn_merges(text, count):
+    """Byte-pair encoding (Sennrich 2016): symbols 0 to 255 are the bytes of UTF-8; then, again and again, the most
+    frequent pair of neighbours within a word becomes a symbol of its own, 256, 257, ...   -> list of pairs."""
+    words = collections.Counter(WORDS.findall(text))
+    spelled, counts = [list(word.encode()) for word in words], list(words.values())
+    total, where, merges = collections.Counter(), collections.defaultdict(set), []
+    for n, word in enumerate(spelled):
+        for pair in zip(word, word[1:]):
+            total[pair] += counts[n]
+            where[pair].add(n)
+    heap = [(-times, pair) for pair, times in total.items()]
+    heapq.heapify(heap)
+    while heap and len(merges) < count:
+        times, pair = heapq.heappop(heap)
+        if -times != total[pair] or times > -2:         # its number has changed since: a newer entry is in the heap
+            continue
+        changed = set()
+        for n in where.pop(pair):
+            old = spelled[n]
+            new = spelled[n] = merge_pair(old, pair, 256 + len(merges))
+            for word, sign in ((old, -1), (new, 1)):
+                for neighbours in zip(word, word[1:]):
+                    total[neighbours] += sign * counts[n]
+                    where[neighbours].add(n)
+                    changed.add(neighbours)
+        merges.append(pair)
+        for neighbours in changed:
+            heapq.heappush(heap, (-total[neighbours], neighbours))
+    return merges
+
+
+def merge_pair(word, pair, symbol):
+    """The word with symbol in place of the pair, from left to right."""
+    out, i = [], 0
+    while i < len(word):
+        if i + 1 < len(word) and (word[i], word[i + 1]) == pair:
+            out.append(symbol)
+            i += 2
+        else:
+            out.append(word[i])
+            i += 1
+    return out
+
+
+class Vocabulary:
+    """Text to numbers and back, exactly: by characters or, if there are merges, by byte-pair encoding."""
+
+    def __init__(self, chars="", merges=()):
+        self.chars, self.merges, self.seen = chars, [tuple(pair) for pair in merges], {}
+        self.rank = {pair: k for k, pair in enumerate(self.merges)}
+        self.symbols = [c.encode() for c in chars] or [bytes([b]) for b in range(256)]
+        for a, b in self.merges:
+            self.symbols.append(self.symbols[a] + self.symbols[b])
+        self.number = {c: i for i, c in enumerate(chars)}
+        self.size = len(SPECIAL) + len(self.symbols)
+
+    def encode(self, text, strange=None):
+        """-> array of numbers. Characters never seen (of bytes there are none) are dropped, or strange is called."""
+        if self.chars:
+            never = sorted(set(text) - set(self.chars))
+            if never and strange:
+                strange("".join(never[:10]))
+            return np.array([self.number[c] for c in text if c in self.number], int) + len(SPECIAL)
+        return np.array([s for word in WORDS.findall(text) for s in self.spell(word)], int) + len(SPECIAL)
+
+    def spell(self, word):
+        """The symbols of a word: merge in the order in which the merges were learned."""
+        if word not in self.seen:
+            symbols = list(word.encode())
+            while len(symbols) > 1:
+                pair = min(zip(symbols, symbols[1:]), key=lambda p: self.rank.get(p, math.inf))
+                if pair not in self.rank:
+                    break
+                symbols = merge_pair(symbols, pair, 256 + self.rank[pair])
+            self.seen[word] = symbols
+        return self.seen[word]
+
+    def raw(self, ids):
+        """The bytes that numbers stand for; special symbols stand for none."""
+        return b"".join(self.symbols[i - len(SPECIAL)] for i in ids if i >= len(SPECIAL))
+
+    def decode(self, ids):
+        """-> text."""
+        return self.raw(ids).decode(errors="replace")
+
+    def names(self, ids):
+        """A name for each number, to write at a picture."""
+        return [SPECIAL[i] if i < len(SPECIAL) else self.raw([i]).decode(errors="replace").replace(" ", "_").replace(
+            "\n", "|") for i in ids]
+
+
+def vocabulary(cfg):
+    """The symbols of a task."""
+    if cfg.task in ("text", "letters", "demo"):
+        return load_corpus(cfg.data, cfg.tokens, cfg.merges, cfg.load)["vocabulary"]
+    if cfg.task == "pairs":
+        return load_pairs(cfg.data, cfg.validation, cfg.test, cfg.tokens, cfg.merges, cfg.lower, cfg.load)["vocabulary"]
+    return DIGITS
+
+
+DIGITS = Vocabulary("0123456789")
+
+
+def make_vocabulary(text, tokens, merges, checkpoint):
+    """The vocabulary of a checkpoint or, without one, learned from the text."""
+    if checkpoint:
+        return Vocabulary(**read_checkpoint(checkpoint)[0].get("vocabulary", {}))
+    return Vocabulary("".join(sorted(set(text)))) if tokens == "chars" else Vocabulary("", learn_merges(text, merges))
+
+
+@functools.lru_cache
+def load_corpus(path, tokens, merges, checkpoint):
+    """A text -> {"vocabulary", "train": numbers of the first nine tenths, "validation": the last, "chars": in it}."""
+    text = read_text(path) if path else RHYME
+    cut = len(text) * 9 // 10
+    words = make_vocabulary(text if tokens == "chars" else text[:cut], tokens, merges, checkpoint)
+
+    def strange(characters):
+        require(False, f"--load {checkpoint}", "a text of the characters it was trained on", characters)
+    return {"vocabulary": words, "train": words.encode(text[:cut], strange),
+            "validation": words.encode(text[cut:], strange), "chars": len(text) - cut}
+
+
+@functools.lru_cache
+def load_pairs(path, validation, test, tokens, merges, lower, checkpoint):
+    """Pairs of lines -> {"vocabulary", "train": [(source, target), ...] as numbers, by length, "validation", "test":
+    as text}. With no file, lines of the rhyme and their words backwards: enough to check gradients on."""
+    lines = [line for line in RHYME.splitlines() if line]
+    pairs = read_pairs(path) if path else [(line, " ".join(line.split()[::-1])) for line in lines]
+    extra = [read_pairs(p) if p else None for p in (validation, test)]
+    for k in (1, 0):                                    # cut off the last tenth for the test, then one for validation
+        if extra[k] is None:
+            cut = len(pairs) - max(1, len(pairs) // 10)
+            pairs, extra[k] = pairs[:cut], pairs[cut:]
+    if lower:
+        pairs, *extra = [[(a.lower(), b.lower()) for a, b in part] for part in (pairs, *extra)]
+    words = make_vocabulary("\n".join(line for pair in pairs for line in pair), tokens, merges, checkpoint)
+    train = [(words.encode(a), words.encode(b)) for a, b in pairs]
+    train.sort(key=lambda pair: (len(pair[1]), len(pair[0])))
+    return {"vocabulary": words, "train": train, "validation": extra[0], "test": extra[1]}
+
+
+def read_pairs(path):
+    """A UTF-8 file of lines source TAB target -> list of (source, target)."""
+    lines = read_text(path).rstrip("\n").split("\n")
+    for n, line in enumerate(lines, 1):
+        require(line.count("\t") == 1 and all(map(str.strip, line.split("\t"))), f"--data {path}",
+                f"source TAB target in line {n}", line[:60])
+    require(len(lines) >= 20, f"--data {path}", "20 lines or more", len(lines))
+    return [tuple(map(str.strip, line.split("\t"))) for line in lines]
+
+
+def read_text(path):
+    """The text of a UTF-8 file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        require(False, f"--data {path}", "text in UTF-8", f"byte {error.object[error.start]:#x} at {error.start}")
+    except OSError as error:
+        require(False, f"--data {path}", "a text file", error.strerror)
+    require(text.strip(), f"--data {path}", "some text", "an empty file")
+    return text
+
+
+def read_idx(path):
+    """An IDX file of bytes, gzipped or not: 0 0 8 ndim, the sizes as big-endian uint32, the bytes -> array."""
+    try:
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except (OSError, EOFError, zlib.error) as error:
+        require(False, path, "a whole gzip file", str(error))
+    whole = raw[:3] == b"\0\0\x08" and len(raw) >= 4 + 4 * raw[3]
+    require(whole, path, "an IDX file of bytes (0 0 8) with its sizes", raw[:8])
+    sizes = np.frombuffer(raw[4:4 + 4 * raw[3]], ">u4").tolist()
+    body = np.frombuffer(raw[4 + 4 * raw[3]:], np.uint8)
+    require(len(body) == np.prod(sizes), path, f"{' x '.join(map(str, sizes))} bytes after the header", len(body))
+    return body.reshape(sizes)
+
+
+@functools.lru_cache
+def load_mnist(folder):
+    """The four files of MNIST -> {"train": (x, y), "validation" (the last 5,000 training pictures), "test"}; x (N, 784)
+    with mean 0, variance 1, y (N,). With no folder, noise in the same shape: enough to check gradients and speed on."""
+    if not folder:
+        noise = np.random.default_rng(0).standard_normal((1000, 784)).astype(np.float32)
+        return {"train": (noise, np.arange(1000) % 10)}
+    parts = {}
+    for prefix in ("train", "t10k"):
+        for kind in ("images-idx3", "labels-idx1"):
+            name = f"{prefix}-{kind}-ubyte"
+            paths = [path for path in (Path(folder) / f"{name}.gz", Path(folder) / name) if path.is_file()]
+            require(paths, f"--data {folder}", f"a folder with {name}.gz", "no such file")
+            parts[prefix, kind[:6]] = read_idx(paths[0])
+        x, y = parts[prefix, "images"], parts[prefix, "labels"]
+        require(x.shape == (len(y), 28, 28) and y.max(initial=0) < 10, f"--data {folder}",
+                f"{prefix}: as many 28 x 28 pictures as labels from 0 to 9", f"{x.shape} and {y.shape}")
+        x = (x.reshape(len(x), 784) * np.float32(1 / 255) - np.float32(0.1307)) * np.float32(1 / 0.3081)
+        parts[prefix] = x, y.astype(int)
+    x, y = parts["train"]
+    return {"train": (x[:-5000], y[:-5000]), "validation": (x[-5000:], y[-5000:]), "test": parts["t10k"]}
+
+
+def pad(sequences):
+    """Sequences of numbers -> (B, length of the longest), filled up with PAD."""
+    out = np.full((len(sequences), max(map(len, sequences))), PAD)
+    for row, sequence in zip(out, sequences):
+        row[:len(sequence)] = sequence
+    return out
+
+
+def as_batch(sources, targets, cfg):
+    """Sequences of numbers -> source (B, S), target (B, T) from START on, answers (B, T) up to END, -1 at padding."""
+    source = pad([s[:cfg.context] for s in sources])
+    target = pad([[START, *t[:cfg.context - 1]] for t in targets])
+    answers = pad([[*t[:cfg.context - 1], END] for t in targets])
+    return source, target, np.where(answers == PAD, -1, answers)
+
+
+def as_tokens(x, cfg):
+    """Pictures (B, 784) -> rows (B, 28, 28), or patches (B, (28 / patch)^2, patch^2)."""
+    if not cfg.patch:
+        return x.reshape(-1, 28, 28)
+    n = 28 // cfg.patch
+    return x.reshape(-1, n, cfg.patch, n, cfg.patch).swapaxes(2, 3).reshape(-1, n * n, cfg.patch ** 2)
+
+
+def positions(cfg):
+    """The most tokens of a sequence."""
+    return cfg.context if cfg.task in ("text", "letters", "pairs", "demo") else cfg.length + 1 if cfg.task != "mnist" \
+        else (28 // cfg.patch) ** 2 if cfg.patch else 28
+
+
+def make_batch(cfg, rng, dtype=np.float32):
+    """-> source, target (None, if the model has no such side), answers (-1: none asked for), what dropout keeps in the
+    encoder, in the decoder (None: all).   sort, reverse: digits, as many as one likes up to length.
+    text: the next token everywhere.    letters: those that are hidden.    mnist: the class of a picture."""
+    source = target = None
+    if cfg.task in ("sort", "reverse"):
+        digits = [rng.integers(0, 10, n) + len(SPECIAL) for n in rng.integers(1, cfg.length + 1, cfg.batch)]
+        source, target, answers = as_batch(digits, [np.sort(d) if cfg.task == "sort" else d[::-1] for d in digits],
+                                           replace(cfg, context=cfg.length + 1, model="auto"))
+    elif cfg.task == "pairs":                           # neighbours in the order of length: little padding
+        pairs = load_pairs(cfg.data, cfg.validation, cfg.test, cfg.tokens, cfg.merges, cfg.lower, cfg.load)["train"]
+        start = rng.integers(0, max(1, len(pairs) - cfg.batch + 1))
+        source, target, answers = as_batch(*zip(*pairs[start:start + cfg.batch]), cfg)
+    elif cfg.task == "mnist":
+        x, y = load_mnist(cfg.data)["train"]
+        pick = rng.integers(0, len(x), cfg.batch)
+        source, answers = as_tokens(x[pick].astype(dtype), cfg), y[pick]
+    else:
+        ids = load_corpus(cfg.data, cfg.tokens, cfg.merges, cfg.load)["train"]
+        windows = ids[rng.integers(0, len(ids) - cfg.context, cfg.batch)[:, None] + np.arange(cfg.context + 1)]
+        if cfg.task == "letters":
+            source, answers = hide_letters(windows[:, :-1], cfg, rng)
+        else:
+            target, answers = windows[:, :-1], windows[:, 1:]
+    threshold, keeps = round(256 * cfg.dropout), []
+    for ids, n in ((source, 2), (target, 2 + (source is not None))):
+        shape = ids is not None and (len(ids), 1 + n * cfg.layers, ids.shape[1], cfg.width)
+        keeps.append(rng.integers(0, 256, shape, np.uint8) >= threshold if shape and threshold else None)
+    return source, target, answers, *keeps
+
+
+def hide_letters(ids, cfg, rng):
+    """-> ids with some replaced by MASK, answers: what was there, -1 elsewhere. In each row one at least is hidden."""
+    hidden = rng.random(ids.shape) < cfg.masked
+    hidden[np.arange(len(ids)), rng.integers(0, ids.shape[1], len(ids))] = True
+    return np.where(hidden, MASK, ids), np.where(hidden, ids, -1)
+
+
+def split_batch(batch, parts):
+    """The batch cut into parts of some sequences each -> [(share of the answers, part), ...]."""
+    asked = max(1, (batch[2] >= 0).sum())
+    cut = [[None] * parts if a is None else np.array_split(a, parts) for a in batch]
+    return [(float((part[2] >= 0).sum() / asked), part) for part in zip(*cut)]
+
+
+# ---- use: one token after the other ----------------------------------------------------------------------------------
+
+def next_scores(params, ids, cfg, past, memory=None, memory_mask=None):
+    """Scores of the token after ids.   ids (B, T), new since the last call with this past -> (B, V)."""
+    x, _ = side_forward(params, ids, "dec", cfg, True, memory, memory_mask, past=past)
+    return project_forward(x.reshape(*ids.shape, -1)[:, -1], params.get("Wz", params.get("E")))[0]
+
+
+def new_past(cfg):
+    """Nothing is known yet: no keys, no values, in no layer."""
+    return [{"attn": {}, "cross": {}} for _ in range(cfg.layers)]
+
+
+def sample_tokens(params, ids, cfg, rng, cached=True):
+    """Token after token, drawn from softmax(scores / temperature), of the top_k likeliest. When the context is full,
+    its second half is read anew. With the cache, each token is read once; without, all are read for every new one."""
+    window, past = [START, *ids][-cfg.context:], new_past(cfg)
+    new = window
+    for _ in range(cfg.sample):
+        if len(window) > cfg.context:
+            window, past = window[-cfg.context // 2:], new_past(cfg)
+            new = window
+        if not cached:
+            new, past = window, new_past(cfg)
+        z = next_scores(params, np.array([new]), cfg, past)[0].astype(float) / cfg.temperature
+        z[:len(SPECIAL)] = -math.inf
+        if cfg.top_k:
+            z[z < np.sort(z)[-cfg.top_k:][0]] = -math.inf
+        p = np.exp(z - z.max())
+        token = int(rng.choice(len(p), p=p / p.sum()))
+        window, new = [*window, token], [token]
+        yield token
+
+
+def search(params, source, cfg, beam):
+    """Beam search: of all ways to go on, keep the best, by log p / ((5 + length) / 6)^penalty (Wu 2016).
+    source (B, S) -> for each the best output, list of numbers; its log p (B,)."""
+    B, dtype = len(source), params["E"].dtype
+    memory, _ = side_forward(params, source, "enc", cfg, False)
+    memory = np.repeat(memory.reshape(B, -1, cfg.width), beam, axis=0).reshape(-1, cfg.width)
+    memory_mask = hide_padding(np.repeat(source, beam, axis=0), dtype)
+    ids, past = np.full((B * beam, 1), START), new_past(cfg)
+    logp = np.where(np.arange(beam), -1e9, np.zeros((B, 1)))                # (B, beam): alike at first, so one counts
+    ended, length = np.zeros(B * beam, bool), np.zeros((B, beam))
+    rows = np.arange(B)[:, None]
+    for _ in range(positions(cfg)):
+        z = next_scores(params, ids[:, -1:], cfg, past, memory, memory_mask).astype(float)
+        z[:, [PAD, START, MASK]] = -1e9
+        z -= z.max(axis=1, keepdims=True)
+        z -= np.log(np.exp(z).sum(axis=1, keepdims=True))
+        z[ended] = -1e9
+        z[ended, PAD] = 0                               # what has ended stays as it is
+        total = logp[:, :, None] + z.reshape(B, beam, -1)
+        now = length + ~ended.reshape(B, beam)
+        value = (total / ((5 + now) / 6)[:, :, None] ** cfg.penalty).reshape(B, -1)
+        best = np.argpartition(-value, beam - 1, axis=1)[:, :beam]
+        origin, token = np.divmod(best, z.shape[1])
+        logp, length = total.reshape(B, -1)[rows, best], now[rows, origin]
+        order, token = (rows * beam + origin).ravel(), token.ravel()
+        ids = np.concatenate([ids[order], token[:, None]], axis=1)
+        ended = ended[order] | (token == END)
+        for layer in past:
+            for held in layer.values():
+                held.update({name: a[order] for name, a in held.items()})
+        if ended.all():
+            break
+    best = (logp / ((5 + length) / 6) ** cfg.penalty).argmax(axis=1)
+    outputs = ids.reshape(B, beam, -1)[np.arange(B), best, 1:]
+    return [[int(i) for i in row if i >= len(SPECIAL)] for row in outputs], logp[np.arange(B), best]
+
+
+def translate(params, sources, cfg, beam):
+    """Texts -> texts, log p; those of like length together."""
+    words = vocabulary(cfg)
+    ids = [words.encode(s)[:cfg.context] for s in sources]
+    order, out, logp = np.argsort([len(i) for i in ids], kind="stable"), [""] * len(ids), np.zeros(len(ids))
+    for part in np.array_split(order, -(-len(ids) // 50)):
+        found, logp[part] = search(params, pad([ids[n] for n in part]), cfg, beam)
+        for n, output in zip(part, found):
+            out[n] = words.decode(output)
+    return out, logp
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+def bleu_tokens(text):
+    """Words and signs, as mteval-v13a and sacrebleu cut them."""
+    text = f" {text} "
+    for pattern, new in ((r"([\{-\~\[-\` -\&\(-\+\:-\@\/])", r" \1 "), (r"([^0-9])([\.,])", r"\1 \2 "),
+                         (r"([\.,])([^0-9])", r" \1 \2"), (r"([0-9])(-)", r"\1 \2 ")):
+        text = re.sub(pattern, new, text)
+    return text.split()
+
+
+def ngrams(tokens, n):
+    """How often each run of n tokens occurs."""
+    return collections.Counter(zip(*(tokens[k:] for k in range(n))))
+
+
+def bleu(outputs, references):
+    """Papineni 2002, on lists of tokens: the geometric mean of the shares of right runs of 1 to 4 tokens, over all
+    sentences; less if the outputs are short. A share of 0 counts as 1/2, 1/4, ... of one run, as sacrebleu does."""
+    right, all_, share, smooth = [0] * 4, [0] * 4, [], 1
+    for output, reference in zip(outputs, references):
+        for n in range(4):
+            found = ngrams(output, n + 1)
+            right[n] += (found & ngrams(reference, n + 1)).total()
+            all_[n] += found.total()
+    for n in range(4):
+        smooth *= 1 if right[n] else 2
+        share.append(right[n] / all_[n] if right[n] else 1 / (smooth * max(1, all_[n])))
+    said, wanted = sum(map(len, outputs)), sum(map(len, references))
+    brevity = min(0.0, 1 - wanted / max(said, 1))
+    return 100 * math.exp(brevity + sum(map(math.log, share)) / 4) if right[0] else 0.0
+
+
+def rouge_tokens(text):
+    """Words of small letters and digits, as rouge_score cuts them."""
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
+def rouge(outputs, references):
+    """Lin 2004, on lists of tokens: F of the common words, pairs of words, and of the longest common subsequence, each
+    the mean over all sentences, in percent -> {"rouge1", "rouge2", "rougeL"}."""
+    found = {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
+    for output, reference in zip(outputs, references):
+        for n, name in ((1, "rouge1"), (2, "rouge2")):
+            a, b = ngrams(output, n), ngrams(reference, n)
+            found[name] += 200 * (a & b).total() / max(1, a.total() + b.total())
+        row = [0] * (len(reference) + 1)
+        for token in output:                            # longest common subsequence, row by row of its table
+            last = row[:]
+            for k, other in enumerate(reference, 1):
+                row[k] = last[k - 1] + 1 if token == other else max(last[k], row[k - 1])
+        found["rougeL"] += 200 * row[-1] / max(1, len(output) + len(reference))
+    return {name: total / max(1, len(outputs)) for name, total in found.items()}
+
+
+# ---- pictures in text ------------------------------------------------------------------------------------------------
+
+SHADES = np.array(list(" .:-=+*#%@"))
+
+
+def shade(values):
+    """Numbers from 0 to 1 -> characters from blank to dark, in an array of the same shape."""
+    return SHADES[(np.clip(values, 0, 1) * 9.99).astype(int)]
+
+
+def loss_curve(losses, width=60):
+    """The losses from first to last in one line of text, dark where high (the scale is logarithmic)."""
+    means = np.log([np.mean(part) + 1e-12 for part in np.array_split(losses, min(width, len(losses)))])
+    return "".join(shade((means - means.min()) / (np.ptp(means) + 1e-12)))
+
+
+def side_by_side(titles, pictures, gap="   "):
+    """Several pictures of equal height, each a list of lines, next to each other under their titles -> text."""
+    columns = [[title, *lines] for title, lines in zip(titles, pictures)]
+    widths = [max(map(len, column)) for column in columns]
+    return "\n".join(gap.join(map(str.ljust, row, widths)).rstrip() for row in zip(*columns))
+
+
+def attention_maps(cache, layer, name):
+    """The weights of all heads in a layer, out of the cache of side_forward; name: attn or cross -> (B, H, T, S)."""
+    caches, *_ = cache[2][layer]
+    return next(cache for kind, _, cache, _ in caches if kind == name)[3][3]
+
+
+def draw_weights(weights, rows, columns):
+    """Who (rows) looks at whom (columns), dark where much.   weights (T, S) -> lines of text."""
+    tall, wide = max(map(len, columns)), max(map(len, rows))
+    top = [" " * (wide + 2) + "".join(name.rjust(tall)[k] for name in columns) for k in range(tall)]
+    return top + [f"{name.rjust(wide)} |{''.join(line)}|" for name, line in zip(rows, shade(weights))]
+
+
+def describe_head(weights, cross=False):
+    """What a head does most, measured.   weights: a list of (T, S), one a sequence -> a sentence."""
+    def mean(where):
+        return float(np.mean([np.mean(where(w)) for w in weights if len(w) > 1]))
+    spread = mean(lambda w: np.exp(-(w * np.log(w + 1e-30)).sum(axis=1)))
+    share = {"first token": mean(lambda w: w[1:, 0]), "same place": mean(np.diagonal)}
+    if cross:
+        share["mirrored place"] = mean(lambda w: np.diagonal(w[:w.shape[1], ::-1]))
+        share["place before"] = mean(lambda w: np.diagonal(w, -1))
+        share["place after"] = mean(lambda w: np.diagonal(w, 1))
+    else:
+        share["previous token"] = mean(lambda w: np.diagonal(w, -1))
+        share["next token"] = mean(lambda w: np.diagonal(w, 1))
+    what, most = max(share.items(), key=lambda item: item[1])
+    if most < 0.3:
+        what = f"spread out (most on the {what}"
+        return f"{what}, {most:.0%}; as wide as {spread:.1f} tokens)"
+    return f"{what}: {most:.0%} of its attention (as wide as {spread:.1f} tokens)"
+
+
+def show_heads(title, weights, rows, columns, more, cross=False):
+    """All heads' maps of one sequence side by side, (H, T, S), and a sentence a head, from more: a list of such."""
+    print(title)
+    heads = [f"head {h + 1}" for h in range(len(weights))]
+    print(side_by_side(heads, [draw_weights(w, rows, columns) for w in weights]))
+    for h in range(len(weights)):
+        print(f"  head {h + 1} looks at: {describe_head([w[h] for w in more], cross)}")
+
+
+# ---- training and demo -----------------------------------------------------------------------------------------------
+
+def train_transformer(cfg, rng, note=lambda params: "", quiet=False):
+    """-> params, progress. note(params): what a line of progress says besides the loss."""
+    params, state, first, clipped = init_params(cfg, rng), {}, 0, 0
+    words = vocabulary(cfg)
+    about = dict(task=cfg.task, heads=cfg.heads, norm=cfg.norm, order=cfg.order, feed=cfg.feed, position=cfg.position,
+                 vocabulary=dict(chars=words.chars, merges=[list(pair) for pair in words.merges]))
+    parts = {"params": params, "adam": state}
+    if cfg.load:
+        first = load_checkpoint(cfg.load, rng, about, parts)
+    if cfg.save:
+        save_checkpoint(cfg.save, first, rng, about, parts)                 # now, to find out whether it can be written
+    progress = Progress(cfg.steps, first + 1, quiet)
+    for step in progress:
+        loss, grads = loss_and_grads(params, make_batch(cfg, rng), cfg)
+        clipped += clip_norm(grads, cfg.clip) > cfg.clip > 0
+        adamw_update(params, grads, state, learning_rate(step, cfg), cfg.decay)
+        progress.report(loss, lambda: note(params))
+        if cfg.save and (step % 200 == 0 or step == cfg.steps or progress.stopped):
+            save_checkpoint(cfg.save, step, rng, about, parts)
+    if clipped and not quiet:
+        print(f"the gradient was clipped to norm {cfg.clip} in {clipped} of {len(progress.losses)} steps")
+    return params, progress
+
+
+def save_checkpoint(path, step, rng, about, parts):
+    """Everything that a training needs to go on, in an .npz file that is either whole or not there. about: what has to
+    be the same when it goes on; parts: {"params": dict of arrays, ...}, dicts of arrays and numbers."""
+    arrays = {f"{part} {name}": a for part, named in parts.items() for name, a in named.items()}
+    arrays["about"] = np.array(json.dumps({**about, "step": step, "rng": rng.bit_generator.state}))
+    try:
+        with open(path + ".tmp", "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(path + ".tmp", path)
+    except OSError as error:
+        raise InputError(f"--save {path}: expected a place to write to, found: {error.strerror}") from None
+
+
+def read_checkpoint(path):
+    """A file of save_checkpoint -> about, arrays by name."""
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
+            arrays = dict(saved)
+        return json.loads(str(arrays.pop("about"))), arrays
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"--load {path}: expected a file that --save wrote, found: {error}") from None
+
+
+def load_checkpoint(path, rng, about, parts):
+    """Fill rng and parts from a file of save_checkpoint; what it is about must be the same -> number of steps done."""
+    found, arrays = read_checkpoint(path)
+    for name, value in about.items():
+        require(found.get(name) == value, f"--load {path}", f"{name} {value}", found.get(name))
+    for part, named in parts.items():
+        held = {name[len(part) + 1:]: a if a.ndim else a.item() for name, a in arrays.items()
+                if name.startswith(part + " ")}
+        for name in sorted(named.keys() | held.keys()) if part == "params" else ():
+            shape, other = np.shape(named.get(name)), np.shape(held.get(name))
+            require(name in named and name in held and shape == other, f"--load {path}", f"{name} {shape}", other)
+        named.update(held)
+    rng.bit_generator.state = found["rng"]
+    return found["step"]
+
+
+def announce_model(cfg, text, chance):
+    """What is being learned, and by what."""
+    size = sum(p.size for p in init_params(cfg, np.random.default_rng(0)).values())
+    print(f"\n{text}: {cfg.model}, {cfg.layers} layers, {cfg.heads} heads, width {cfg.width}, "
+          f"{cfg.order}-norm {cfg.norm}, {cfg.feed}, {cfg.position}, lr {cfg.lr}, batch {cfg.batch}, {size} parameters")
+    print(f"chance level: {chance}")
+
+
+def held_out(params, cfg, limit=100_000):
+    """Loss on held-out data, nats a token: text and letters, the last tenth; pairs, those for validation."""
+    rng, total, count, plain = np.random.default_rng(1), 0.0, 0, replace(cfg, smoothing=0.0, dropout=0.0)
+    if cfg.task == "pairs":
+        data = load_pairs(cfg.data, cfg.validation, cfg.test, cfg.tokens, cfg.merges, cfg.lower, cfg.load)
+        pairs = [tuple(map(data["vocabulary"].encode, pair)) for pair in data["validation"]]
+        pairs.sort(key=lambda pair: len(pair[1]))
+        batches = [as_batch(*zip(*pairs[k:k + 50]), cfg) for k in range(0, len(pairs), 50)]
+    else:
+        ids = load_corpus(cfg.data, cfg.tokens, cfg.merges, cfg.load)["validation"][:limit]
+        n = (len(ids) - 1) // cfg.context
+        x, y = (ids[k:k + n * cfg.context].reshape(n, -1) for k in (0, 1))
+        batches = [(*hide_letters(a, cfg, rng)[:1], None, None) if cfg.task == "letters" else (None, a, b)
+                   for a, b in ((x[k:k + 50], y[k:k + 50]) for k in range(0, n, 50))]
+    for source, target, answers in batches:
+        places = np.flatnonzero(answers >= 0)
+        z, _ = transformer_forward(params, source, target, plain, places)
+        total += float(smoothed_cross_entropy_forward(z, answers.ravel()[places], 0.0)[0]) * len(places)
+        count += len(places)
+    return total / count
+
+
+def learn_gpt(cfg, rng):
+    """todo"""
+    data = load_corpus(cfg.data, cfg.tokens, cfg.merges, cfg.load)
+    V = data["vocabulary"].size
+    announce_model(cfg, f"Text, {len(data['train'])} tokens of {V} kinds", f"loss {math.log(V):.3f}")
+    params, progress = train_transformer(cfg, rng, lambda params: f"  validation {held_out(params, cfg):.4f}")
+    return {"validation": held_out(params, cfg)}, params, progress
+
+
+def main(cfg):
+    """Run one task, or the three of the demo."""
+    start, rng, figures = time.perf_counter(), np.random.default_rng(cfg.seed), {}
+    learn = {"text": learn_gpt}
+    for task in ("text",) if cfg.task == "demo" else (cfg.task,):
+        part = replace(cfg, task=task, model="auto")
+        found, params, progress = learn[task](part, rng)
+        figures.update(found)
+    print_result(task=cfg.task, **figures, seconds=time.perf_counter() - start)
+
+
+# ---- plumbing: the same in every lesson; whoever types along may stop here -------------------------------------------
+
+class InputError(ValueError):
+    """A flag, value or file that cannot be used; the program ends with its text in one line and exit status 2."""
+
+
+def require(ok, what, expected, found):
+    """Raise InputError unless ok."""
+    if not ok:
+        raise InputError(f"{what}: expected {expected}, found {found!r}")
+
+
+def read_flags(argv=None):
+    """Every field of Config is a flag, its comment the help text -> Config."""
+    def fail(message):
+        raise InputError(f"{message} (--help lists the flags)")
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    for field in fields(Config):
+        kind = dict(type=field.type, metavar=field.name.upper())
+        if field.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        elif get_args(field.type):
+            kind = dict(choices=get_args(field.type))
+        text = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
+        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=text, **kind)
+    known = parser.parse_known_args(argv)[0]
+    for key in (known.task, f"{known.task} --data") if getattr(known, "data", "") else (known.task,):
+        parser.set_defaults(**PRESETS.get(key, {}))
+    return Config(**vars(parser.parse_args(argv)))
+
+
+def run(main):
+    """Call main with the Config of the flags; what is not a bug ends in one line, not in a traceback."""
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")      # each line at once, on any console
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)                           # `| head` ends the program quietly
+    np.seterr(over="ignore", invalid="ignore")          # a run that diverges shows in its loss, which Progress checks
+    with contextlib.suppress(AttributeError, OSError, TypeError):               # Linux: keep freed memory for reuse
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30), libc.mallopt(-1, -1)
+    try:
+        main(read_flags())
+    except (InputError, FloatingPointError, MemoryError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+class Progress:
+    """for step in progress: ... progress.report(loss).   Prints about ten lines with the time left. Ctrl-C ends the
+    loop after the step at hand, a second one quits. A loss that is not finite raises FloatingPointError."""
+
+    def __init__(self, steps, first=1, quiet=False, lines=10):
+        self.steps, self.first, self.quiet, self.lines = steps, first, quiet, lines
+        self.step, self.losses, self.printed, self.stopped = first - 1, [], 0, False
+        self.start, self.seconds = time.perf_counter(), 0.0
+
+    def __iter__(self):
+        previous = signal.signal(signal.SIGINT, self.interrupt)
+        try:
+            while self.step < self.steps and not self.stopped:
+                self.step += 1
+                yield self.step
+        finally:
+            signal.signal(signal.SIGINT, previous)
+        if self.stopped:
+            print(f"stopped after step {self.step}; this is what has been learned so far")
+
+    def interrupt(self, signum, frame):
+        """Called on Ctrl-C."""
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = True
+
+    def report(self, loss, note=lambda: ""):
+        """Keep the loss of this step; if a line is due, print it, with what note() says."""
+        if not np.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {self.step}: training diverged; try a smaller --lr")
+        self.losses.append(float(loss))
+        self.seconds = time.perf_counter() - self.start
+        if not self.quiet and (self.step % -(-self.steps // self.lines) == 0 or self.step == self.steps):
+            recent = self.losses[self.printed:]
+            self.printed = len(self.losses)
+            left = self.seconds / len(self.losses) * (self.steps - self.step)
+            print(f"step {self.step:6d}/{self.steps}  loss {sum(recent) / len(recent):.4f}{note()}  |  "
+                  f"{self.seconds:.1f} s  ({left:.0f} s left)")
+
+
+def print_result(**figures):
+    """The last line of a run, for comparing runs."""
+    print("result: " + " ".join(f"{k}={v:#.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items()))
+
+
+if __name__ == "__main__":
+    run(main)
