@@ -145,6 +145,9 @@ CASES = {   # by name: a list of cases; a case: its inputs in forward's order, f
     "rnn": [dict(z=normal(5, 3, 4), h0=normal(3, 4), Wh=normal(4, 4), mask=mask) for mask in (None, padding)],
     "lstm": [dict(z=normal(5, 3, 8), h0=normal(3, 2), c0=normal(3, 2), Wh=normal(2, 8), mask=mask)
              for mask in (None, padding)],
+    "project_symbols": [dict(ids=integers(6, 5, 3), E=normal(6, 4), Wx=normal(4, 2), b=normal(2))],
+    "symbol_lstm": [dict(ids=integers(6, 5, 3), E=normal(6, 4), Wx=normal(4, 8), b=normal(8), h0=normal(3, 2),
+                         c0=normal(3, 2), Wh=normal(2, 8), mask=mask) for mask in (None, padding)],
     "gru": [dict(z=normal(5, 3, 6), h0=normal(3, 2), Wh=normal(2, 6), bn=normal(2), mask=mask)
             for mask in (None, padding)],
     "gd": [dict(M=normal(3, 4, 5), k=normal(3, 5), e=normal(3, 4), eta=normal(3), alpha=normal(3))],
@@ -425,7 +428,7 @@ SMALL = {"hidden": ("5,4", 4), "batch": 5, "context": 4, "embed": 3, "keys": 3, 
          "periods": "1,2,3", "home": 3, "away": 2, "heads": 2, "inner": 6}
 # (quick to check, if a Config has a field of this name and type)
 NUMBERS = {"l1": (0.0, 0.02), "l2": (0.0, 0.03), "group": (0, 2), "mu": (0.0, 0.6), "beta1": (0.0, 0.6),
-           "layers": (1, 2), "dropout": (0.0, 0.4), "smoothing": (0.0, 0.2), "patch": (0, 14)}
+           "layers": (1, 2), "dropout": (0.0, 0.4), "smoothing": (0.0, 0.2), "patch": (0, 14), "forcing": (1.0, 0.4)}
 # (numbers that switch something on)
 TRAINING = {"optimizer", "schedule", "experiment", "model", "tokens", "lower"}      # fields that no gradient depends on
 

@@ -14,6 +14,8 @@ FLOORS = {      # figure of the result line: at least (>=) or at most (<=)
     "lstm.py": {"remember_error": "<= 0.005", "remember_error_at_100": "<= 0.2", "reverse_exact": ">= 0.995",
                 "add_mse": "<= 0.001", "add_plain_mse": ">= 0.01", "seconds": "<= 90"},
     "transformer.py": {"validation": "<= 2", "seconds": "<= 60"},
+    "seq2seq.py": {"reverse_forwards": ">= 0.99", "translate_backwards": ">= 0.99", "words_backwards": ">= 0.99",
+                   "seconds": "<= 90"},
     "nested_attention.py": {"d1": "<= 1e-12", "delta": ">= 0.99", "hebb": "<= 0.65", "delta_128": ">= 0.98",
                             "delta_512": ">= 0.98", "periods_gain": ">= 0.15", "momentum_repeat": "<= 0.7",
                             "adam_axes": "<= 0.6", "adam_rotated": ">= 0.8", "seconds": "<= 90"},

@@ -8,9 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 LESSONS = sorted(p.name for p in ROOT.glob("*.py") if p.name != "gradcheck.py")
 
 
@@ -111,6 +113,58 @@ def test_resume_bit_for_bit(tmp_path):
     is_refused(lesson("lstm.py", *common, "--load", str(tmp_path / "cut.npz")), "cut.npz")
 
 
+@pytest.mark.parametrize("flags, words", [
+    (["--beam", "0"], ["--beam", "1 or more"]),
+    (["--length", "-1"], ["--length", "0 or more"]),
+    (["--length", "9", "--task", "words"], ["--length", "at most 8"]),
+    (["--forcing", "1.5"], ["--forcing", "from 0 to 1"]),
+    (["--forcing", "nan"], ["--forcing", "from 0 to 1"]),
+    (["--penalty", "-1"], ["--penalty", "0 or more"]),
+    (["--source", "sideways"], ["--source", "sideways", "choose from"]),
+    (["--save", "a.npz"], ["--save", "demo"]),
+    (["--task", "words", "--load", "nowhere.npz"], ["--load nowhere.npz"]),
+    (["--task", "words", "--save", "no/such/folder/a.npz"], ["--save no/such/folder/a.npz"]),
+])
+def test_wrong_flag_seq2seq(flags, words):
+    is_refused(lesson("seq2seq.py", *flags), "seq2seq.py", *words)
+
+
+def stop_at(name, step, *flags):
+    """Run a lesson whose training stops after a step, as by Ctrl-C."""
+    module = name.removesuffix(".py")
+    code = (f"import sys, {module}; original = {module}.Progress.report\n"
+            f"def report(self, loss, note=str):\n    original(self, loss, note); self.stopped = self.step == {step}\n"
+            f"{module}.Progress.report = report; {module}.run({module}.main)")
+    subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_resume_seq2seq(tmp_path):
+    def last(*flags):
+        done = lesson("seq2seq.py", "--task", "reverse", "--hidden", "16", "--steps", "60", *flags)
+        assert done.returncode == 0, done.stderr
+        return re.findall(r"\d+%|-\d+\.\d+|[.\d]+\|.*", done.stdout)
+    half = str(tmp_path / "half.npz")
+    stop_at("seq2seq.py", 25, "--task", "reverse", "--hidden", "16", "--steps", "60", "--save", half)
+    whole = last("--save", str(tmp_path / "whole.npz"))
+    assert last("--load", half) == whole and len(whole) > 8
+    assert last("--load", str(tmp_path / "whole.npz")) == whole
+    for flags, words in ((["--hidden", "17"], ["17"]), (["--task", "words"], ["task", "reverse"]),
+                         (["--source", "backwards"], ["source", "forwards"])):
+        flags = ["--task", "reverse", "--hidden", "16", *flags, "--load", half]
+        is_refused(lesson("seq2seq.py", *flags), "half.npz", *words)
+
+
+def test_padding_changes_nothing():
+    rng = np.random.default_rng(0)
+    import seq2seq
+    for task in ("reverse", "translate", "words"):
+        cfg = seq2seq.Config(task=task, hidden=8, batch=16)
+        params, batch = seq2seq.init_params(cfg, rng, np.float64), seq2seq.make_batch(cfg, rng, np.float64)
+        (loss, grads), (loss2, grads2) = (seq2seq.loss_and_grads(params, b, cfg) for b in (
+            batch, seq2seq.other_padding(batch)))
+        assert abs(loss - loss2) < 1e-14 and all(np.abs(grads[k] - grads2[k]).max() < 1e-14 for k in grads)
+
+
 def idx(array_sizes, body):
     """The bytes of an IDX file."""
     return b"\0\0\x08" + bytes([len(array_sizes)]) + b"".join(n.to_bytes(4, "big") for n in array_sizes) + body
@@ -180,6 +234,7 @@ LONG = {name: ["--steps", "100000000"] for name in LESSONS}
 LONG["perceptron.py"] = ["--task", "gates", "--steps", "100000000"]
 LONG["mlp.py"] = ["--task", "xor", "--steps", "100000000"]
 LONG["lstm.py"] = ["--task", "text", "--hidden", "16", "--steps", "100000000"]
+LONG["seq2seq.py"] = ["--task", "reverse", "--steps", "100000000"]
 LONG["nested_attention.py"] = ["--task", "recall", "--steps", "100000000"]
 
 
