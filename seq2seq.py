@@ -7,11 +7,11 @@
 A recurrent net that answers while it reads gives an answer as long as its input, each part before the rest was read.
 Most questions are not like that: 407 is three digits and three words, 400 only two. Sutskever's way out: one LSTM, the
 encoder, reads the source to its end and says nothing. A second, the decoder, starts from the state that the first one
-ended in and says the target, symbol by symbol, fed with what was said last, until it says END.
+ended in and says the target, symbol by symbol, fed with what was said last, until it says STOP.
 So all of the source must fit through one state: the bottleneck. The table at the end of a run shows where it gives in,
 and that its place depends on how far what is read stands from where it is said: turn the source round, and it moves.
 
-Forward, for x_1 .. x_S and y_1 .. y_T with y_T = END (and END again as y_0):
+Forward, for x_1 .. x_S and y_1 .. y_T with y_T = STOP (and STOP again as y_0):
     (h, c) = LSTM over x_1 .. x_S from zeros              where x is padding, h and c stay as they are
     s_t = LSTM(y_{t-1}) from s_{t-1},  s_0 = (h, c)       z_t = s_t Wo + bo    loss = mean of -log softmax(z_t)[y_t]
 Backward: dz_t = (softmax(z_t) - onehot y_t) / count, 0 where y is padding; back through the decoder to ds_0, which is
@@ -232,7 +232,7 @@ def softmax_cross_entropy_backward(dout, cache):
 
 # ---- model: encoder, its last state, decoder, a linear layer on top --------------------------------------------------
 
-END = 0                                                 # the symbol after the last one; it also starts the decoder
+STOP = 0                                                # the symbol after the last one; it also starts the decoder
 
 
 def init_params(cfg, rng, dtype=np.float32):
@@ -321,23 +321,23 @@ def beam_search(step, state, limit, beam, penalty):
     """The likeliest answers, nearly: of all beginnings keep the best few, at every step; a beam of 1 is greedy search.
     A longer answer is less likely by its length alone, so they compete by log-probability / length ** penalty.
     step(symbols (R,), state) -> log_p (R, V), state;  state: arrays with a row a sequence, N in all
-    -> symbols (N, up to limit), END to the right of the end; their log-probability (N,)."""
+    -> symbols (N, up to limit), STOP to the right of the end; their log-probability (N,)."""
     N = len(state[0])
     state = tuple(np.repeat(s, beam, axis=0) for s in state)
-    said, length, ended = np.full((N, beam, 1), END), np.zeros((N, beam), int), np.zeros((N, beam), bool)
+    said, length, ended = np.full((N, beam, 1), STOP), np.zeros((N, beam), int), np.zeros((N, beam), bool)
     score = np.where(np.arange(beam) == 0, 0.0, -np.inf) * np.ones((N, 1))     # at first there is one beginning
     row = np.arange(N)[:, None]
     for _ in range(limit):
         log_p, state = step(said[:, :, -1].ravel(), state)
         V = log_p.shape[1]
-        log_p = np.where(ended[:, :, None], np.where(np.arange(V) == END, 0, -np.inf), log_p.reshape(N, beam, V))
+        log_p = np.where(ended[:, :, None], np.where(np.arange(V) == STOP, 0, -np.inf), log_p.reshape(N, beam, V))
         length = length + ~ended
         total = score[:, :, None] + log_p
         best = np.argsort(-(total / length[:, :, None] ** penalty).reshape(N, -1), axis=1, kind="stable")[:, :beam]
         origin, symbol, score = best // V, best % V, total.reshape(N, -1)[row, best]
         state = tuple(s[(row * beam + origin).ravel()] for s in state)
         said = np.concatenate([said[row, origin], symbol[:, :, None]], axis=2)
-        length, ended = length[row, origin], ended[row, origin] | (symbol == END)
+        length, ended = length[row, origin], ended[row, origin] | (symbol == STOP)
         if ended.all():
             break
     return said[:, 0, 1:], score[:, 0]
@@ -385,23 +385,23 @@ def clip_norm(grads, limit):
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-WORDS = ("END zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-         "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million "
-         "billion").split()
+SPELLED = ("STOP zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+           "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million "
+           "billion").split()
 
 
 def vocabulary_sizes(cfg):
-    """Number of symbols in a source and in a target, END among the latter."""
-    return {"words": (10, len(WORDS)), "translate": (26, 27)}.get(cfg.task, (10, 11))
+    """Number of symbols in a source and in a target, STOP among the latter."""
+    return {"words": (10, len(SPELLED)), "translate": (26, 27)}.get(cfg.task, (10, 11))
 
 
 def number_to_words(n):
-    """407 -> the places of four, hundred, seven in WORDS."""
+    """407 -> the places of four, hundred, seven in SPELLED."""
     if n < 20:
         return [1 + n]
     for unit, word in ((10 ** 9, "billion"), (10 ** 6, "million"), (1000, "thousand"), (100, "hundred")):
         if n >= unit:
-            return number_to_words(n // unit) + [WORDS.index(word)] + (number_to_words(n % unit) if n % unit else [])
+            return number_to_words(n // unit) + [SPELLED.index(word)] + (number_to_words(n % unit) if n % unit else [])
     return [19 + n // 10] + ([1 + n % 10] if n % 10 else [])
 
 
@@ -436,8 +436,8 @@ def make_batch(cfg, rng, dtype=np.float32, lengths=None):
     else:
         m, answer = n, 1 + (symbols if cfg.task == "translate" else symbols[np.maximum(n - 1 - t, 0), np.arange(N)])
     t = np.arange(len(answer) + 1)[:, None]
-    target = np.where(t < m, np.concatenate([answer, answer[:1]]), END)
-    inputs = np.concatenate([np.full((1, N), END), target[:-1]])
+    target = np.where(t < m, np.concatenate([answer, answer[:1]]), STOP)
+    inputs = np.concatenate([np.full((1, N), STOP), target[:-1]])
     t = np.arange(S)[:, None]
     if cfg.source == "backwards":
         symbols = symbols[np.where(t < n, n - 1 - t, t), np.arange(N)]
@@ -530,17 +530,17 @@ def answer(params, batch, cfg, beam):
     limit = len(inputs) + 2
     said, log_p = beam_search(lambda symbols, state: decoder_step(params, symbols, state),
                               read_source(params, source, mask)[0], limit, beam, cfg.penalty)
-    ours, right = np.full((2, len(said), limit), END)
+    ours, right = np.full((2, len(said), limit), STOP)
     ours[:, :said.shape[1]], right[:, :limit - 3] = said, inputs[1:].T
     return said, log_p, (ours == right).all(axis=1)
 
 
 def exact_by_length(params, cfg, beyond=4, tests=300):
     """Share of held-out sources answered without a mistake, greedily, a length: those trained on and some beyond."""
-    return [float(answer(params, held_out(cfg, n, tests), cfg, 1)[2].mean()) for n in range(1, cfg.length + beyond + 1)]
+    return [float(answer(params, unseen(cfg, n, tests), cfg, 1)[2].mean()) for n in range(1, cfg.length + beyond + 1)]
 
 
-def held_out(cfg, n, tests):
+def unseen(cfg, n, tests):
     """A batch of sources of length n that no training has seen (but for n = 1 and 2, of which there are too few)."""
     return make_batch(cfg, np.random.default_rng(1000 + n), lengths=np.full(tests * (11 if n > 2 else 1), n))
 
@@ -549,15 +549,15 @@ def spell(cfg, source, said):
     """Symbols as text: a source and an answer."""
     source = " ".join(map(str, source)) if cfg.task == "translate" else "".join(
         map(str, source) if cfg.task == "words" else (LETTERS[s] for s in source))
-    said = list(said[:np.flatnonzero(said == END)[0] if END in said else None])
-    return source, " ".join(WORDS[s] for s in said) if cfg.task == "words" else "".join(LETTERS[s - 1] for s in said)
+    said = list(said[:np.flatnonzero(said == STOP)[0] if STOP in said else None])
+    return source, " ".join(SPELLED[s] for s in said) if cfg.task == "words" else "".join(LETTERS[s - 1] for s in said)
 
 
 def show_search(params, cfg):
     """Answers and their log-probabilities, greedy and by beam search: of a trained length, then of a longer one."""
     print(f"Log-probabilities of the answers found by greedy search and with a beam of {cfg.beam}:")
     for n in (cfg.length, cfg.length + 1):
-        batch = held_out(cfg, n, 300)
+        batch = unseen(cfg, n, 300)
         greedy, beam = answer(params, batch, cfg, 1), answer(params, batch, cfg, cfg.beam)
         likelier = np.flatnonzero(beam[1] > greedy[1] + 1e-5)
         for k in [*likelier[:2], 0, 1][:2]:
