@@ -425,7 +425,8 @@ def source_line(module, name, position, args):
 # ---- a whole model, end to end ---------------------------------------------------------------------------------------
 
 SMALL = {"hidden": ("5,4", 4), "batch": 5, "context": 4, "embed": 3, "keys": 3, "values": 4, "width": 8, "length": 7,
-         "periods": "1,2,3", "home": 3, "away": 2, "heads": 2, "inner": 6}
+         "periods": "1,2,3", "home": 3, "away": 2, "heads": 2, "inner": 6,
+         "window": 7, "bits": 3, "delay": 4}
 # (quick to check, if a Config has a field of this name and type)
 NUMBERS = {"l1": (0.0, 0.02), "l2": (0.0, 0.03), "group": (0, 2), "mu": (0.0, 0.6), "beta1": (0.0, 0.6),
            "layers": (1, 2), "dropout": (0.0, 0.4), "smoothing": (0.0, 0.2), "patch": (0, 14), "forcing": (1.0, 0.4)}

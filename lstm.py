@@ -91,6 +91,8 @@ class Config:
         for name in ("lr", "temperature"):
             require(0 < getattr(self, name) < math.inf, "--" + name, "a number above 0", getattr(self, name))
         require(not self.data or self.task == "text", "--data", "--task text with it", self.task)
+        for name in ("save", "load"):
+            require(not getattr(self, name) or self.task != "demo", "--" + name, "a --task with it", self.task)
         self.length = self.length or {"reverse": 6, "add": 50, "text": 64}.get(self.task, 14)
 
 

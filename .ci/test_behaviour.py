@@ -47,7 +47,7 @@ def test_wrong_flag(name, flags, words):
     is_refused(lesson(name, *flags), name, *words)
 
 
-@pytest.mark.parametrize("name", ["perceptron.py", "mlp.py", "lstm.py"])
+@pytest.mark.parametrize("name", ["perceptron.py", "mlp.py", "vanilla_rnn.py", "lstm.py"])
 def test_data_without_a_task_that_reads_it(name):
     is_refused(lesson(name, "--data", "nowhere"), name, "--data", "--task")
 
@@ -79,6 +79,24 @@ def test_wrong_flag_nested(flags, words):
 
 
 @pytest.mark.parametrize("flags, words", [
+    (["--length", "1"], ["--length", "2 or more"]),
+    (["--bits", "0"], ["--bits", "1 or more"]),
+    (["--delay", "0"], ["--delay", "1 or more"]),
+    (["--window", "-1"], ["--window", "0 or more"]),
+    (["--radius", "-1"], ["--radius", "0 or more"]),
+    (["--clip", "nan"], ["--clip", "0 or more"]),
+    (["--clip-by", "foo"], ["--clip-by", "foo", "choose from"]),
+    (["--save", "a.npz"], ["--save", "--task"]),
+    (["--task", "text", "--batch", "5000"], ["--batch", "at most"]),
+    (["--task", "text", "--data", "nowhere"], ["nowhere"]),
+    (["--task", "wave", "--load", "nowhere.npz"], ["--load nowhere.npz"]),
+    (["--task", "wave", "--save", "no/such/folder/a.npz"], ["--save no/such/folder/a.npz"]),
+])
+def test_wrong_flag_rnn(flags, words):
+    is_refused(lesson("vanilla_rnn.py", *flags), "vanilla_rnn.py", *words)
+
+
+@pytest.mark.parametrize("flags, words", [
     (["--hidden", "0"], ["--hidden", "1 or more"]),
     (["--cell", "foo"], ["--cell", "foo", "choose from"]),
     (["--length", "-1"], ["--length", "0 or more"]),
@@ -92,25 +110,41 @@ def test_wrong_flag_lstm(flags, words):
     is_refused(lesson("lstm.py", *flags), "lstm.py", *words)
 
 
-def test_resume_bit_for_bit(tmp_path):
+RESUME = [("vanilla_rnn.py", ["--task", "text", "--hidden", "16", "--steps", "30"]),
+          ("vanilla_rnn.py", ["--task", "wave", "--hidden", "16", "--steps", "30"]),
+          ("lstm.py", ["--task", "text", "--hidden", "16", "--steps", "30"]),
+          ("lstm.py", ["--task", "reverse", "--hidden", "16", "--steps", "30"])]
+
+
+@pytest.mark.parametrize("name, common", RESUME, ids=lambda value: value if isinstance(value, str) else value[1])
+def test_resume_bit_for_bit(name, common, tmp_path):
     def figures(done):
         assert done.returncode == 0, done.stderr
-        return re.findall(r"validation=\S+", done.stdout)
-    common = ["--task", "text", "--hidden", "16", "--steps", "30"]
-    half, whole = str(tmp_path / "half.npz"), figures(lesson("lstm.py", *common))
-    code = ("import sys, lstm; original = lstm.Progress.report\n"
+        return re.sub(r"seconds=.*", "", done.stdout.splitlines()[-1])
+    half, whole = str(tmp_path / "half.npz"), figures(lesson(name, *common))
+    code = (f"import sys, {name[:-3]} as m; original = m.Progress.report\n"
             "def report(self, loss, note=str):\n    original(self, loss, note); self.stopped = self.step == 12\n"
-            "lstm.Progress.report = report; lstm.run(lstm.main)")
+            "m.Progress.report = report; m.run(m.main)")
     subprocess.run([sys.executable, "-c", code, *common, "--save", half], cwd=ROOT, check=True, capture_output=True)
-    assert figures(lesson("lstm.py", *common, "--load", half)) == whole
-    is_refused(lesson("lstm.py", "--task", "text", "--hidden", "17", "--load", half), "half.npz", "(", "17")
-    is_refused(lesson("lstm.py", *common, "--cell", "gru", "--load", half), "half.npz", "gru")
-    other = tmp_path / "other.txt"
-    other.write_text("This is \u00e9trange. " * 100, encoding="utf-8")
-    is_refused(lesson("lstm.py", *common, "--load", half, "--data", str(other)), "half.npz", "characters")
+    resumed = figures(lesson(name, *common, "--load", half))
+    assert re.sub(r"steps=\S+", "", resumed) == re.sub(r"steps=\S+", "", whole)
+    is_refused(lesson(name, *common, "--hidden", "17", "--load", half), "half.npz", "(", "17")
     raw = (tmp_path / "half.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(raw[:len(raw) // 2])
-    is_refused(lesson("lstm.py", *common, "--load", str(tmp_path / "cut.npz")), "cut.npz")
+    is_refused(lesson(name, *common, "--load", str(tmp_path / "cut.npz")), "cut.npz")
+    other = tmp_path / "other.txt"
+    other.write_text("This is \u00e9trange. " * 100, encoding="utf-8")
+    if "text" in common:
+        is_refused(lesson(name, *common, "--load", half, "--data", str(other)), "half.npz", "characters")
+        other.write_text("That house. " * 100, encoding="utf-8")            # fewer kinds of letters: that is fine
+        assert lesson(name, *common, "--embed", "32", "--load", half, "--data", str(other)).returncode == 0
+
+
+def test_load_of_another_cell(tmp_path):
+    half, common = str(tmp_path / "half.npz"), ["--task", "text", "--hidden", "16", "--steps", "3"]
+    assert lesson("lstm.py", *common, "--save", half).returncode == 0
+    is_refused(lesson("lstm.py", *common, "--cell", "gru", "--load", half), "half.npz", "gru")
+    is_refused(lesson("vanilla_rnn.py", *common, "--load", half), "half.npz")
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -233,6 +267,7 @@ def test_divergence_ends_in_one_sentence(name, flags):
 LONG = {name: ["--steps", "100000000"] for name in LESSONS}
 LONG["perceptron.py"] = ["--task", "gates", "--steps", "100000000"]
 LONG["mlp.py"] = ["--task", "xor", "--steps", "100000000"]
+LONG["vanilla_rnn.py"] = ["--task", "wave", "--steps", "100000000"]
 LONG["lstm.py"] = ["--task", "text", "--hidden", "16", "--steps", "100000000"]
 LONG["seq2seq.py"] = ["--task", "reverse", "--steps", "100000000"]
 LONG["nested_attention.py"] = ["--task", "recall", "--steps", "100000000"]
