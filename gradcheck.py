@@ -28,6 +28,7 @@ operations of the lessons stands below, in CASES; for one of your own, say it in
 """
 import argparse
 import ast
+import contextlib
 import copy
 import difflib
 import inspect
@@ -693,6 +694,20 @@ def teeth(module):
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
+def parse(source):
+    """A file that ends in the middle, or has a slip in it, is worth checking up to there -> syntax tree of as much as
+    can be read, and in a list, what is wrong with the rest."""
+    try:
+        return ast.parse(source), []
+    except SyntaxError as error:
+        lines, wrong = source.splitlines(), f"line {error.lineno} cannot be read: SyntaxError: {error.msg}"
+    for end in reversed(range(len(lines))):
+        if lines[end][:1].strip():                      # something begins here: perhaps all above is whole
+            with contextlib.suppress(SyntaxError):
+                return ast.parse("\n".join(lines[:end])), [wrong]
+    return ast.parse(""), [wrong]
+
+
 def make_module(path, tree):
     """Run a syntax tree as a module of its own."""
     module = types.ModuleType("checked")
@@ -723,15 +738,18 @@ def check_file(path):
     """Check every operation of a file, then its models -> number of checks that passed, that failed."""
     print(f"{path}")
     try:
-        module = make_module(path, ast.parse(Path(path).read_text(encoding="utf-8"), str(path)))
+        tree, broken = parse(Path(path).read_text(encoding="utf-8"))
+        module = make_module(path, tree)
     except Exception as error:
         print(f"  FAIL  it does not run: {type(error).__name__}: {error}")
         return 0, 1
-    names, passed, failed, called = operations(module), 0, [], set()
+    names, passed, failed, called = operations(module), 0, broken, set()
+    if broken:
+        print(f"  FAIL  {broken[0]}" + "\n        checked is what stands above it" * bool(names))
     for name in set(getattr(module, "GRADCHECK", {})) - set(names):
         failed.append(name)
         print(f"  FAIL  GRADCHECK[{name!r}]: there is no {name}_backward")
-    if not names:
+    if not names and not broken:
         failed.append("nothing")
         print("  FAIL  no op_backward in it: nothing to check")
     modelled = []
