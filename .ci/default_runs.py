@@ -19,6 +19,7 @@ FLOORS = {      # figure of the result line: at least (>=) or at most (<=)
     "transformer.py": {"validation": "<= 2", "seconds": "<= 60"},
     "seq2seq.py": {"reverse_forwards": ">= 0.99", "translate_backwards": ">= 0.99", "words_backwards": ">= 0.99",
                    "seconds": "<= 90"},
+    "cnn.py": {"accuracy": ">= 0.97", "linear": "<= 0.5", "seconds": "<= 90"},
     "nested_attention.py": {"d1": "<= 1e-12", "delta": ">= 0.99", "hebb": "<= 0.65", "delta_128": ">= 0.98",
                             "delta_512": ">= 0.98", "periods_gain": ">= 0.15", "momentum_repeat": "<= 0.7",
                             "adam_axes": "<= 0.6", "adam_rotated": ">= 0.8", "seconds": "<= 90"},

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def test_wrong_flag(name, flags, words):
     is_refused(lesson(name, *flags), name, *words)
 
 
-@pytest.mark.parametrize("name", ["perceptron.py", "mlp.py", "vanilla_rnn.py", "lstm.py"])
+@pytest.mark.parametrize("name", ["perceptron.py", "mlp.py", "vanilla_rnn.py", "lstm.py", "cnn.py"])
 def test_data_without_a_task_that_reads_it(name):
     is_refused(lesson(name, "--data", "nowhere"), name, "--data", "--task")
 
@@ -199,6 +200,131 @@ def test_padding_changes_nothing():
         assert abs(loss - loss2) < 1e-14 and all(np.abs(grads[k] - grads2[k]).max() < 1e-14 for k in grads)
 
 
+@pytest.mark.parametrize("flags, words", [
+    (["--model", "foo"], ["--model", "foo", "choose from"]),
+    (["--size", "20"], ["--size", "multiple of 8", "20"]),
+    (["--crop", "16"], ["--crop", "less than 16"]),
+    (["--dropout", "1"], ["--dropout", "below 1"]),
+    (["--smoothing", "-0.1"], ["--smoothing", "0 or more"]),
+    (["--workers", "0"], ["--workers", "1 or more"]),
+    (["--workers", "4", "--slices", "2"], ["--slices", "--workers 4"]),
+    (["--slices", "65"], ["--slices", "--batch 64"]),
+    (["--data", "nowhere"], ["--data", "--task"]),
+    (["--task", "cifar"], ["--data"]),
+    (["--task", "cifar", "--data", "nowhere"], ["nowhere", "cifar-10-binary.tar.gz"]),
+    (["--task", "mnist", "--data", "nowhere"], ["nowhere", "train-images-idx3-ubyte.gz"]),
+    (["--load", "nowhere.npz"], ["--load nowhere.npz"]),
+    (["--save", "no/such/folder/a.npz"], ["--save no/such/folder/a.npz"]),
+])
+def test_wrong_flag_cnn(flags, words):
+    is_refused(lesson("cnn.py", *flags), "cnn.py", *words)
+
+
+def cifar_files(folder, **changes):
+    """A tiny CIFAR-10 in its binary layout, some files replaced (None: left out) -> its folder."""
+    (folder / "cifar-10-batches-bin").mkdir(exist_ok=True)
+    rows = np.random.default_rng(0).integers(0, 256, (20, 3073), np.uint8)
+    rows[:, 0] = np.arange(20) % 10
+    for name in [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]:
+        file, raw = folder / "cifar-10-batches-bin" / f"{name}.bin", changes.get(name, rows.tobytes())
+        file.unlink() if raw is None and file.exists() else file.write_bytes(raw or b"")
+    return folder / "cifar-10-batches-bin"
+
+
+def test_cifar_files(tmp_path):
+    small = ["--task", "cifar", "--channels", "2", "--steps", "2", "--batch", "8", "--data"]
+    folder, archive = cifar_files(tmp_path), tmp_path / "cifar-10-binary.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, arcname=folder.name)
+    for where in (archive, folder, tmp_path):           # the archive, its folder, and the folder that holds it
+        done = lesson("cnn.py", *small, str(where))
+        assert done.returncode == 0 and "accuracy=" in done.stdout.splitlines()[-1], done.stderr
+    raw = (folder / "test_batch.bin").read_bytes()
+    for changes, words in ((dict(data_batch_2=raw[:-9]), ["data_batch_2.bin", "3073"]),
+                           (dict(test_batch=b""), ["test_batch.bin", "3073"]),
+                           (dict(test_batch=b"\x0a" + raw[1:]), ["test_batch.bin", "labels"]),
+                           (dict(data_batch_5=None), ["data_batch_5.bin", "no such file"])):
+        is_refused(lesson("cnn.py", *small, str(cifar_files(tmp_path, **changes))), *words)
+    cut, other = tmp_path / "cut.tar.gz", tmp_path / "cifar-10-python.tar.gz"
+    cut.write_bytes(archive.read_bytes()[:-2000])
+    with tarfile.open(other, "w:gz") as tar:
+        tar.add(folder / "data_batch_1.bin", arcname="cifar-10-batches-py/data_batch_1")
+    is_refused(lesson("cnn.py", *small, str(cut)), "cut.tar.gz", "cifar-10-binary.tar.gz")
+    is_refused(lesson("cnn.py", *small, str(other)), "cifar-10-python.tar.gz", "data_batch_1.bin")
+    cut.write_bytes(b"this is not an archive")
+    is_refused(lesson("cnn.py", *small, str(cut)), "cut.tar.gz")
+
+
+def test_resume_cnn(tmp_path):
+    def last(done):
+        assert done.returncode == 0, done.stderr
+        return re.findall(r"accuracy=\S+|step +\d+/30  loss \S+  validation \S+", done.stdout)[-4:]
+    common = ["--steps", "30", "--channels", "2", "--optimizer", "momentum", "--dropout", "0.2", "--data",
+              str(cifar_files(tmp_path)), "--task", "cifar", "--batch", "16"]
+    half, whole = str(tmp_path / "half.npz"), last(lesson("cnn.py", *common))
+    code = ("import sys, cnn; original = cnn.Progress.report\n"
+            "def report(self, loss, note=str):\n    original(self, loss, note); self.stopped = self.step == 12\n"
+            "cnn.Progress.report = report; cnn.run(cnn.main)")
+    subprocess.run([sys.executable, "-c", code, *common, "--save", half], cwd=ROOT, check=True, capture_output=True)
+    assert last(lesson("cnn.py", *common, "--load", half)) == whole
+    is_refused(lesson("cnn.py", *common, "--load", half, "--model", "resnet"), "half.npz", "model resnet", "plain")
+    is_refused(lesson("cnn.py", *common, "--load", half, "--channels", "3"), "half.npz", "(3, 3, 3, 3)", "(3, 3, 3, 2)")
+    raw = Path(half).read_bytes()
+    (tmp_path / "cut.npz").write_bytes(raw[:len(raw) // 2])
+    is_refused(lesson("cnn.py", *common, "--load", str(tmp_path / "cut.npz")), "cut.npz")
+
+
+def losses(*flags):
+    """The losses that a run of cnn.py prints."""
+    done = lesson("cnn.py", "--steps", "20", "--channels", "2", *flags)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return [float(v) for v in re.findall(r"step.*loss (\S+)  val", done.stdout)]
+
+
+def test_workers_compute_the_same():
+    one = losses("--slices", "3")
+    assert len(one) == 10 and np.allclose(one, losses("--workers", "3"), atol=2e-4)
+    none = losses("--norm", "none")                     # nothing depends on the other pictures of a slice
+    assert np.allclose(none, losses("--norm", "none", "--workers", "2"), atol=2e-4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("what", ["worker killed", "interrupted", "killed"])
+def test_workers_end(what):
+    def alive(pid):
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
+    process = subprocess.Popen([sys.executable, "-W", "error", ROOT / "cnn.py", "--workers", "2", "--steps", "1000000"],
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    for line in process.stdout:
+        if "chance level" in line:
+            break
+    children, deadline = [], time.time() + 30
+    while len(children) < 2 and time.time() < deadline:
+        time.sleep(0.5)
+        children = list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+        children = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert len(children) == 2
+    time.sleep(2)
+    if what == "worker killed":
+        os.kill(children[1], signal.SIGKILL)
+    elif what == "interrupted":
+        os.killpg(process.pid, signal.SIGINT)           # as a terminal does: every process of the group gets it
+    else:
+        process.kill()
+    out, err = process.communicate(timeout=60)
+    if what == "worker killed":
+        assert process.returncode == 1 and len(err.splitlines()) == 1 and "worker 2 of 2" in err, err
+    elif what == "interrupted":
+        assert process.returncode == 0 and not err and out.splitlines()[-1].startswith("result: "), err
+    deadline = time.time() + 20
+    while any(map(alive, children)) and time.time() < deadline:
+        time.sleep(0.2)
+    assert not any(map(alive, children))
+
+
 def idx(array_sizes, body):
     """The bytes of an IDX file."""
     return b"\0\0\x08" + bytes([len(array_sizes)]) + b"".join(n.to_bytes(4, "big") for n in array_sizes) + body
@@ -217,7 +343,7 @@ def mnist_folder(folder, **changes):
     return str(folder)
 
 
-DIGITS = [("perceptron.py", "digits"), ("mlp.py", "mnist")]
+DIGITS = [("perceptron.py", "digits"), ("mlp.py", "mnist"), ("cnn.py", "mnist")]
 
 
 @pytest.mark.parametrize("name, task", DIGITS)
