@@ -99,7 +99,7 @@ class Config:
 PRESETS = {     # what a task changes above, unless a flag says otherwise
     "remember": dict(hidden=32, lr=0.02, steps=2300),
     "reverse": dict(hidden=128, lr=0.005),
-    "add": dict(steps=700),
+    "add": dict(steps=800),
     "text": dict(hidden=128, lr=0.01, steps=400, batch=16, clip=5.0),
     "text --data": dict(hidden=512, embed=64, lr=0.003, decay=0.01, steps=2000, batch=64, clip=5.0),
 }
