@@ -15,6 +15,7 @@ Break it
 Papers: Vaswani et al. 2017
 """
 import argparse
+import codecs
 import collections
 import contextlib
 import ctypes
@@ -24,6 +25,8 @@ import heapq
 import inspect
 import json
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import signal
@@ -70,23 +73,27 @@ class Config:
     lower: bool = False     # pairs: capital letters become small ones
     beam: int = 4           # pairs: hypotheses kept in the search; 1 is greedy
     penalty: float = 0.6    # pairs: how much the search favours long outputs
-    temperature: float = 0.8  # text: of the samples; small is careful, large is wild
+    temperature: float = 0.5  # text: of the samples; small is careful, large is wild
     top_k: int = 0          # text: samples come from the k likeliest tokens only; 0: all
     prompt: str = ""        # text: how the sample begins
     sample: int = 400       # text: tokens of the sample
     data: str = ""          # text, letters: a UTF-8 text; pairs: lines of source TAB target; mnist: its folder
     validation: str = ""    # pairs: more lines, to choose by (none: a tenth of the data, before the last)
     test: str = ""          # pairs: more lines, to report (none: the last tenth of the data)
+    workers: int = 1        # processes that share the work of a batch
     save: str = ""          # file (.npz) to keep parameters and state of the training in
     load: str = ""          # such a file to go on from
     seed: int = 0           # of every random draw
 
     def __post_init__(self):
-        models = {"sort": "seq2seq", "reverse": "seq2seq", "pairs": "seq2seq", "demo": "gpt", "text": "gpt",
-                  "letters": "encoder", "mnist": "encoder"}
-        require(self.model in ("auto", models[self.task]), f"--model {self.model}", "a task for it", self.task)
-        self.model = models[self.task]
-        for name in ("steps", "batch", "layers", "heads", "width", "length", "beam", "sample"):
+        if self.task == "demo" and self.model != "auto":
+            self.task = {"gpt": "text", "seq2seq": "pairs" if self.data else "sort",
+                         "encoder": "mnist" if Path(self.data).is_dir() and self.data else "letters"}[self.model]
+            vars(self).update(presets(self, self.task))
+        fit = [task for task, model in MODELS.items() if self.model in ("auto", model)]
+        require(self.task in fit, f"--task for --model {self.model}", " or ".join(fit), self.task)
+        self.model = MODELS[self.task]
+        for name in ("steps", "batch", "layers", "heads", "width", "length", "beam", "sample", "workers"):
             require(getattr(self, name) >= 1, "--" + name, "1 or more", getattr(self, name))
         for name in ("inner", "clip", "decay", "warmup", "merges", "penalty", "top_k", "seed"):
             require(0 <= getattr(self, name) < math.inf, "--" + name, "0 or more", getattr(self, name))
@@ -101,14 +108,28 @@ class Config:
         require(self.context >= 2, "--context", "2 or more", self.context)
         require(not self.data or self.task not in ("demo", "sort", "reverse"), "--data",
                 "--task text, letters, pairs or mnist with it", self.task)
-        self.inner = self.inner or 4 * self.width
+        require(self.workers <= self.batch, "--workers", f"at most --batch {self.batch}", self.workers)
+        require(self.patch == 0 or self.patch > 0 and 28 % self.patch == 0, "--patch", "0 or a divisor of 28",
+                self.patch)
         require(self.feed != "swiglu" or self.inner % 2 == 0, "--inner", "an even number for swiglu", self.inner)
 
 
 PRESETS = {     # what a task changes above, unless a flag says otherwise
-    "text": dict(layers=2, steps=300, batch=16),
+    "sort": dict(layers=1, steps=700, batch=64, lr=0.005),
+    "reverse": dict(layers=1, steps=700, batch=64, lr=0.005),
+    "text": dict(position="rotary", steps=500, batch=16, lr=0.003),
+    "letters": dict(position="rotary", context=32, steps=500, batch=16, lr=0.003),
+    "mnist": dict(steps=3000, batch=64),
     "text --data": dict(layers=4, width=128, steps=2000, batch=12),
 }
+MODELS = {"demo": "gpt", "text": "gpt", "sort": "seq2seq", "reverse": "seq2seq", "pairs": "seq2seq",
+          "letters": "encoder", "mnist": "encoder"}
+
+
+def presets(cfg, task):
+    """What a task changes, but for what flags have changed."""
+    own = {**PRESETS.get(task, {}), **(PRESETS.get(f"{task} --data", {}) if cfg.data else {})}
+    return {name: value for name, value in own.items() if getattr(cfg, name) == getattr(Config, name)}
 
 
 # ---- layers: B sequences, T tokens (S of what is looked at), N = B T rows, D width, H heads, V symbols ---------------
@@ -457,7 +478,7 @@ def smoothed_cross_entropy_backward(dout, cache):
 def init_params(cfg, rng, dtype=np.float32):
     """E (V, D) for all symbols; enc0., enc1., ... and dec0., dec1., ... as block_forward wants them; enc. and dec., the
     last norms of order pre. What the options add: P, positions; Es, Wz, if not tied; Wp, bp, Wz of pictures."""
-    D, F, params = cfg.width, cfg.inner, {}
+    D, F, params = cfg.width, cfg.inner or 4 * cfg.width, {}
     sides = {"gpt": ("dec",), "encoder": ("enc",), "seq2seq": ("enc", "dec")}[cfg.model]
 
     def matrix(rows, columns, gain=1.0):
@@ -1034,7 +1055,7 @@ def new_past(cfg):
 def sample_tokens(params, ids, cfg, rng, cached=True):
     """Token after token, drawn from softmax(scores / temperature), of the top_k likeliest. When the context is full,
     its second half is read anew. With the cache, each token is read once; without, all are read for every new one."""
-    window, past = [START, *ids][-cfg.context:], new_past(cfg)
+    window, past = [int(i) for i in ids][-cfg.context:], new_past(cfg)
     new = window
     for _ in range(cfg.sample):
         if len(window) > cfg.context:
@@ -1131,7 +1152,7 @@ def bleu(outputs, references):
         share.append(right[n] / all_[n] if right[n] else 1 / (smooth * max(1, all_[n])))
     said, wanted = sum(map(len, outputs)), sum(map(len, references))
     brevity = min(0.0, 1 - wanted / max(said, 1))
-    return 100 * math.exp(brevity + sum(map(math.log, share)) / 4) if right[0] else 0.0
+    return 100 * math.exp(brevity + sum(map(math.log, share)) / 4) if right[0] and all_[3] else 0.0
 
 
 def rouge_tokens(text):
@@ -1186,10 +1207,10 @@ def attention_maps(cache, layer, name):
 
 
 def draw_weights(weights, rows, columns):
-    """Who (rows) looks at whom (columns), dark where much.   weights (T, S) -> lines of text."""
+    """Who (rows) looks at whom (columns): dark is 1, half dark 1/4.   weights (T, S) -> lines of text."""
     tall, wide = max(map(len, columns)), max(map(len, rows))
     top = [" " * (wide + 2) + "".join(name.rjust(tall)[k] for name in columns) for k in range(tall)]
-    return top + [f"{name.rjust(wide)} |{''.join(line)}|" for name, line in zip(rows, shade(weights))]
+    return top + [f"{name.rjust(wide)} |{''.join(line)}|" for name, line in zip(rows, shade(weights ** 0.5))]
 
 
 def describe_head(weights, cross=False):
@@ -1213,12 +1234,17 @@ def describe_head(weights, cross=False):
 
 
 def show_heads(title, weights, rows, columns, more, cross=False):
-    """All heads' maps of one sequence side by side, (H, T, S), and a sentence a head, from more: a list of such."""
+    """All heads' maps of one sequence (H, T, S) side by side, and a sentence a head, from more of them (B, H, T, S)."""
     print(title)
     heads = [f"head {h + 1}" for h in range(len(weights))]
     print(side_by_side(heads, [draw_weights(w, rows, columns) for w in weights]))
-    for h in range(len(weights)):
-        print(f"  head {h + 1} looks at: {describe_head([w[h] for w in more], cross)}")
+    tell_heads(more, cross)
+
+
+def tell_heads(weights, cross=False):
+    """A sentence a head, from the weights in many sequences (B, H, T, S)."""
+    for h in range(weights.shape[1]):
+        print(f"  head {h + 1} looks at: {describe_head(weights[:, h], cross)}")
 
 
 # ---- training and demo -----------------------------------------------------------------------------------------------
@@ -1235,13 +1261,14 @@ def train_transformer(cfg, rng, note=lambda params: "", quiet=False):
     if cfg.save:
         save_checkpoint(cfg.save, first, rng, about, parts)                 # now, to find out whether it can be written
     progress = Progress(cfg.steps, first + 1, quiet)
-    for step in progress:
-        loss, grads = loss_and_grads(params, make_batch(cfg, rng), cfg)
-        clipped += clip_norm(grads, cfg.clip) > cfg.clip > 0
-        adamw_update(params, grads, state, learning_rate(step, cfg), cfg.decay)
-        progress.report(loss, lambda: note(params))
-        if cfg.save and (step % 200 == 0 or step == cfg.steps or progress.stopped):
-            save_checkpoint(cfg.save, step, rng, about, parts)
+    with Workers(cfg, params) as workers:
+        for step in progress:
+            loss, grads = workers.loss_and_grads(params, split_batch(make_batch(cfg, rng), cfg.workers))
+            clipped += clip_norm(grads, cfg.clip) > cfg.clip > 0
+            adamw_update(params, grads, state, learning_rate(step, cfg), cfg.decay)
+            progress.report(loss, lambda: note(params))
+            if cfg.save and (step % 200 == 0 or step == cfg.steps or progress.stopped):
+                save_checkpoint(cfg.save, step, rng, about, parts)
     if clipped and not quiet:
         print(f"the gradient was clipped to norm {cfg.clip} in {clipped} of {len(progress.losses)} steps")
     return params, progress
@@ -1306,8 +1333,10 @@ def held_out(params, cfg, limit=100_000):
         ids = load_corpus(cfg.data, cfg.tokens, cfg.merges, cfg.load)["validation"][:limit]
         n = (len(ids) - 1) // cfg.context
         x, y = (ids[k:k + n * cfg.context].reshape(n, -1) for k in (0, 1))
-        batches = [(*hide_letters(a, cfg, rng)[:1], None, None) if cfg.task == "letters" else (None, a, b)
-                   for a, b in ((x[k:k + 50], y[k:k + 50]) for k in range(0, n, 50))]
+        batches = [(None, x[k:k + 50], y[k:k + 50]) for k in range(0, n, 50)]
+        if cfg.task == "letters":
+            hidden = [hide_letters(a, cfg, rng) for _, a, _ in batches]
+            batches = [(source, None, answers) for source, answers in hidden]
     for source, target, answers in batches:
         places = np.flatnonzero(answers >= 0)
         z, _ = transformer_forward(params, source, target, plain, places)
@@ -1316,24 +1345,345 @@ def held_out(params, cfg, limit=100_000):
     return total / count
 
 
+def change_future(params, cfg, ids):
+    """Change the second half of a text: nothing may change in the first.   -> the largest difference of scores."""
+    other, half = ids.copy(), len(ids) // 2
+    other[half:] = np.roll(ids[half:], 1)
+    a, b = (transformer_forward(params, None, x[None], cfg)[0][:half] for x in (ids, other))
+    print(f"other tokens in the second half change the scores in the first by {np.abs(a - b).max():.0e}")
+    return float(np.abs(a - b).max())
+
+
+def change_padding(params, cfg, batch):
+    """Give padding another embedding: nothing may change in what is not padding.   -> the largest difference."""
+    source, target, answers, *_ = batch
+    places = np.flatnonzero(answers >= 0)
+    other = {name: np.where(np.arange(len(E))[:, None] == PAD, 1, E) if name in ("E", "Es") else E
+             for name, E in params.items()}
+    a, b = (transformer_forward(p, source, target, cfg, places)[0][:, PAD + 1:] for p in (params, other))
+    print(f"another vector for padding ({(source == PAD).mean():.0%} of the source) changes the scores by "
+          f"{np.abs(a - b).max():.0e}")
+    return float(np.abs(a - b).max())
+
+
+def learn_order(cfg, rng):
+    """Sort digits, or say them backwards."""
+    announce_model(cfg, f"Digits, up to {cfg.length}, to {cfg.task}", "loss 2.398")
+    params, progress = train_transformer(cfg, rng)
+    print("loss", loss_curve(progress.losses or [0]))
+    fresh = make_batch(replace(cfg, batch=1000, model="auto"), np.random.default_rng(1000))
+    source, target, answers, *_ = fresh
+    outputs, _ = search(params, source, cfg, 1)
+    exact = np.mean([output == answer[answer > END].tolist() for output, answer in zip(outputs, answers)])
+    full = (source != PAD).all(axis=1)
+    _, (_, cache, *_) = transformer_forward(params, source[full], target[full], cfg)
+    maps = attention_maps(cache, cfg.layers - 1, "cross")
+    show_heads(f"Layer {cfg.layers}, the heads that look from the output (downwards, beginning with its start) to the "
+               "input (across)", maps[0], DIGITS.names(target[full][0]), DIGITS.names(source[full][0]), maps, True)
+    changed = change_padding(params, cfg, fresh)
+    print(f"{exact:.1%} of 1000 fresh sequences entirely right")
+    return {"exact": float(exact), "padding": changed}, params, progress
+
+
 def learn_gpt(cfg, rng):
-    """todo"""
+    """The next token of a text."""
     data = load_corpus(cfg.data, cfg.tokens, cfg.merges, cfg.load)
-    V = data["vocabulary"].size
-    announce_model(cfg, f"Text, {len(data['train'])} tokens of {V} kinds", f"loss {math.log(V):.3f}")
-    params, progress = train_transformer(cfg, rng, lambda params: f"  validation {held_out(params, cfg):.4f}")
-    return {"validation": held_out(params, cfg)}, params, progress
+    words, shortest = data["vocabulary"], min(len(data["train"]), len(data["validation"]))
+    require(shortest > cfg.context + 1, f"--data {cfg.data}", f"a text whose last tenth is longer than --context "
+            f"{cfg.context}", f"{shortest} tokens")
+    prompt = words.encode(cfg.prompt or "\n", lambda c: require(False, "--prompt", "characters of the text", c))
+    announce_model(cfg, f"Text, {len(data['train'])} tokens of {words.size} kinds, windows of {cfg.context}",
+                   f"loss {math.log(words.size):.3f}")
+    params, progress = train_transformer(cfg, rng, lambda params: f"  validation {held_out(params, cfg, 20_000):.4f}")
+    print("loss", loss_curve(progress.losses or [0]))
+    prompt = prompt if len(prompt) else data["validation"][:1]
+    print(f"A sample, token by token:\n{cfg.prompt}", end="")
+    decoder, tokens, seconds = codecs.getincrementaldecoder("utf-8")("replace"), {}, {}
+    for cached in (True, False):
+        start, tokens[cached] = time.perf_counter(), []
+        for token in sample_tokens(params, prompt, cfg, np.random.default_rng(cfg.seed), cached):
+            tokens[cached].append(token)
+            if cached:
+                print(decoder.decode(words.raw([token])), end="", flush=True)
+        seconds[cached] = time.perf_counter() - start
+    speedup, same = seconds[False] / seconds[True], tokens[True] == tokens[False]
+    print(f"\n\nWith keys and values kept: {seconds[True] / cfg.sample * 1e3:.2f} ms a token, all read anew for each: "
+          f"{seconds[False] / cfg.sample * 1e3:.2f} ms; {'the same' if same else 'not the same'} {cfg.sample} tokens")
+    ids = data["validation"][:cfg.context * 20]
+    ids = ids[:len(ids) // cfg.context * cfg.context].reshape(-1, cfg.context)
+    _, (_, cache, *_) = transformer_forward(params, None, ids, cfg)
+    n = min(20, cfg.context)
+    for layer in range(cfg.layers):
+        maps = attention_maps(cache, layer, "attn")
+        if layer == 0:
+            show_heads("Layer 1, who (downwards) looks at whom (across)", maps[0][:, :n, :n], words.names(ids[0][:n]),
+                       words.names(ids[0][:n]), maps)
+        else:
+            print(f"Layer {layer + 1}")
+            tell_heads(maps)
+    changed = change_future(params, cfg, ids[0])
+    loss = held_out(params, cfg)
+    a_letter = loss * len(data["validation"]) / data["chars"]
+    print(f"validation loss {loss:.4f} nats a token, {a_letter:.4f} a character, on the last tenth"
+          + "   (tinyshakespeare: 1.88 in 2000 steps, 1.55 with --layers 6 ...)" * bool(cfg.data))
+    return {"validation": loss, "same": float(same), "speedup": speedup, "future": changed}, params, progress
+
+
+def learn_holes(cfg, rng):
+    """Letters that are hidden, from those before and behind."""
+    data = load_corpus(cfg.data, cfg.tokens, cfg.merges, cfg.load)
+    words, ids = data["vocabulary"], data["validation"]
+    shortest = min(len(data["train"]), len(ids))
+    require(shortest > cfg.context + 1, f"--data {cfg.data}", f"a text whose last tenth is longer than --context "
+            f"{cfg.context}", f"{shortest} tokens")
+    announce_model(cfg, f"Letters to fill in, {cfg.masked:.0%} of {len(data['train'])}, {words.size} kinds",
+                   f"loss {math.log(words.size):.3f}")
+    params, progress = train_transformer(cfg, rng, lambda params: f"  validation {held_out(params, cfg, 20_000):.4f}")
+    print("loss", loss_curve(progress.losses or [0]))
+    ids = ids[:min(len(ids) // cfg.context, 200) * cfg.context].reshape(-1, cfg.context)
+    hidden, answers = hide_letters(ids, cfg, np.random.default_rng(1))
+    z, (cache, *_) = transformer_forward(params, hidden, None, cfg)
+    guess = z[:, len(SPECIAL):].argmax(axis=1).reshape(ids.shape) + len(SPECIAL)
+    right = float((guess == answers)[answers >= 0].mean())
+    filled = np.where(answers >= 0, guess, ids)
+    for name, row in (("read", hidden[0]), ("filled in", filled[0]), ("was", ids[0])):
+        print(f"{name:>10s}: " + "".join("." if i == MASK else words.names([i])[0] for i in row))
+    n = min(20, cfg.context)
+    maps = attention_maps(cache, cfg.layers - 1, "attn")
+    show_heads(f"Layer {cfg.layers}, who (downwards) looks at whom (across)", maps[0][:, :n, :n],
+               ["." if i == MASK else words.names([i])[0] for i in hidden[0][:n]],
+               ["." if i == MASK else words.names([i])[0] for i in hidden[0][:n]], maps)
+    loss, common = held_out(params, cfg), np.bincount(data["train"]).argmax()
+    print(f"{right:.1%} of the hidden letters right on the last tenth (always the commonest: "
+          f"{(answers[answers >= 0] == common).mean():.1%}), validation loss {loss:.4f}")
+    return {"right": right, "validation": loss}, params, progress
+
+
+def learn_scans(cfg, rng):
+    """Handwritten digits, their rows or patches as tokens."""
+    require(cfg.data, "--data", "the folder of MNIST (--help says where to get it)", cfg.data)
+    data = load_mnist(cfg.data)
+
+    def answers(params, x):
+        return np.concatenate([transformer_forward(params, as_tokens(part, cfg), None, replace(cfg, model="auto"))[0]
+                               for part in np.array_split(x, -(-len(x) // 500))]).argmax(axis=1)
+    tokens = f"{positions(cfg)} {'patches' if cfg.patch else 'rows'}"
+    announce_model(cfg, f"Digits, {len(data['train'][0])} pictures as {tokens}", "loss 2.303")
+    x, y = data["validation"]
+    params, progress = train_transformer(
+        cfg, rng, lambda params: f"  validation {(answers(params, x[:2000]) == y[:2000]).mean():.2%} right")
+    print("loss", loss_curve(progress.losses or [0]))
+    x, y = data["test"]
+    guess = answers(params, x)
+    wrong = np.flatnonzero(guess != y)[:5]
+    ink = (x[wrong].reshape(-1, 14, 2, 28).mean(axis=2) + 0.4) / 3              # half the rows: letters are tall
+    print(side_by_side([f"a {y[n]} read as {guess[n]}" for n in wrong],
+                       [["".join(row) for row in shade(picture)] for picture in ink]))
+    _, (cache, *_) = transformer_forward(params, as_tokens(x[:100], cfg), None, cfg)
+    for layer in range(cfg.layers):
+        print(f"Layer {layer + 1}")
+        tell_heads(attention_maps(cache, layer, "attn"))
+    right = float((guess == y).mean())
+    print(f"test accuracy {right:.4f} on {len(y)} pictures (expected 0.97)")
+    return {"accuracy": right}, params, progress
+
+
+def learn_pairs(cfg, rng):
+    """Translate, or shorten: whatever the pairs do."""
+    data = load_pairs(cfg.data, cfg.validation, cfg.test, cfg.tokens, cfg.merges, cfg.lower, cfg.load)
+    words = data["vocabulary"]
+    announce_model(cfg, f"{len(data['train'])} pairs, {words.size} kinds of tokens", f"loss {math.log(words.size):.3f}")
+    sources, references = zip(*data["validation"][:200])
+
+    def note(params):
+        outputs, _ = translate(params, sources, cfg, 1)
+        return f"  validation {held_out(params, cfg):.4f} bleu " + "{:.1f} rouge {:.1f} {:.1f} {:.1f}".format(
+            *pair_scores(outputs, references).values())
+    params, progress = train_transformer(cfg, rng, note)
+    print("loss", loss_curve(progress.losses or [0]))
+    found = {"validation": held_out(params, cfg)}
+    sources, references = zip(*data["test"])
+    for beam in sorted({1, cfg.beam}):
+        start = time.perf_counter()
+        outputs, logp = translate(params, sources, cfg, beam)
+        found.update(pair_scores(outputs, references))
+        print(f"beam {beam}: " + "  ".join(f"{name} {value:.2f}" for name, value in list(found.items())[1:])
+              + f"   mean log p {logp.mean():.3f}, {time.perf_counter() - start:.1f} s for {len(outputs)} test lines")
+    for k in range(0, len(outputs), -(-len(outputs) // 10)):
+        print(f"  source    {sources[k][:200]}\n  reference {references[k]}\n  output    {outputs[k]}\n")
+    return found, params, progress
+
+
+def pair_scores(outputs, references):
+    """BLEU and ROUGE of texts, in percent."""
+    score = bleu([bleu_tokens(text) for text in outputs], [bleu_tokens(text) for text in references])
+    return {"bleu": score, **rouge([rouge_tokens(text) for text in outputs], [rouge_tokens(t) for t in references])}
 
 
 def main(cfg):
-    """Run one task, or the three of the demo."""
+    """Run one task, or the three of the demo: a model of each kind."""
     start, rng, figures = time.perf_counter(), np.random.default_rng(cfg.seed), {}
-    learn = {"text": learn_gpt}
-    for task in ("text",) if cfg.task == "demo" else (cfg.task,):
-        part = replace(cfg, task=task, model="auto")
+    learn = {"sort": learn_order, "reverse": learn_order, "text": learn_gpt, "letters": learn_holes,
+             "pairs": learn_pairs, "mnist": learn_scans}
+    examples, seconds, size, steps = 0, 0.0, 0, 0
+    print("transformer.py: every token looks at every other one")
+    for task in ("reverse", "text", "letters") if cfg.task == "demo" else (cfg.task,):
+        part = replace(cfg, task=task, model="auto", **(presets(cfg, task) if cfg.task == "demo" else {}))
         found, params, progress = learn[task](part, rng)
-        figures.update(found)
-    print_result(task=cfg.task, **figures, seconds=time.perf_counter() - start)
+        figures.update({f"{task}_{name}" if cfg.task == "demo" else name: value for name, value in found.items()})
+        examples, seconds = examples + len(progress.losses) * part.batch, seconds + progress.seconds
+        steps, size = steps + progress.step, sum(p.size for p in params.values())
+    print("\nNext: python transformer.py --task sort      python transformer.py --task text --position rotary")
+    print_result(task=cfg.task, **figures, params=size, steps=steps, seconds=time.perf_counter() - start,
+                 examples_per_s=int(examples / max(seconds, 1e-9)))
+
+
+# ---- workers: one batch, several processes ---------------------------------------------------------------------------
+
+ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OPENBLAS", "OMP", "MKL", "VECLIB", "BLIS")}
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}      # see run()
+
+
+@contextlib.contextmanager
+def ignoring(name):
+    """While this lasts, a signal, if the platform knows it, does nothing."""
+    number = getattr(signal, name, None)
+    previous = number and signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        if number:
+            signal.signal(number, previous)
+
+
+def memory_plan(arrays):
+    """Where each array of a dict goes in a block of memory -> {name: (start, shape, dtype)}, size of the block."""
+    plan, size = {}, 0
+    for name, a in arrays.items():
+        plan[name] = size, a.shape, a.dtype
+        size += -(-a.nbytes // 64) * 64                 # each begins at a multiple of 64 bytes
+    return plan, size
+
+
+def shared_arrays(block, plan):
+    """The arrays of a memory_plan, as views into a block of shared memory -> {name: array}."""
+    return {name: np.frombuffer(block, dtype, math.prod(shape), start).reshape(shape)
+            for name, (start, shape, dtype) in plan.items()}
+
+
+def work_through(params, parts, cfg, grads, running):
+    """Add up loss, gradients and running statistics of some parts of a batch, each times its weight: into grads and
+    running -> loss. Every part begins with the same running statistics, as if all were done at once."""
+    total, before = 0.0, {name: a.copy() for name, a in running.items()}
+    for a in (*grads.values(), *running.values()):
+        a[...] = 0
+    for weight, part in parts:
+        after = {name: a.copy() for name, a in before.items()}
+        loss, found = loss_and_grads(params, part, cfg, *[after] * bool(after))
+        total += weight * float(loss)
+        for name, g in found.items():
+            grads[name] += weight * g
+        for name, a in after.items():
+            running[name] += weight * a
+    return total
+
+
+def worker(pipe, cfg, blocks, plans):
+    """What a worker process does: wait for parts of a batch, work through them, answer with the loss; until the pipe
+    closes. Parameters, gradients and running statistics are in shared memory, so they need not be sent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches every process; the first one decides
+    np.seterr(over="ignore", invalid="ignore")
+    params, running, grads, after = map(shared_arrays, blocks, plans)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            parts = pipe.recv()
+            for name, a in running.items():
+                after[name][...] = a
+            try:
+                answer = work_through(params, parts, cfg, grads, after)
+            except MemoryError as error:
+                answer = f"out of memory: {error}"
+            pipe.send(answer)
+
+
+class Workers:
+    """Data-parallel training. Element-wise NumPy runs on one core, so a second core comes from a second process: each
+    takes some parts of the batch, all with the same parameters, and the gradients of the parts are added up. So the
+    update, and the course of the loss, is that of one process, up to the rounding of sums in another order."""
+
+    def __init__(self, cfg, params, running=None):
+        self.cfg, self.running, self.processes, self.pipes = cfg, running or {}, [], []
+        self.grads = {name: np.zeros_like(p) for name, p in params.items()}
+        if cfg.workers == 1:                            # then this process does it all
+            return
+        plans, sizes = zip(*map(memory_plan, (params, self.running)))
+        start, environ = multiprocessing.get_context("spawn"), dict(os.environ)
+        os.environ.update({**ONE_THREAD, **KEEP_MEMORY})            # read when NumPy is imported, so only by them
+        try:
+            common = [start.RawArray("b", size + 1) for size in sizes]      # parameters, running: read by all
+            self.shared, self.results = list(map(shared_arrays, common, plans)), []
+            for _ in range(cfg.workers):
+                own = [start.RawArray("b", size + 1) for size in sizes]     # gradients, running: written by one
+                self.results.append(list(map(shared_arrays, own, plans)))
+                pipe, end = start.Pipe()
+                self.pipes.append(pipe)
+                self.processes.append(start.Process(target=worker, daemon=True,
+                                                    args=(end, cfg, [*common, *own], plans * 2)))
+                with ignoring("SIGINT"):                # they inherit it, and Ctrl-C finds them ready at any time
+                    self.processes[-1].start()
+                end.close()
+        except (OSError, ImportError, RuntimeError) as error:
+            self.close()
+            raise InputError(f"--workers {cfg.workers}: expected a platform that starts processes with shared memory, "
+                             f"found: {error} (without the flag it runs in one process)") from None
+        finally:
+            os.environ.clear()
+            os.environ.update(environ)
+
+    def loss_and_grads(self, params, parts):
+        """parts [(weight, part of a batch), ...] -> loss, gradients; running is brought up to date as well."""
+        if not self.processes:
+            return work_through(params, parts, self.cfg, self.grads, self.running), self.grads
+        for views, values in zip(self.shared, (params, self.running)):
+            for name, a in values.items():
+                views[name][...] = a
+        for k, pipe in enumerate(self.pipes):
+            with ignoring("SIGPIPE"), contextlib.suppress(OSError):         # a dead one is noticed below
+                pipe.send(parts[k::len(self.pipes)])
+        total = sum(self.answer(k) for k in range(len(self.pipes)))
+        for k, (grads, running) in enumerate(self.results):
+            for own, found in ((self.grads, grads), (self.running, running)):
+                for name, a in found.items():
+                    own[name][...] = a if k == 0 else own[name] + a
+        return total, self.grads
+
+    def answer(self, k):
+        """The loss from worker k, or MemoryError if it has died: most often the system ended it for want of memory."""
+        process, answer = self.processes[k], None
+        multiprocessing.connection.wait([self.pipes[k], process.sentinel])
+        with contextlib.suppress(EOFError, OSError):
+            answer = self.pipes[k].recv() if self.pipes[k].poll() else None
+        if isinstance(answer, float):
+            return answer
+        process.join(1)
+        raise MemoryError(f"worker {k + 1} of {len(self.processes)}, process {process.pid}: expected a loss, found "
+                          f"{answer or f'its end (exit code {process.exitcode})'}; fewer --workers need less memory")
+
+    def close(self):
+        """End all workers: their pipes close, and whoever does not leave within seconds is ended."""
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            if process.pid:
+                process.join(5)
+                process.terminate()
+        self.processes, self.pipes = [], []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
 
 
 # ---- plumbing: the same in every lesson; whoever types along may stop here -------------------------------------------
