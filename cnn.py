@@ -26,12 +26,19 @@ Run
     python cnn.py --model resnet --workers 2
     python cnn.py --experiment lr-sweep                which learning rates work, with and without BatchNorm
     python cnn.py --task mnist --data mnist            digits (mlp.py --help says where to get the folder)
-    python cnn.py --task cifar --data cifar-10-binary.tar.gz --workers 2 --save plain.npz             85 % or more
-    python cnn.py --task cifar --data cifar-10-binary.tar.gz --workers 2 --save resnet.npz --model resnet
+    python cnn.py --task cifar --data cifar-10-binary.tar.gz --save plain.npz                         85 % or more
+    python cnn.py --task cifar --data cifar-10-binary.tar.gz --save resnet.npz --model resnet --channels 16 \\
+        --dropout 0 --lr 0.1 --crop 3 --steps 3500 --workers 2
         curl -O https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz
 
 Break it
-    TODO
+    --lr 0.2: 99.0 %, as with a rate forty times smaller; --lr 0.2 --norm none: 10 %, chance. BatchNorm forgives
+    np.maximum(x, 0), x -> x, x and dout * (x > 0) -> dout, both of relu: 99.1 %, since a maximum in max pooling bends
+        lines, too; with --pool average as well: 17 %, the whole net is a linear model
+    place == k -> place >= 0 in maxpool_backward, so all four pixels get the gradient: 94.8 % instead of 99.3 %
+    W[::-1, ::-1] -> W in conv_backward: 97.2 %. It learns all the same! So check gradients
+    x = x.astype(dtype) -> x = x.astype(dtype)[:, np.random.default_rng(0).permutation(16)] in make_batch: 96.7 %; the
+        rows are shuffled, always alike, which is nothing to a linear layer, but neighbours mean something here
 
 Papers: LeCun et al. 1998 (convolutional networks); Srivastava et al. 2014 (dropout); Ioffe, Szegedy 2015 (BatchNorm);
 He et al. 2016 (residual networks); Szegedy et al. 2016 (label smoothing); Goyal et al. 2017 (training on many
@@ -101,6 +108,8 @@ class Config:
         require(self.size > 0 and self.size % 8 == 0, "--size", "a multiple of 8: pooling halves it thrice", self.size)
         require(self.crop < picture_size(self), "--crop", f"less than {picture_size(self)}, the side", self.crop)
         require(not self.data or self.task != "shapes", "--data", "--task cifar or mnist with it", self.task)
+        require(self.experiment == "none" or not self.save + self.load, "--experiment", "no --save or --load with it",
+                self.save + self.load)
         self.slices = self.slices or self.workers
         require(self.workers <= self.slices <= self.batch, "--slices",
                 f"from --workers {self.workers} to --batch {self.batch}", self.slices)
@@ -652,7 +661,7 @@ def make_batch(cfg, rng, dtype=np.float32, step=None):
             x = crop_and_flip(x, cfg.crop, cfg.flip, rng)
         x = x.astype(dtype)
     else:
-        pictures, targets = load_pictures(cfg)["train"]
+        pictures, targets = load_pictures(cfg.task, cfg.data)["train"]
         n = len(targets)
         if step is None:
             pick = rng.integers(0, n, cfg.batch)
@@ -735,7 +744,7 @@ def load_cifar(path):
 
 
 @functools.lru_cache
-def read_pictures(task, path):
+def load_pictures(task, path):
     """A data set, the last tenth (at most 5,000) of its training pictures set aside for validation. With no path, noise
     of 8 x 8: enough to check gradients on."""
     if not path:
@@ -746,11 +755,6 @@ def read_pictures(task, path):
     require(len(x) >= 10, f"--data {path}", "10 training pictures or more", len(x))
     cut = len(x) - min(5000, len(x) // 10)
     return {"train": (x[:cut], y[:cut]), "validation": (x[cut:], y[cut:]), "test": data["test"]}
-
-
-def load_pictures(cfg):
-    """The data set of the task."""
-    return read_pictures(cfg.task, cfg.data)
 
 
 # ---- pictures in text ------------------------------------------------------------------------------------------------
@@ -794,7 +798,7 @@ def train_cnn(cfg, rng, quiet=False):
     if cfg.save:
         save_checkpoint(cfg.save, first, rng, about, parts)                 # now, to find out whether it can be written
     update = momentumw_update if cfg.optimizer == "momentum" else adamw_update
-    epoch = 0 if cfg.task == "shapes" else len(load_pictures(cfg)["train"][0]) / cfg.batch      # in steps
+    epoch = 0 if cfg.task == "shapes" else len(load_pictures(cfg.task, cfg.data)["train"][0]) / cfg.batch      # in steps
     progress = Progress(cfg.steps, first + 1, quiet)
     with Workers(cfg, params, running) as workers:
         for step in progress:
@@ -866,7 +870,7 @@ def held_out_pictures(cfg, split):
     if cfg.task == "shapes":
         seed = cfg.seed + {"validation": 1000, "test": 2000}[split]
         return make_batch(replace(cfg, batch=2000, dropout=0.0, flip=False, crop=0), np.random.default_rng(seed))[:2]
-    return load_pictures(cfg)[split]
+    return load_pictures(cfg.task, cfg.data)[split]
 
 
 def accuracy(params, running, cfg, split="validation"):
@@ -930,7 +934,6 @@ def show_confusion(guess, y, names):
     a, b = np.unravel_index(pairs.argmax(), pairs.shape)
     print(f"Most often confused: {names[a]} and {names[b]}; {table[a, b]} of {table[a].sum()} times a picture of "
           f"{names[a]} was called {names[b]}, {table[b, a]} of {table[b].sum()} times the other way round.")
-    return share
 
 
 def learn_pictures(cfg, rng):
@@ -980,8 +983,10 @@ def compare_rates(cfg):
         for lr in rates:
             part = replace(cfg, norm=norm, lr=lr)
             try:
-                params, running, _ = train_cnn(part, np.random.default_rng(cfg.seed), quiet=True)
+                params, running, progress = train_cnn(part, np.random.default_rng(cfg.seed), quiet=True)
                 found.append(accuracy(params, running, part))
+                if progress.stopped:
+                    return figures
             except FloatingPointError:                  # diverged
                 found.append(0.1)
         spread = max(found) - min(found)
@@ -997,7 +1002,7 @@ def main(cfg):
     print("cnn.py: the same small detector everywhere in the picture")
     if cfg.task != "shapes":
         require(cfg.data, "--data", "the data set (--help says where to get it)", cfg.data)
-        load_pictures(cfg)
+        load_pictures(cfg.task, cfg.data)
     if cfg.experiment == "lr-sweep":
         print_result(task=cfg.task, experiment=cfg.experiment, **compare_rates(cfg),
                      seconds=time.perf_counter() - start)

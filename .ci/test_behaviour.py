@@ -298,23 +298,26 @@ def test_workers_end(what):
             return False
     process = subprocess.Popen([sys.executable, "-W", "error", ROOT / "cnn.py", "--workers", "2", "--steps", "1000000"],
                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-    for line in process.stdout:
-        if "chance level" in line:
-            break
-    children, deadline = [], time.time() + 30
-    while len(children) < 2 and time.time() < deadline:
-        time.sleep(0.5)
-        children = list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
-        children = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
-    assert len(children) == 2
-    time.sleep(2)
-    if what == "worker killed":
-        os.kill(children[1], signal.SIGKILL)
-    elif what == "interrupted":
-        os.killpg(process.pid, signal.SIGINT)           # as a terminal does: every process of the group gets it
-    else:
+    try:
+        for line in process.stdout:
+            if "chance level" in line:
+                break
+        children, deadline = [], time.time() + 60
+        while len(children) < 2 and time.time() < deadline:
+            time.sleep(0.5)
+            children = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+            children = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+        assert len(children) == 2
+        time.sleep(3)
+        if what == "worker killed":
+            os.kill(children[1], signal.SIGKILL)
+        elif what == "interrupted":
+            os.killpg(process.pid, signal.SIGINT)       # as a terminal does: every process of the group gets it
+        else:
+            process.kill()
+        out, err = process.communicate(timeout=60)
+    finally:
         process.kill()
-    out, err = process.communicate(timeout=60)
     if what == "worker killed":
         assert process.returncode == 1 and len(err.splitlines()) == 1 and "worker 2 of 2" in err, err
     elif what == "interrupted":
