@@ -798,7 +798,7 @@ def train_cnn(cfg, rng, quiet=False):
     if cfg.save:
         save_checkpoint(cfg.save, first, rng, about, parts)                 # now, to find out whether it can be written
     update = momentumw_update if cfg.optimizer == "momentum" else adamw_update
-    epoch = 0 if cfg.task == "shapes" else len(load_pictures(cfg.task, cfg.data)["train"][0]) / cfg.batch      # in steps
+    epoch = 0 if cfg.task == "shapes" else len(load_pictures(cfg.task, cfg.data)["train"][0]) / cfg.batch   # in steps
     progress = Progress(cfg.steps, first + 1, quiet)
     with Workers(cfg, params, running) as workers:
         for step in progress:
