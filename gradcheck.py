@@ -128,6 +128,11 @@ def ended(rng):
     return np.where(np.arange(7) < np.array([3, 7])[:, None, None, None], 0.0, -1e9)
 
 
+def places(rng):
+    """A case's input: which of 5 places of 3 sequences count; in one all, in one two, in one none at all."""
+    return np.arange(5) < np.array([5, 2, 0])[:, None]
+
+
 TWINS = {"conv": "conv_loop"}    # the fast one, and the one that reads like the definition
 CONV = [dict(x=normal(2, H, W, c), W=normal(k, k, c // groups, m), stride=stride, padding=padding, dilation=dilation,
              groups=groups)
@@ -157,6 +162,12 @@ CASES = {   # by name: a list of cases; a case: its inputs in forward's order, f
     "project_symbols": [dict(ids=integers(6, 5, 3), E=normal(6, 4), Wx=normal(4, 2), b=normal(2))],
     "symbol_lstm": [dict(ids=integers(6, 5, 3), E=normal(6, 4), Wx=normal(4, 8), b=normal(8), h0=normal(3, 2),
                          c0=normal(3, 2), Wh=normal(2, 8), mask=mask) for mask in (None, padding)],
+    "masked_softmax": [dict(scores=normal(2, 3, 5), mask=places)],
+    "dot_attention": [dict(q=normal(2, 3, 4), keys=normal(3, 5, 4), values=normal(3, 5, 6), mask=places)],
+    "additive_attention": [dict(q=normal(2, 3, 4), keys=normal(3, 5, 4), v=normal(4), values=normal(3, 5, 6),
+                                mask=places)],
+    "bahdanau": [dict(z=normal(4, 3, 8), h0=normal(3, 2), c0=normal(3, 2), Wh=normal(2, 8), Wc=normal(6, 8),
+                      Wq=normal(2, 7), v=normal(7), keys=normal(3, 5, 7), values=normal(3, 5, 6), mask=places)],
     "gru": [dict(z=normal(5, 3, 6), h0=normal(3, 2), Wh=normal(2, 6), bn=normal(2), mask=mask)
             for mask in (None, padding)],
     "conv_loop": CONV,
@@ -470,7 +481,7 @@ SMALL = {"hidden": ("5,4", 4), "batch": 5, "context": 4, "embed": 3, "keys": 3, 
 NUMBERS = {"l1": (0.0, 0.02), "l2": (0.0, 0.03), "group": (0, 2), "mu": (0.0, 0.6), "beta1": (0.0, 0.6),
            "layers": (1, 2), "dropout": (0.0, 0.4), "smoothing": (0.0, 0.2), "patch": (0, 14), "forcing": (1.0, 0.4)}
 # (numbers that switch something on)
-TRAINING = {"optimizer", "schedule", "experiment", "flip", "tokens", "lower"}      # fields that no gradient depends on
+TRAINING = {"optimizer", "schedule", "experiment", "flip", "tokens", "lower", "unit"}   # no gradient depends on these
 
 
 def variants(Config):

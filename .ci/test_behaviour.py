@@ -189,6 +189,76 @@ def test_resume_seq2seq(tmp_path):
         is_refused(lesson("seq2seq.py", *flags), "half.npz", *words)
 
 
+ATTENTION = ["--task", "pairs", "--hidden", "16", "--embed", "8", "--steps", "40", "--batch", "16"]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--beam", "0"], ["--beam", "1 or more"]),
+    (["--length", "-1"], ["--length", "0 or more"]),
+    (["--hidden", "7"], ["--hidden", "even", "7"]),
+    (["--attention", "foo"], ["--attention", "foo", "choose from"]),
+    (["--feed", "--attention", "dot"], ["--feed", "additive", "dot"]),
+    (["--save", "a.npz"], ["--save", "demo"]),
+    (["--task", "pairs", "--data", "nowhere"], ["nowhere"]),
+    (["--task", "pairs", "--length", "1"], ["--length", "1"]),
+    (["--task", "pairs", "--batch", "5000"], ["--batch", "at most"]),
+    (["--task", "dates", "--load", "nowhere.npz"], ["--load nowhere.npz"]),
+    (["--task", "dates", "--save", "no/such/folder/a.npz"], ["--save no/such/folder/a.npz"]),
+])
+def test_wrong_flag_attention(flags, words):
+    is_refused(lesson("attention.py", *flags), "attention.py", *words)
+
+
+def test_pairs_file(tmp_path):
+    file = tmp_path / "pairs.tsv"
+    good = [f"one {n} two\tzwei {n} eins" for n in range(60)]
+    for lines, words in (([*good[:7], "no tab here", *good], ["line 8", "no tab here"]),
+                         ([*good[:3], "a\tb\tc", *good], ["line 4"]), ([*good[:2], "\tb", *good], ["line 3"]),
+                         (good[:5], ["20 lines"]), ([], ["empty"])):
+        file.write_text("\n".join(lines), encoding="utf-8")
+        is_refused(lesson("attention.py", *ATTENTION, "--data", str(file)), "pairs.tsv", *words)
+    file.write_bytes("caf\xe9\tcoffee\n".encode("latin-1") * 30)
+    is_refused(lesson("attention.py", *ATTENTION, "--data", str(file)), "pairs.tsv", "UTF-8", "0xe9")
+    file.write_text("\n".join(good), encoding="utf-8")
+    is_refused(lesson("attention.py", *ATTENTION, "--data", str(file), "--batch", "99"), "--batch", "at most 54")
+    done = lesson("attention.py", *ATTENTION, "--data", str(file))
+    assert done.returncode == 0 and "validation=" in done.stdout, done.stderr
+
+
+def test_resume_attention(tmp_path):
+    file, half = tmp_path / "pairs.tsv", str(tmp_path / "half.npz")
+    file.write_text("\n".join(f"{n} is\t{7 * n}" for n in range(100)), encoding="utf-8")
+    flags = [*ATTENTION, "--data", str(file), "--unit", "letters"]
+
+    def figures(*more):
+        done = lesson("attention.py", *flags, *more)
+        assert done.returncode == 0, done.stderr
+        return re.findall(r"validation=\S+ right=\S+|-\d+\.\d+", done.stdout)
+    stop_at("attention.py", 15, *flags, "--save", half)
+    assert figures("--load", half) == figures()
+    for more, words in ((["--hidden", "18"], ["18"]), (["--attention", "dot"], ["attention", "additive"]),
+                        (["--unit", "words"], ["unit", "letters"])):
+        is_refused(lesson("attention.py", *flags, *more, "--load", half), "half.npz", *words)
+    file.write_text("\n".join(f"{n} is\t{7 * n} \u00e9" for n in range(100)), encoding="utf-8")
+    is_refused(lesson("attention.py", *flags, "--load", half), "half.npz", "letters it was trained on")
+
+
+@pytest.mark.parametrize("kind", ["additive", "fed", "dot", "general", "none"])
+def test_padding_gets_no_attention(kind):
+    import attention
+    cfg = attention.Config(task="dates", attention="additive" if kind == "fed" else kind, feed=kind == "fed", hidden=8)
+    rng = np.random.default_rng(0)
+    params, (source, mask, *rest) = attention.init_params(cfg, rng, np.float64), attention.make_batch(cfg, rng)
+    mask[:, 1] = False                                  # one source is padding altogether
+    batches = [(np.where(mask[:, :, 0], source, k), mask, *rest) for k in (0, 3)]
+    (loss, grads), (loss2, grads2) = (attention.loss_and_grads(params, batch, cfg) for batch in batches)
+    assert np.isfinite(loss) and abs(loss - loss2) < 1e-14
+    assert all(np.isfinite(grads[k]).all() and np.abs(grads[k] - grads2[k]).max() < 1e-14 for k in grads)
+    if kind != "none":
+        w = attention.translator_forward(params, batches[0], cfg)[1][0]
+        assert not w[:, ~mask[:, :, 0].T].any() and np.allclose(w[:, mask[0, :, 0]].sum(axis=2), 1)
+
+
 def test_padding_changes_nothing():
     rng = np.random.default_rng(0)
     import seq2seq
@@ -398,6 +468,7 @@ LONG["perceptron.py"] = ["--task", "gates", "--steps", "100000000"]
 LONG["mlp.py"] = ["--task", "xor", "--steps", "100000000"]
 LONG["vanilla_rnn.py"] = ["--task", "wave", "--steps", "100000000"]
 LONG["lstm.py"] = ["--task", "text", "--hidden", "16", "--steps", "100000000"]
+LONG["attention.py"] = ["--task", "copy", "--attention", "none", "--steps", "100000000"]
 LONG["seq2seq.py"] = ["--task", "reverse", "--steps", "100000000"]
 LONG["nested_attention.py"] = ["--task", "recall", "--steps", "100000000"]
 
