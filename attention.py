@@ -901,7 +901,7 @@ def show_padding_weight(params, cfg, rng):
           f"symbols there the loss ({loss:.3f}) changes by {abs(loss - loss2):.0e}, gradients by {worst:.0e} at most")
 
 
-def learn_sequences(cfg, rng):
+def learn_letter_order(cfg, rng):
     """reverse or copy, by the chosen attention and, beside it, by none."""
     rows, kept, figures = [], None, {}
     lengths = sorted({-(-cfg.length * k // 5) for k in range(1, 6)}) + [cfg.length + k for k in (1, 2, 4, 8)]
@@ -967,7 +967,7 @@ def learn_dates(cfg, rng):
     return figures, params, progress
 
 
-def learn_pairs(cfg, rng):
+def learn_to_translate(cfg, rng):
     """The pairs of a file."""
     data = load_token_pairs(cfg.data, cfg.unit, cfg.words, cfg.length, cfg.load)
     require(len(data["train"]) >= cfg.batch, "--batch", f"at most {len(data['train'])} for this file", cfg.batch)
@@ -998,7 +998,7 @@ def learn_pairs(cfg, rng):
 def main(cfg):
     """Run one task, or the three of the demo."""
     start, rng, figures = time.perf_counter(), np.random.default_rng(cfg.seed), {}
-    learn = {"reverse": learn_sequences, "copy": learn_sequences, "dates": learn_dates, "pairs": learn_pairs}
+    learn = {"reverse": learn_letter_order, "copy": learn_letter_order, "dates": learn_dates, "pairs": learn_to_translate}
     examples, seconds, size, steps = 0, 0.0, 0, 0
     print("attention.py: look where you need to")
     for task in ("reverse", "copy", "dates") if cfg.task == "demo" else (cfg.task,):
