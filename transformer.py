@@ -4,15 +4,48 @@
 # ///
 """transformer.py: every token looks at every other one.
 
-TODO
+A recurrent net hands what it has read from step to step, so far things fade, and no step can begin before the last one
+has ended. Attention (2014) let a decoder look back at all the steps of the source. Vaswani et al. asked what remains if
+nothing else is left: each token asks a question q, shows a key k, and holds a value v; it takes an average of all
+values, weighted by how well their keys fit its question. All tokens at once, by three matrix products, over any
+distance. The same few parts make a text model that sees only what came before (gpt), a reader that sees both sides
+(encoder), and a translator of two of them (seq2seq).
+
+Forward, a block, for the rows x of the tokens (order pre; post is norm(x + f(x))):
+    x = x + attention(norm(x))      x = x + feed(norm(x))       norm(x) = gamma (x - mean) / std + beta, row by row
+    attention: q, k, v = x W + b, cut into heads; a head: p = softmax(q k^T / sqrt(d) + mask), out = p v; all heads Wo
+    mask: 0 where a token may look, -1e9 where not: at the future (causal), at padding; ALiBi: minus the distance
+    feed(x) = f(x W1 + b1) W2 + b2, f = relu, gelu, or a gate (swiglu)
+Backward, from the end to the start:
+    dv = p^T dout       dp = dout v^T       ds = p (dp - sum_s p dp), and sum_s p dp = dout . out: one number a row
+    dq = ds k / sqrt(d)         dk = ds^T q / sqrt(d)           mask: nothing, where p is 0 so is ds
+    norm: g = gamma dy, dx = (g - mean(g) - xhat mean(g xhat)) / std    x goes on in two ways: dx = dy + what f returns
+    the table of embeddings is used for source, target and output (tied): its three gradients add up
+A set has no order, so positions are told apart by something added to x (learned, sinusoidal), by turning q and k
+(rotary), or by how far they are (alibi). In generation, keys and values of what has been read are kept: a new token
+costs one row, not all.
 
 Run
-    python transformer.py
+    python transformer.py                               one model of each kind: reverse, text, letters
+    python transformer.py --task sort                   or --model gpt, --model seq2seq, --model encoder
+    python transformer.py --task text --prompt "This is the rat" --temperature 1 --top-k 3
+    python transformer.py --task text --data tinyshakespeare.txt                        1.88 nats a letter or less
+RUNS
+        curl -o tinyshakespeare.txt \\
+            https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
+    Any lines of source TAB target do as pairs; the publishers of Multi30k have one file a language:
+        for s in train val test_2016_flickr; do for l in de en; do curl -O \\
+            https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/$s.$l.gz; gunzip -f $s.$l.gz; done
+            paste $s.de $s.en > $s.tsv; done
 
 Break it
-    todo
+BREAKS
 
-Papers: Vaswani et al. 2017
+Papers: Vaswani et al. 2017 (the transformer); Ba et al. 2016 (LayerNorm); Sennrich et al. 2016 (byte-pair encoding);
+Szegedy et al. 2016 (label smoothing); Wu et al. 2016 (length penalty); Devlin et al. 2019 (masked tokens); Radford et
+al. 2019 (GPT-2); Zhang, Sennrich 2019 (RMSNorm); Shazeer 2020 (swiglu); Xiong et al. 2020 (pre-norm); Dosovitskiy et
+al. 2021 (pictures as tokens); Su et al. 2021 (rotary); Press et al. 2022 (ALiBi); Papineni 2002 (BLEU); Lin 2004
+(ROUGE).
 """
 import argparse
 import codecs
@@ -93,10 +126,12 @@ class Config:
         fit = [task for task, model in MODELS.items() if self.model in ("auto", model)]
         require(self.task in fit, f"--task for --model {self.model}", " or ".join(fit), self.task)
         self.model = MODELS[self.task]
+        require(self.task != "demo" or not (self.save or self.load), "--save", "one task with it", self.task)
         for name in ("steps", "batch", "layers", "heads", "width", "length", "beam", "sample", "workers"):
             require(getattr(self, name) >= 1, "--" + name, "1 or more", getattr(self, name))
         for name in ("inner", "clip", "decay", "warmup", "merges", "penalty", "top_k", "seed"):
-            require(0 <= getattr(self, name) < math.inf, "--" + name, "0 or more", getattr(self, name))
+            value = getattr(self, name)
+            require(0 <= value < math.inf, "--" + name.replace("_", "-"), "0 or more", value)
         for name in ("lr", "temperature"):
             require(0 < getattr(self, name) < math.inf, "--" + name, "a number above 0", getattr(self, name))
         for name in ("dropout", "smoothing"):
@@ -119,7 +154,9 @@ PRESETS = {     # what a task changes above, unless a flag says otherwise
     "reverse": dict(layers=1, steps=700, batch=64, lr=0.005),
     "text": dict(position="rotary", steps=500, batch=16, lr=0.003),
     "letters": dict(position="rotary", context=32, steps=500, batch=16, lr=0.003),
-    "mnist": dict(steps=3000, batch=64),
+    "mnist": dict(steps=2000, batch=64),
+    "pairs": dict(tokens="bpe", layers=3, width=192, feed="swiglu", position="rotary", context=48, batch=64, lr=0.002,
+                  warmup=300, dropout=0.1, smoothing=0.1, steps=3500),
     "text --data": dict(layers=4, width=128, steps=2000, batch=12),
 }
 MODELS = {"demo": "gpt", "text": "gpt", "sort": "seq2seq", "reverse": "seq2seq", "pairs": "seq2seq",
@@ -1490,6 +1527,7 @@ def learn_scans(cfg, rng):
 
 def learn_pairs(cfg, rng):
     """Translate, or shorten: whatever the pairs do."""
+    require(cfg.data, "--data", "a file of lines source TAB target", cfg.data)
     data = load_pairs(cfg.data, cfg.validation, cfg.test, cfg.tokens, cfg.merges, cfg.lower, cfg.load)
     words = data["vocabulary"]
     announce_model(cfg, f"{len(data['train'])} pairs, {words.size} kinds of tokens", f"loss {math.log(words.size):.3f}")

@@ -48,7 +48,7 @@ def test_wrong_flag(name, flags, words):
     is_refused(lesson(name, *flags), name, *words)
 
 
-@pytest.mark.parametrize("name", ["perceptron.py", "mlp.py", "vanilla_rnn.py", "lstm.py", "cnn.py"])
+@pytest.mark.parametrize("name", ["perceptron.py", "mlp.py", "vanilla_rnn.py", "lstm.py", "cnn.py", "transformer.py"])
 def test_data_without_a_task_that_reads_it(name):
     is_refused(lesson(name, "--data", "nowhere"), name, "--data", "--task")
 
@@ -398,6 +398,99 @@ def test_workers_end(what):
     assert not any(map(alive, children))
 
 
+@pytest.mark.parametrize("flags, words", [
+    (["--width", "30", "--heads", "4"], ["--width", "multiple of --heads 4", "30"]),
+    (["--position", "rotary", "--width", "12", "--heads", "4"], ["--position", "even", "12 / 4"]),
+    (["--heads", "0"], ["--heads", "1 or more"]),
+    (["--context", "1"], ["--context", "2 or more"]),
+    (["--dropout", "1"], ["--dropout", "below 1"]),
+    (["--masked", "0"], ["--masked"]),
+    (["--patch", "5"], ["--patch", "divisor of 28"]),
+    (["--beam", "0"], ["--beam", "1 or more"]),
+    (["--top-k", "-1"], ["--top-k", "0 or more"]),
+    (["--workers", "0"], ["--workers", "1 or more"]),
+    (["--workers", "33"], ["--workers", "at most --batch 32"]),
+    (["--model", "gpt", "--task", "sort"], ["--model gpt", "text", "sort"]),
+    (["--model", "foo"], ["--model", "foo", "choose from"]),
+    (["--save", "a.npz"], ["--save", "demo"]),
+    (["--task", "text", "--prompt", "\u00e9t\u00e9"], ["--prompt", "characters of the text"]),
+    (["--task", "text", "--context", "500"], ["--context 500", "tokens"]),
+    (["--task", "letters", "--context", "500"], ["--context 500", "tokens"]),
+    (["--task", "pairs"], ["--data", "TAB"]),
+    (["--task", "pairs", "--data", "nowhere"], ["nowhere"]),
+    (["--task", "sort", "--load", "nowhere.npz"], ["--load nowhere.npz"]),
+    (["--task", "sort", "--save", "no/such/folder/a.npz"], ["--save no/such/folder/a.npz"]),
+])
+def test_wrong_flag_transformer(flags, words):
+    is_refused(lesson("transformer.py", *flags), "transformer.py", *words)
+
+
+def test_pairs_files(tmp_path):
+    file, small = tmp_path / "pairs.tsv", ["--steps", "2", "--layers", "1", "--width", "8", "--merges", "20"]
+    good = "".join(f"le chat {n}\tthe cat {n} \u00e9\n" for n in range(30))
+    for text, words in ((good + "no tab\n", ["line 31", "no tab"]), (good + "a\tb\tc\n", ["line 31"]),
+                        (good + "\tb\n", ["line 31"]), ("a\tb\n", ["20 lines"]), ("", ["empty"])):
+        file.write_text(text, encoding="utf-8")
+        is_refused(lesson("transformer.py", "--task", "pairs", "--data", str(file), *small), "pairs.tsv", *words)
+    file.write_text(good, encoding="utf-8")
+    other = tmp_path / "test.tsv"
+    other.write_text("un \u03b1\ta \u03b2\n" * 20, encoding="utf-8")       # characters never seen in training
+    for tokens in ("chars", "bpe"):
+        done = lesson("transformer.py", "--model", "seq2seq", "--data", str(file), "--test", str(other),
+                      "--tokens", tokens, *small)
+        assert done.returncode == 0 and re.search("result: task=pairs .*bleu=", done.stdout), done.stderr
+
+
+def test_generation():
+    for flags in (["--position", "rotary"], ["--position", "alibi", "--norm", "rms"], ["--position", "sinusoidal"],
+                  ["--order", "post", "--tokens", "bpe", "--merges", "50"]):
+        done = lesson("transformer.py", "--task", "text", "--steps", "20", "--context", "32", "--sample", "100", *flags)
+        assert "same=1.000" in done.stdout and " future=0.000 " in done.stdout, done.stdout + done.stderr
+
+
+def test_bytes_come_back():
+    import transformer
+    text = transformer.RHYME + "na\u00efve \u4f60\u597d\u4e16\u754c \U0001f600\u200d\n\n  \t x\r\n_1 \x00 \u00a0!"
+    for merges in (0, 30, 2000):
+        words = transformer.Vocabulary("", transformer.learn_merges(transformer.RHYME, merges))
+        ids = words.encode(text)
+        assert words.decode(ids) == text and ids.max() < words.size
+        assert words.decode(transformer.Vocabulary("", words.merges).encode("\u00e9 \r\r\n")) == "\u00e9 \r\r\n"
+    assert len(words.encode(transformer.RHYME)) < len(transformer.RHYME) / 2
+
+
+def test_scores():
+    import transformer
+    a = ["The cat, 3.5 years old, sat on the mat.", "It's a well-known fact!"]       # as sacrebleu and rouge_score
+    b = ["A cat of 3.5 years sat on the mat.", "It is a well-known fact!"]
+    found = transformer.pair_scores(a, b)
+    for name, value in SCORES.items():
+        assert abs(found[name] - value) < 1e-9
+    assert transformer.pair_scores(a, a)["bleu"] > 100 - 1e-9 and transformer.pair_scores(["a b"], ["a b"])["bleu"] == 0
+
+
+SCORES = {"bleu": 44.57810148157672, "rouge1": 81.66666666666667, "rouge2": 57.77777777777777,
+          "rougeL": 81.66666666666667}
+
+
+def test_resume_transformer(tmp_path):
+    common = ["--task", "text", "--width", "16", "--steps", "30", "--dropout", "0.1", "--sample", "20"]
+
+    def last(*flags):
+        done = lesson("transformer.py", *common, *flags)
+        assert done.returncode == 0, done.stderr
+        return re.sub(r"speedup=.*|steps=\S+", "", done.stdout.splitlines()[-1])
+    half = str(tmp_path / "half.npz")
+    stop_at("transformer.py", 12, *common, "--save", half)
+    assert last("--load", half) == last()
+    for flags, words in ((["--width", "24"], ["(", "24"]), (["--heads", "2"], ["heads"]),
+                         (["--layers", "3"], ["dec2"]), (["--position", "alibi"], ["position"])):
+        is_refused(lesson("transformer.py", *common, *flags, "--load", half), "half.npz", *words)
+    other = tmp_path / "other.txt"
+    other.write_text("This is \u00e9trange. " * 100, encoding="utf-8")
+    is_refused(lesson("transformer.py", *common, "--load", half, "--data", str(other)), "half.npz", "characters")
+
+
 def idx(array_sizes, body):
     """The bytes of an IDX file."""
     return b"\0\0\x08" + bytes([len(array_sizes)]) + b"".join(n.to_bytes(4, "big") for n in array_sizes) + body
@@ -416,7 +509,8 @@ def mnist_folder(folder, **changes):
     return str(folder)
 
 
-DIGITS = [("perceptron.py", "digits"), ("mlp.py", "mnist"), ("cnn.py", "mnist")]
+DIGITS = [("perceptron.py", "digits"), ("mlp.py", "mnist"), ("cnn.py", "mnist"),
+          ("transformer.py", "mnist")]
 
 
 @pytest.mark.parametrize("name, task", DIGITS)
@@ -470,6 +564,7 @@ LONG["vanilla_rnn.py"] = ["--task", "wave", "--steps", "100000000"]
 LONG["lstm.py"] = ["--task", "text", "--hidden", "16", "--steps", "100000000"]
 LONG["attention.py"] = ["--task", "copy", "--attention", "none", "--steps", "100000000"]
 LONG["seq2seq.py"] = ["--task", "reverse", "--steps", "100000000"]
+LONG["transformer.py"] = ["--task", "text", "--sample", "5", "--steps", "100000000"]
 LONG["nested_attention.py"] = ["--task", "recall", "--steps", "100000000"]
 
 
@@ -511,5 +606,6 @@ def test_ascii_console(name):
 def test_same_seed_same_numbers(name):
     def numbers():
         lines = lesson(name, "--steps", "50", "--seed", "3").stdout.splitlines()
-        return [re.sub(r"\| +[\d.]+ s .*|seconds=\S+|examples_per_s=\S+", "", line) for line in lines]
+        times = r"\| +[\d.]+ s .*|[.\d]+ ms|speedup=\S+|seconds=\S+|examples_per_s=\S+"
+        return [re.sub(times, "", line) for line in lines]
     assert numbers() == numbers()
