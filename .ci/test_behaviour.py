@@ -473,6 +473,16 @@ SCORES = {"bleu": 44.57810148157672, "rouge1": 81.66666666666667, "rouge2": 57.7
           "rougeL": 81.66666666666667}
 
 
+@pytest.mark.parametrize("task", ["text", "reverse", "letters"])
+def test_workers_of_transformer(task):
+    def run(*flags):
+        done = lesson("transformer.py", "--task", task, "--steps", "10", "--dropout", "0.2", "--sample", "2", *flags)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        return [float(v) for v in re.findall(r"step.*?loss (\d\S+)", done.stdout)]
+    one = run()
+    assert len(one) == 10 and np.allclose(one, run("--workers", "3"), atol=2e-4)
+
+
 def test_resume_transformer(tmp_path):
     common = ["--task", "text", "--width", "16", "--steps", "30", "--dropout", "0.1", "--sample", "20"]
 
