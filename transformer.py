@@ -30,13 +30,15 @@ Run
     python transformer.py --task sort                   or --model gpt, --model seq2seq, --model encoder
     python transformer.py --task text --prompt "This is the rat" --temperature 1 --top-k 3
     python transformer.py --task text --data tinyshakespeare.txt                        1.88 nats a letter or less
-RUNS
+    python transformer.py --task mnist --data mnist                                     97 % or more, rows as tokens
+    python transformer.py --task pairs --data train.tsv --validation val.tsv --test test_2016_flickr.tsv --save m30.npz
+                                                        Multi30k, German to English: BLEU 30 or more
         curl -o tinyshakespeare.txt \\
             https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
-    Any lines of source TAB target do as pairs; the publishers of Multi30k have one file a language:
+        mnist is the folder of mlp.py. Any lines of source TAB target do as pairs; Multi30k has one file a language:
         for s in train val test_2016_flickr; do for l in de en; do curl -O \\
-            https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/$s.$l.gz; gunzip -f $s.$l.gz; done
-            paste $s.de $s.en > $s.tsv; done
+        https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/$s.$l.gz; gunzip -f $s.$l.gz; done
+        paste $s.de $s.en > $s.tsv; done
 
 Break it
     table[start:start + T]) -> 0 * table[start:start + T]) in side_forward, --task reverse: 19 %; without positions a
@@ -1551,6 +1553,8 @@ def learn_pairs(cfg, rng):
     print("loss", loss_curve(progress.losses or [0]))
     found = {"validation": held_out(params, cfg)}
     sources, references = zip(*data["test"])
+    lead = pair_scores([" ".join(source.split()[:12]) for source in sources], references)
+    print("the first twelve words of the source: " + "  ".join(f"{name} {value:.2f}" for name, value in lead.items()))
     for beam in sorted({1, cfg.beam}):
         start = time.perf_counter()
         outputs, logp = translate(params, sources, cfg, beam)
