@@ -787,16 +787,23 @@ def new_running(params):
     return {name[:-6]: np.stack([0 * gamma, gamma]) for name, gamma in params.items() if name.endswith(".gamma")}
 
 
+def new_state(params, cfg):
+    """The optimizer's state before any training, all 0, so that the first checkpoint is as large as the last."""
+    names = [kind + name for kind in (("",) if cfg.optimizer == "momentum" else ("m ", "v ")) for name in params]
+    return {**{name: np.zeros_like(params[name.split()[-1]]) for name in names}, "t": 0}
+
+
 def train_cnn(cfg, rng, quiet=False):
     """-> params, BatchNorm's running statistics, progress."""
-    params, state, first = init_params(cfg, rng), {}, 0
+    params, first = init_params(cfg, rng), 0
+    state = new_state(params, cfg)
     running = new_running(params) if cfg.norm == "batch" else {}
     parts = {"params": params, "state": state, "running": running}
     about = {name: getattr(cfg, name) for name in ("task", "model", "norm", "optimizer")}
     if cfg.load:
         first = load_checkpoint(cfg.load, rng, about, parts)
     if cfg.save:
-        save_checkpoint(cfg.save, first, rng, about, parts)                 # now, to find out whether it can be written
+        save_checkpoint(cfg.save, first, rng, about, parts)     # now, to find out whether it can be written, and fits
     update = momentumw_update if cfg.optimizer == "momentum" else adamw_update
     epoch = 0 if cfg.task == "shapes" else len(load_pictures(cfg.task, cfg.data)["train"][0]) / cfg.batch   # in steps
     progress = Progress(cfg.steps, first + 1, quiet)

@@ -358,6 +358,22 @@ def test_workers_compute_the_same():
     assert np.allclose(none, losses("--norm", "none", "--workers", "2"), atol=2e-4)
 
 
+def test_workers_where_there_is_no_shared_memory():
+    code = ("import multiprocessing.context as context, cnn\n"
+            "def refuse(*size): raise OSError('no shared memory')\n"
+            "context.BaseContext.RawArray = refuse; cnn.run(cnn.main)")
+    done = subprocess.run([sys.executable, "-c", code, "--workers", "2"], cwd=ROOT, capture_output=True, text=True)
+    is_refused(done, "--workers 2", "no shared memory", "one process")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a limit on the size of files")
+def test_disk_full_before_training(tmp_path):
+    done = subprocess.run(f'ulimit -f 200; "{sys.executable}" "{ROOT / "cnn.py"}" --save "{tmp_path / "a.npz"}"',
+                          shell=True, capture_output=True, text=True)
+    is_refused(done, "--save", "a.npz")
+    assert "step" not in done.stdout                    # 200 blocks hold the parameters, but not the optimizer's state
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("what", ["worker killed", "interrupted", "killed"])
 def test_workers_end(what):
