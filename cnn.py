@@ -389,7 +389,7 @@ def smoothed_cross_entropy_backward(dout, cache):
     return dz
 
 
-# ---- model -----------------------------------------------------------------------------------------------------------
+# ---- model: convolutional blocks, then linear layers -----------------------------------------------------------------
 
 def layer_plan(cfg):
     """Convolutional layers from bottom to top -> (name, channels in, channels out, is it followed by pooling?)."""
@@ -548,6 +548,8 @@ def loss_and_grads(params, batch, cfg, running=None):
             running[name] += 0.1 * (np.array(statistics) - running[name])
     return loss, cnn_backward(smoothed_cross_entropy_backward(1.0, loss_cache), cache)
 
+
+# ---- optimizers: how a gradient becomes a step -----------------------------------------------------------------------
 
 def momentum_update(params, grads, state, lr, mu=0.9):
     """s <- mu s + g,  w <- w - lr s: a ball that keeps rolling."""
