@@ -907,7 +907,7 @@ def learn_letter_order(cfg, rng):
     lengths = sorted({-(-cfg.length * k // 5) for k in range(1, 6)}) + [cfg.length + k for k in (1, 2, 4, 8)]
     for attention in dict.fromkeys((cfg.attention, "none")):
         part = replace(cfg, attention=attention, feed=cfg.feed and attention == "additive",
-                       **({} if attention == cfg.attention else dict(save="", load="")))
+                       **(dict(save="", load="", steps=kept[1].step) if kept else {}))
         announce_translator(part, f"{cfg.task}, up to {cfg.length} letters")
         params, progress = train_translator(part, rng, quiet=attention != cfg.attention)
         print("loss", loss_curve(progress.losses or [0]))
