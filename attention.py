@@ -86,7 +86,7 @@ class Config:
     decay: float = 0.0      # share of every weight that is taken off, times lr
     schedule: Literal["constant", "step", "cosine"] = "cosine"  # course of the learning rate
     warmup: int = 50        # steps in which it rises from 0
-    steps: int = 500        # updates
+    steps: int = 450        # updates
     batch: int = 32         # pairs an update
     data: str = ""          # pairs: a file in UTF-8, a line a pair: source TAB target
     save: str = ""          # file (.npz) to keep parameters and state of the training in
@@ -598,15 +598,12 @@ UNKNOWN = "?"                                           # a word that is not amo
 STOP_SIGN = "."                                         # what STOP looks like in a picture
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 MONTHS = "January February March April May June July August September October November December".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-ORDINALS = ("first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth "
-            "fifteenth sixteenth seventeenth eighteenth nineteenth twentieth").split()
-ORDINALS += ["twenty-" + word for word in ORDINALS[:9]] + ["thirtieth", "thirty-first"]
+DAYS = "Mon Tue Wed Thu Fri Sat Sun".split()
 SPELLINGS = (                                           # a slash is American, month first; a dot is not
     "{d} {month} {year}", "{month} {d}, {year}", "{dd} {mon} {year}", "{nth} of {month} {year}", "{mon} {nth}, {year}",
-    "{weekday}, {d} {month} {year}", "{wkd} {mon} {d} {year}", "{year}/{mm}/{dd}", "{dd}.{mm}.{year}", "{d}.{m}.{yy}",
-    "{mm}/{dd}/{year}", "{m}/{d}/{yy}", "{d}-{mon}-{yy}", "{year}, {month} {d}", "{MON} {dd} '{yy}", "{dd}{MON}{year}",
-    "the {ordinal} of {month}, {year}")
+    "{day}, {d} {month} {year}", "{day} {mon} {d} {year}", "{year}, {month} {d}", "{dd}{MON}{year}", "{MON} {dd} '{yy}",
+    "{d}-{mon}-{yy}", "{year}/{mm}/{dd}", "{mm}/{dd}/{year}", "{m}/{d}/{yy}", "{dd}.{mm}.{year}", "{d}.{m}.{yy}",
+    "{year}{mm}{dd}")
 
 
 def spell_date(day, spelling):
@@ -616,8 +613,7 @@ def spell_date(day, spelling):
     words = {"year": {"year": f"{y}", "yy": f"{y % 100:02d}"},
              "month": {"month": MONTHS[m - 1], "mon": MONTHS[m - 1][:3], "MON": MONTHS[m - 1][:3].upper(), "m": f"{m}",
                        "mm": f"{m:02d}"},
-             "day": {"d": f"{d}", "dd": f"{d:02d}", "nth": f"{d}{nth}", "ordinal": ORDINALS[d - 1]},
-             "": {"weekday": DAYS[day.weekday()], "wkd": DAYS[day.weekday()][:3]}}
+             "day": {"d": f"{d}", "dd": f"{d:02d}", "nth": f"{d}{nth}"}, "weekday": {"day": DAYS[day.weekday()]}}
     text, where = "", {}
     for piece in re.findall(r"{(\w+)}|([^{]+)", spelling):
         for part, forms in words.items():
@@ -670,7 +666,8 @@ def load_token_pairs(path, unit, words, length, checkpoint):
     "test": from the last tenth; "long": how many were too long}. With no file, numbers and the same in octal. Symbols
     are letters, or the most frequent words of the training pairs; with a checkpoint, those that it was trained on."""
     pairs = read_pairs(path) if path else [(" ".join(str(n)), " ".join(f"{n:o}")) for n in range(100, 500)]
-    pairs = [tuple(side.split() if unit == "words" else list(side) for side in pair) for pair in pairs]
+    split = re.compile(r"\w+|[^\w\s]" if unit == "words" else ".").findall
+    pairs = [(split(a), split(b)) for a, b in pairs]
     cut, symbols = len(pairs) - max(1, len(pairs) // 10), []
     for k, first in enumerate((EDGE, STOP_SIGN)):
         counts = Counter(s for pair in (pairs[:cut] if unit == "words" else pairs) for s in pair[k])
@@ -716,8 +713,8 @@ def symbol_tables(task, *source):
     if task == "pairs":
         lists = load_token_pairs(*source)["symbols"]
     elif task == "dates":
-        written = "".join([*MONTHS, *DAYS, *ORDINALS, *map(str.upper, MONTHS), "0123456789 ,./-'"])
-        lists = [[EDGE, *sorted(set(written + "of the"))], [STOP_SIGN, *"-0123456789"]]
+        written = {*"".join([*MONTHS, *DAYS, *map(str.upper, MONTHS)]), *"stndrdthof0123456789 ,./-'"}
+        lists = [[EDGE, *sorted(written)], [STOP_SIGN, *"-0123456789"]]
     else:
         lists = [[EDGE, *LETTERS], [STOP_SIGN, *LETTERS]]
     return *lists, *({s: k for k, s in enumerate(symbols)} for symbols in lists)
@@ -901,7 +898,7 @@ def show_padding_weight(params, cfg, rng):
           f"symbols there the loss ({loss:.3f}) changes by {abs(loss - loss2):.0e}, gradients by {worst:.0e} at most")
 
 
-def learn_letter_order(cfg, rng):
+def learn_order_of(cfg, rng):
     """reverse or copy, by the chosen attention and, beside it, by none."""
     rows, kept, figures = [], None, {}
     lengths = sorted({-(-cfg.length * k // 5) for k in range(1, 6)}) + [cfg.length + k for k in (1, 2, 4, 8)]
@@ -950,7 +947,7 @@ def learn_dates(cfg, rng):
         wrong += missed
         parts = alignment(params, pairs, cfg) if cfg.attention != "none" else {}
         shares.append([parts[k] for k in ("year", "month", "day") if k in parts])
-        print(f"  {pairs[0][0]:36s} {100 - 100 * len(missed) / len(pairs):6.1f}   "
+        print(f"  {pairs[0][0]:24s} {100 - 100 * len(missed) / len(pairs):6.1f}   "
               + "  ".join(f"{share:.3f}" for share in shares[-1]))
     for a, b, said in wrong[:10]:
         print(f"  wrong: {a} is {b}, it says {said}")
@@ -967,7 +964,7 @@ def learn_dates(cfg, rng):
     return figures, params, progress
 
 
-def learn_to_translate(cfg, rng):
+def learn_file(cfg, rng):
     """The pairs of a file."""
     data = load_token_pairs(cfg.data, cfg.unit, cfg.words, cfg.length, cfg.load)
     require(len(data["train"]) >= cfg.batch, "--batch", f"at most {len(data['train'])} for this file", cfg.batch)
@@ -998,7 +995,7 @@ def learn_to_translate(cfg, rng):
 def main(cfg):
     """Run one task, or the three of the demo."""
     start, rng, figures = time.perf_counter(), np.random.default_rng(cfg.seed), {}
-    learn = {"reverse": learn_letter_order, "copy": learn_letter_order, "dates": learn_dates, "pairs": learn_to_translate}
+    learn = {"reverse": learn_order_of, "copy": learn_order_of, "dates": learn_dates, "pairs": learn_file}
     examples, seconds, size, steps = 0, 0.0, 0, 0
     print("attention.py: look where you need to")
     for task in ("reverse", "copy", "dates") if cfg.task == "demo" else (cfg.task,):

@@ -98,9 +98,9 @@ class Config:
 
 
 PRESETS = {     # what a task changes above, unless a flag says otherwise
-    "reverse": dict(steps=700),
-    "translate": dict(source="backwards", steps=1500),
-    "words": dict(source="backwards", steps=900),
+    "reverse": dict(steps=600),
+    "translate": dict(source="backwards", steps=1300),
+    "words": dict(source="backwards", steps=800),
 }
 
 
