@@ -29,8 +29,12 @@ Run
     python attention.py                                 reverse, copy, dates: the maps, and lengths beside no attention
     python attention.py --task reverse --attention general
     python attention.py --task dates --feed
-    python attention.py --task pairs --data PAIRS.tsv --save pairs.npz      a line a pair: source TAB target
-    python attention.py --task pairs --data PAIRS.tsv --unit letters
+    python attention.py --task pairs --data train.tsv --save pairs.npz      a line a pair: source TAB target
+    python attention.py --task pairs --data train.tsv --unit letters
+        Any such file will do. Multi30k, German to English, comes as one file a language:
+        for l in de en; do
+        curl -O https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/train.$l.gz
+        gunzip -f train.$l.gz; done; paste train.de train.en > train.tsv
 
 Break it
     "v": 1.0, "Wk": 3 * H ** -0.5, "Wq": 3 * H ** -0.5 -> nothing in init_params, --task reverse: all right, but 84 % of
@@ -894,7 +898,7 @@ def show_padding_weight(params, cfg, rng):
     w = translator_forward(params, batch, cfg)[1][0]
     worst = max(float(np.abs(grads[k] - grads2[k]).max()) for k in grads)
     largest = 0.0 if w is None else float(np.where(mask[:, :, 0].T, 0, w).max())
-    print(f"A batch in which one source is padding altogether: largest weight on padding {largest}; with other\n"
+    print(f"\nA batch in which one source is padding altogether: largest weight on padding {largest}; with other\n"
           f"symbols there the loss ({loss:.3f}) changes by {abs(loss - loss2):.0e}, gradients by {worst:.0e} at most")
 
 
@@ -921,7 +925,6 @@ def learn_order_of(cfg, rng):
                 example = draw_pairs(part, np.random.default_rng(1), 1, True, part.length)
                 show_map(weights_of(params, example, part)[:, 0], *example[0][:2])
             show_answers(params, draw_pairs(part, np.random.default_rng(2), 2, True, part.length + 1), part)
-            show_padding_weight(params, part, np.random.default_rng(3))
         elif cfg.attention != "none":
             figures["none_exact"] = right
     print(f"\nExact match (%) of {cfg.task} by length; right of the bar: longer than any in training")
@@ -960,7 +963,6 @@ def learn_dates(cfg, rng):
         for k, (source, target, _) in enumerate(example):
             show_map(weights_of(params, example, cfg)[:, k], source, target)
     show_answers(params, example, cfg)
-    show_padding_weight(params, cfg, np.random.default_rng(3))
     return figures, params, progress
 
 
@@ -988,7 +990,6 @@ def learn_file(cfg, rng):
     if cfg.attention != "none":
         for k in range(2):
             show_map(weights_of(params, held_out[:2], cfg)[:, k], *held_out[k])
-    show_padding_weight(params, cfg, np.random.default_rng(3))
     return figures, params, progress
 
 
@@ -1007,6 +1008,7 @@ def main(cfg):
         figures.update({f"{task}_{name}" if cfg.task == "demo" else name: value for name, value in found.items()})
         examples, seconds = examples + len(progress.losses) * part.batch, seconds + progress.seconds
         steps, size = steps + progress.step, sum(p.size for p in params.values())
+    show_padding_weight(params, part, rng)
     print("\nNext: python attention.py --task reverse --attention general      python attention.py --task dates --feed")
     print_result(task=cfg.task, **figures, params=size, steps=steps, seconds=time.perf_counter() - start,
                  examples_per_s=int(examples / max(seconds, 1e-9)))
