@@ -145,7 +145,7 @@ class Config:
         for name in ("lr", "temperature"):
             require(0 < getattr(self, name) < math.inf, "--" + name, "a number above 0", getattr(self, name))
         for name in ("dropout", "smoothing"):
-            require(0 <= getattr(self, name) < 1, "--" + name, "a number from 0 to below 1", getattr(self, name))
+            require(0 <= getattr(self, name) <= 0.9, "--" + name, "a number from 0 to 0.9", getattr(self, name))
         require(0 < self.masked < 1, "--masked", "a number between 0 and 1", self.masked)
         require(self.width % self.heads == 0, "--width", f"a multiple of --heads {self.heads}", self.width)
         require(self.position != "rotary" or self.width // self.heads % 2 == 0, "--position",
@@ -153,6 +153,8 @@ class Config:
         require(self.context >= 2, "--context", "2 or more", self.context)
         require(not self.data or self.task not in ("demo", "sort", "reverse"), "--data",
                 "--task text, letters, pairs or mnist with it", self.task)
+        require(not (self.validation or self.test) or self.task == "pairs", "--validation, --test",
+                "--task pairs with them", self.task)
         require(self.workers <= self.batch, "--workers", f"at most --batch {self.batch}", self.workers)
         require(self.patch == 0 or self.patch > 0 and 28 % self.patch == 0, "--patch", "0 or a divisor of 28",
                 self.patch)
@@ -613,7 +615,7 @@ def side_forward(params, ids, side, cfg, causal, memory=None, memory_mask=None, 
         caches.append(cache)
     norm_cache = None
     if cfg.order == "pre":
-        x, norm_cache = NORMS[cfg.norm][0](x, *part(params, side).values())
+        x, norm_cache = NORMS[cfg.norm][0](x, *(params[f"{side}.{n}"] for n in NORMS[cfg.norm][2]))
     return x, (in_cache, keep_cache, caches, norm_cache, (B, T), side, cfg, params)
 
 
