@@ -1492,6 +1492,7 @@ def learn_holes(cfg, rng):
     params, progress = train_transformer(cfg, rng, lambda params: f"  validation {held_out(params, cfg, 20_000):.4f}")
     print("loss", loss_curve(progress.losses or [0]))
     ids = ids[:min(len(ids) // cfg.context, 200) * cfg.context].reshape(-1, cfg.context)
+    ids = np.tile(ids, (-(-200 // len(ids)), 1))                            # a short text: hide other letters each time
     hidden, answers = hide_letters(ids, cfg, np.random.default_rng(1))
     z, (cache, *_) = transformer_forward(params, hidden, None, cfg)
     guess = z[:, len(SPECIAL):].argmax(axis=1).reshape(ids.shape) + len(SPECIAL)

@@ -17,7 +17,7 @@ FLOORS = {      # figure of the result line: at least (>=) or at most (<=)
     "lstm.py": {"remember_error": "<= 0.005", "remember_error_at_100": "<= 0.05", "reverse_exact": ">= 0.999",
                 "add_mse": "<= 0.001", "add_plain_mse": ">= 0.01", "seconds": "<= 90"},
     "transformer.py": {"reverse_exact": ">= 0.995", "reverse_padding": "<= 0", "text_validation": "<= 0.15",
-                       "text_same": ">= 1", "text_future": "<= 0", "letters_right": ">= 0.85", "seconds": "<= 90"},
+                       "text_same": ">= 1", "text_future": "<= 0", "letters_right": ">= 0.8", "seconds": "<= 90"},
     "seq2seq.py": {"reverse_forwards": ">= 0.99", "translate_backwards": ">= 0.99", "words_backwards": ">= 0.99",
                    "seconds": "<= 90"},
     "cnn.py": {"accuracy": ">= 0.97", "linear": "<= 0.5", "seconds": "<= 90"},
