@@ -10,9 +10,9 @@ places matter now. A place answers with a score, a softmax makes weights of the 
 context, is the average of the places with these weights. All of it is smooth, so where to look is learned along with
 the rest. The weights can be drawn: they show what was looked at for which symbol.
 
-They show it only if the decoder needs to look. One that gathers in its own state what it has seen, as Bahdanau's does
-(--feed), may learn to do without, and then its map is a blur. Ours starts from zeros, no look leaves a trace in its
-state, and all scores begin large, so that it has to choose from the start.
+They show it only if the decoder needs to look, and sharply. What it has gathered in its own state it need not look up
+again; so ours starts from zeros, and no look leaves a trace in its state. (Bahdanau's feeds on every context: --feed.)
+And an average of neighbours can be unmixed by what comes after; so scores begin large here: it must choose at once.
 
 Forward, for a question q_t (the decoder's state), keys k_s and values v_s (the encoder's states, read from both ends):
     e_ts = q_t . k_s                 dot; with k_s = v_s Wk general (Luong)
@@ -37,15 +37,15 @@ Run
         gunzip -f train.$l.gz; done; paste train.de train.en > train.tsv
 
 Break it
-    "v": 1.0, "Wk": 3 * H ** -0.5, "Wq": 3 * H ** -0.5 -> nothing in init_params, --task reverse: all right, but 84 % of
-        the attention on the letter that is said, instead of 98 %; an average of neighbours can be unmixed as well
-    --task dates --feed: 88 % right, 21 % of the attention on the right part; it learns to read the whole date at once.
-        With --seed 1 as well: 100 % and 97 %. What it need not do, it may do or not
-    there = ... -> there = 0 * ... in encoder_forward, --task reverse: 88 % right, 1 % of the attention; who comes from
+    "v": 1.0, "Wk": 3 * H ** -0.5, "Wq": 3 * H ** -0.5 -> nothing in init_params, --task reverse: 99.9 % right, but only
+        87 % of the attention on the letter that is said, instead of 99 %
+    there = ... -> there = 0 * ... in encoder_forward, --task reverse: 87 % right, 1 % of the attention; who comes from
         the front cannot know how far the end is. --task copy does not mind
     drop "* mask" in masked_softmax_forward, --task reverse: all as before, but a source of nothing but padding is
         looked at, 1/12 everywhere
-    --task reverse --attention none: 71 % right; the table shows at which lengths
+    --task reverse --attention dot: 99.8 %, with 89 % of the attention; there are no weights to make its scores large
+    --task reverse --attention none: 67 %; the table shows at which lengths
+    --task reverse --feed: 100 %, with 99 % of the attention; of 11 letters 91 %, instead of 82 %: it knows where it was
 
 Papers: Bahdanau, Cho, Bengio 2015 (attention, additive); Luong, Pham, Manning 2015 (dot, general); Schuster, Paliwal
 1997 (an encoder in both directions).
