@@ -118,6 +118,18 @@ def block_weights(D, K, norm, *names):
                         for key, value in weights(D, K * (name == "feed"), norm)(rng).items()}
 
 
+def vit_weights(D):
+    """A case's input: the parameters of a block of width D that has a name for each."""
+    shapes = dict(Wqkv=(D, 3 * D), bqkv=3 * D, Wo=(D, D), bo=D, W1=(D, 4 * D), b1=4 * D, W2=(4 * D, D), b2=D,
+                  gamma1=D, beta1=D, gamma2=D, beta2=D)
+    return lambda rng: {name: 0.5 * rng.standard_normal(shape) for name, shape in shapes.items()}
+
+
+def permutations(rng, N, T):
+    """N orders of T places, one a row."""
+    return rng.random((N, T)).argsort(axis=1)
+
+
 def future(rng):
     """A case's input: the mask of 5 positions, the last of 7, which must not look ahead."""
     return np.where(np.arange(7) > np.arange(2, 7)[:, None], -1e9, 0.0)
@@ -223,6 +235,10 @@ CASES = {   # by name: a list of cases; a case: its inputs in forward's order, f
     "lookup": [dict(ids=integers(5, 3, 4), E=normal(5, 2)), dict(ids=integers(50, 3, 4), E=normal(50, 2))],
     "project": [dict(x=normal(3, 4), E=normal(5, 4))],
     "smoothed_cross_entropy": [dict(z=normal(3, 4), targets=integers(4, 3), smoothing=s) for s in (0.0, 0.3)],
+    "vit_block": [dict(x=normal(10, 4), p=vit_weights(4), heads=2, N=2),
+                  dict(x=normal(6, 3), p=vit_weights(3), heads=1, N=3)],
+    "gather": [dict(x=normal(3, 5, 4), places=lambda rng: permutations(rng, 3, 5)[:, :2])],
+    "scatter": [dict(x=normal(3, 2, 4), token=normal(4), order=lambda rng: permutations(rng, 3, 5))],
 }
 
 
@@ -476,10 +492,11 @@ def source_line(module, name, position, args):
 
 SMALL = {"hidden": ("5,4", 4), "batch": 5, "context": 4, "embed": 3, "keys": 3, "values": 4, "width": 8, "length": 7,
          "periods": "1,2,3", "home": 3, "away": 2, "heads": 2, "inner": 6, "size": 8, "channels": 2,
+         "decoder_width": 6, "decoder_layers": 2, "masked": 0.25,
          "window": 7, "bits": 3, "delay": 4}
 # (quick to check, if a Config has a field of this name and type)
 NUMBERS = {"l1": (0.0, 0.02), "l2": (0.0, 0.03), "group": (0, 2), "mu": (0.0, 0.6), "beta1": (0.0, 0.6),
-           "layers": (1, 2), "dropout": (0.0, 0.4), "smoothing": (0.0, 0.2), "patch": (0, 14), "forcing": (1.0, 0.4)}
+           "layers": (1, 2), "dropout": (0.0, 0.4), "smoothing": (0.0, 0.2), "patch": (0, 14, 4), "forcing": (1.0, 0.4)}
 # (numbers that switch something on)
 TRAINING = {"optimizer", "schedule", "experiment", "flip", "tokens", "lower", "unit"}   # no gradient depends on these
 

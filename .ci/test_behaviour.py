@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -324,6 +325,80 @@ def test_cifar_files(tmp_path):
     is_refused(lesson("cnn.py", *small, str(other)), "cifar-10-python.tar.gz", "data_batch_1.bin")
     cut.write_bytes(b"this is not an archive")
     is_refused(lesson("cnn.py", *small, str(cut)), "cut.tar.gz")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--patch", "3"], ["--patch", "divisor of 16", "3"]),
+    (["--patch", "0"], ["--patch", "1 or more"]),
+    (["--patch", "16"], ["--masked", "one patch hidden and one visible of 1"]),
+    (["--masked", "0"], ["--masked", "between 0 and 1", "0.0"]),
+    (["--masked", "1"], ["--masked", "between 0 and 1", "1.0"]),
+    (["--masked", "nan"], ["--masked", "between 0 and 1"]),
+    (["--masked", "0.99"], ["--masked", "one patch hidden and one visible of 16"]),
+    (["--width", "66"], ["--width", "multiple of --heads 4", "66"]),
+    (["--decoder-width", "30"], ["--decoder-width", "multiple of --heads 4"]),
+    (["--decoder-layers", "0"], ["--decoder-layers", "1 or more"]),
+    (["--crop", "16"], ["--crop", "less than 16"]),
+    (["--labels", "0"], ["--labels", "above 0"]),
+    (["--labels", "1.5"], ["--labels", "up to 1"]),
+    (["--tune-steps", "0"], ["--tune-steps", "1 or more"]),
+    (["--workers", "0"], ["--workers", "1 or more"]),
+    (["--workers", "33"], ["--workers", "at most --batch 32"]),
+    (["--task", "cifar"], ["--data"]),
+    (["--task", "cifar", "--data", "nowhere"], ["nowhere", "cifar-10-binary.tar.gz"]),
+    (["--task", "mnist", "--data", "nowhere"], ["nowhere", "train-images-idx3-ubyte.gz"]),
+    (["--load", "nowhere.npz"], ["--load nowhere.npz"]),
+    (["--save", "no/such/folder/a.npz"], ["--save no/such/folder/a.npz"]),
+    (["--png", "no/such/folder/a.png"], ["--png no/such/folder/a.png"]),
+])
+def test_wrong_flag_mae(flags, words):
+    is_refused(lesson("mae.py", *flags), "mae.py", *words)
+
+
+def test_mae_on_cifar(tmp_path):
+    common = ["--task", "cifar", "--width", "8", "--layers", "1", "--steps", "12", "--batch", "8", "--warmup", "2"]
+    folder, half, png = cifar_files(tmp_path), str(tmp_path / "half.npz"), tmp_path / "a.png"
+
+    def last(*flags):
+        done = lesson("mae.py", *common, "--data", str(folder), *flags)
+        assert done.returncode == 0, done.stderr
+        return re.findall(r" error=\S+| probe=\S+| finetuned=\S+", done.stdout)
+    whole = last("--png", str(png), "--finetune", "--tune-steps", "3")
+    assert len(whole) == 3
+    raw = png.read_bytes()
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n" and raw[12:24] == b"IHDR" + (98 * 4).to_bytes(4, "big") + (
+        12 * 34 * 4).to_bytes(4, "big")
+    assert len(zlib.decompress(raw[raw.index(b"IDAT") + 4:-16])) == 12 * 34 * 4 * (1 + 98 * 4 * 3)
+    stop_at("mae.py", 5, *common, "--data", str(folder), "--save", half)
+    assert last("--load", half) == whole[:2]
+    for flags, words in ((["--width", "12"], ["Penc", "(64, 12)", "(64, 8)"]), (["--patch", "8"], ["Pdec", "(16, 64)", "(64, 64)"]),
+                         (["--layers", "2"], ["enc1"]), (["--no-norm-pixels"], ["norm_pixels", "True"]),
+                         (["--heads", "2"], ["heads 2", "4"])):
+        is_refused(lesson("mae.py", *common, "--data", str(folder), "--load", half, *flags), "half.npz", *words)
+    is_refused(lesson("mae.py", "--width", "8", "--layers", "1", "--load", half), "half.npz", "task shapes", "cifar")
+    (tmp_path / "cut.npz").write_bytes(Path(half).read_bytes()[:-2000])
+    is_refused(lesson("mae.py", *common, "--data", str(folder), "--load", str(tmp_path / "cut.npz")), "cut.npz")
+    cut = cifar_files(tmp_path, data_batch_2=(folder / "test_batch.bin").read_bytes()[:-9])
+    is_refused(lesson("mae.py", *common, "--data", str(cut)), "data_batch_2.bin", "3073")
+
+
+def test_mae_sees_nothing_of_what_is_hidden():
+    import mae
+    rng = np.random.default_rng(0)
+    for norm in (False, True):
+        cfg = mae.Config(norm_pixels=norm, batch=5)
+        params, (x, order) = mae.init_params(cfg, rng, np.float64), mae.make_batch(cfg, rng, np.float64)
+        filled, known = mae.reconstruct(params, x, order, cfg)
+        other, _ = mae.reconstruct(params, np.where(known > 0, x, rng.standard_normal(x.shape)), order, cfg)
+        assert known.mean() == 0.25 and np.array_equal(filled, other)
+
+
+def test_mae_in_several_processes():
+    def losses(*flags):
+        done = lesson("mae.py", "--steps", "20", *flags)
+        assert done.returncode == 0, done.stderr
+        return [float(loss) for loss in re.findall(r"loss (\d\S+)  \|", done.stdout)]
+    assert np.allclose(losses(), losses("--workers", "2"), atol=2e-4) and len(losses()) == 10
 
 
 def test_resume_cnn(tmp_path):
