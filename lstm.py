@@ -722,8 +722,8 @@ def learn_numbers(cfg, rng):
                 for length in (40, 100):                # by way of 40: straight to 100 is steep, now and then too steep
                     train_cells(replace(long, length=length), rng, quiet=True, params=params)
                 figures["error_at_100"] = measure(params, long)["error"]
-                print(f"{cell}: after 100 steps of noise instead of {cfg.length}: {before:.4f}, and when {2 * long.steps} "
-                      f"more updates have shown it 40 and 100: {figures['error_at_100']:.4f}")
+                print(f"{cell}: after 100 steps of noise instead of {cfg.length}: {before:.4f}, and when "
+                      f"{2 * long.steps} more updates have shown it 40 and 100: {figures['error_at_100']:.4f}")
                 if cell == "lstm":
                     show_gates(params, replace(cfg, length=60), rng)
         else:

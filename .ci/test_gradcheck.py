@@ -71,7 +71,8 @@ def test_unfinished_copy(tmp_path):
     copy.write_text("def f(:\n", encoding="utf-8")
     done = check(copy)
     assert done.returncode == 1 and "SyntaxError" in done.stdout and not done.stderr
-    copy.write_text("import numpy as np\n" + source[start:end] + "def next_forward(x):\n    return (x,\n", encoding="utf-8")
+    text = "import numpy as np\n" + source[start:end] + "def next_forward(x):\n    return (x,\n"
+    copy.write_text(text, encoding="utf-8")
     done = check(copy)
     assert done.returncode == 1 and "SyntaxError" in done.stdout and "ok    linear" in done.stdout, done.stdout
     assert check(tmp_path / "missing.py").returncode == 2
