@@ -156,11 +156,11 @@ def lstm_forward(z, h0, c0, Wh, mask=None):
         a += h[t] @ Wh_scaled
         np.tanh(a, out=a)
         a *= scale
-        a += shift
+        a += shift                                      # now i[t], f[t], g[t], o[t] are what the formulas call so
         np.multiply(f[t], c[t], out=c[t + 1])
-        c[t + 1] += i[t] * g[t]
+        c[t + 1] += i[t] * g[t]                         # c' = f c + i g
         np.tanh(c[t + 1], out=tanh_c[t])
-        np.multiply(o[t], tanh_c[t], out=h[t + 1])
+        np.multiply(o[t], tanh_c[t], out=h[t + 1])      # h' = o tanh c'
         if mask is not None:
             h[t + 1], c[t + 1] = np.where(mask[t], h[t + 1], h[t]), np.where(mask[t], c[t + 1], c[t])
     return (h[1:], c[T]), (h, c, y, tanh_c[:T], Wh, mask)
@@ -809,17 +809,21 @@ def save_checkpoint(path, step, rng, about, parts):
             np.savez(file, **arrays)
         os.replace(path + ".tmp", path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
         raise InputError(f"--save {path}: expected a place to write to, found: {error.strerror}") from None
 
 
 def read_checkpoint(path):
     """A file of save_checkpoint -> about, arrays by name."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
+        zipfile.ZipFile(path).close()                   # an .npz is a zip file of arrays; np.load takes others, too
+        with np.load(path, allow_pickle=False) as saved:
             arrays = dict(saved)
         return json.loads(str(arrays.pop("about"))), arrays
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"--load {path}: expected a file that --save wrote, found: {error}") from None
+        found = getattr(error, "strerror", None) or error
+        raise InputError(f"--load {path}: expected a file that --save wrote, found: {found}") from None
 
 
 def load_checkpoint(path, rng, about, parts):
@@ -831,10 +835,11 @@ def load_checkpoint(path, rng, about, parts):
         held = {name[len(part) + 1:]: a if a.ndim else a.item() for name, a in arrays.items()
                 if name.startswith(part + " ")}
         for name in sorted(named.keys() | held.keys()) if part == "params" else ():
-            shape, other = np.shape(named.get(name)), np.shape(held.get(name))
-            require(name in named and name in held and shape == other, f"--load {path}", f"{name} {shape}", other)
+            shape, other = (np.shape(d[name]) if name in d else "no such array" for d in (named, held))
+            require(shape == other, f"--load {path}", f"{name} {shape}", other)
         named.update(held)
     rng.bit_generator.state = found["rng"]
+    print(f"going on from {path}, after {found['step']} steps")
     return found["step"]
 
 
@@ -927,6 +932,8 @@ def learn_order_of(cfg, rng):
             show_answers(params, draw_pairs(part, np.random.default_rng(2), 2, True, part.length + 1), part)
         elif cfg.attention != "none":
             figures["none_exact"] = right
+        if progress.stopped:
+            break
     print(f"\nExact match (%) of {cfg.task} by length; right of the bar: longer than any in training")
     print(" " * 10 + "".join(f"{n:7d}" for n in lengths))
     for attention, shares in rows:
@@ -1008,6 +1015,8 @@ def main(cfg):
         figures.update({f"{task}_{name}" if cfg.task == "demo" else name: value for name, value in found.items()})
         examples, seconds = examples + len(progress.losses) * part.batch, seconds + progress.seconds
         steps, size = steps + progress.step, sum(p.size for p in params.values())
+        if progress.stopped:
+            break
     show_padding_weight(params, part, rng)
     print("\nNext: python attention.py --task reverse --attention general      python attention.py --task dates --feed")
     print_result(task=cfg.task, **figures, params=size, steps=steps, seconds=time.perf_counter() - start,

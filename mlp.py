@@ -741,6 +741,8 @@ def compare_optimizers(cfg, rng):
     for name, lr in (("sgd", 0.5), ("momentum", 0.1), ("adam", 0.01), ("adamw", 0.01)):
         part = replace(cfg, task="spirals", optimizer=name, lr=lr)
         params, running, progress = train_mlp(part, np.random.default_rng(cfg.seed), quiet=True)
+        if progress.stopped:
+            break
         loss, right = evaluate(params, running, part, "test")
         curve = loss_curve(progress.losses, 50)
         print(f"{name:>8s}  lr {lr:<5}|{curve}|  loss {loss:.4f}  {right:.2%} right on fresh points")
@@ -752,7 +754,7 @@ def main(cfg):
     """Run one task or experiment, or all parts of the demo."""
     start, rng, figures = time.perf_counter(), np.random.default_rng(cfg.seed), {}
     learn = {"names": learn_letters, "mnist": learn_digits_deep}
-    examples, seconds, size, steps = 0, 0.0, 0, 0
+    examples, seconds, size, steps, demo = 0, 0.0, 0, 0, False
     print("mlp.py: layers on layers, trained by backpropagation")
     if cfg.experiment == "none":
         for task in ("xor", "spirals") if cfg.task == "demo" else (cfg.task,):
@@ -760,10 +762,12 @@ def main(cfg):
             figures.update({f"{task}_{name}" if cfg.task == "demo" else name: value for name, value in found.items()})
             examples += progress.step * (4 if task in ("xor", "gates") else cfg.batch)
             seconds, steps = seconds + progress.seconds, steps + progress.step
-            size = sum(p.size for p in params.values())
-    if cfg.experiment == "init" or cfg.task == "demo" and cfg.experiment == "none":
+            size, demo = sum(p.size for p in params.values()), cfg.task == "demo" and not progress.stopped
+            if progress.stopped:
+                break
+    if cfg.experiment == "init" or demo:
         figures.update(compare_inits(cfg, rng))
-    if cfg.experiment == "optimizers" or cfg.task == "demo" and cfg.experiment == "none":
+    if cfg.experiment == "optimizers" or demo:
         figures.update(compare_optimizers(cfg, rng))
     print("\nNext: python mlp.py --hidden 2      python mlp.py --task spirals --activation relu --lr 0.003")
     print_result(task=cfg.task, **figures, params=size, steps=steps, seconds=time.perf_counter() - start,

@@ -763,7 +763,7 @@ RULES = {       # rows of the table of inner rules
 
 
 def compare_rules(cfg):
-    """Every inner rule on the recall task, on two seeds, and what four of them attend to -> figures."""
+    """Every inner rule on the recall task, on two seeds, and what four of them attend to -> figures, {} if stopped."""
     print(f"\nInner rules, {cfg.steps} steps on {cfg.length} tokens, two seeds: right answers on fresh sequences")
     lengths = (cfg.length, 4 * cfg.length, 16 * cfg.length)
     print(f"{'':26s}" + "".join(f"{f'{n} tokens':>16s}" for n in lengths) + f"{'loss':>16s}   loss while learning")
@@ -771,6 +771,8 @@ def compare_rules(cfg):
     for name, change in RULES.items():
         parts = [replace(cfg, **{"alpha": "fixed", "mu": 0.0, "seed": cfg.seed + i, **change}) for i in (0, 1)]
         runs = [train_slow_level(part, np.random.default_rng(part.seed)) for part in parts]
+        if any(progress.stopped for _, progress in runs):
+            return {}
         tests = [[score_fresh(params, part, n) for n in lengths] for part, (params, _) in zip(parts, runs)]
         print(f"{name:26s}" + "".join(f"{tests[0][n][0]:10.3f} {tests[1][n][0]:5.3f}" for n in range(3))
               + f"{tests[0][0][1]:10.3f} {tests[1][0][1]:5.3f}   {loss_curve(runs[0][1].losses, 20)}")
@@ -809,7 +811,7 @@ def learn_stream(cfg, rng):
 
 
 def compare_periods(cfg):
-    """Update periods at equal size of the state, on two seeds -> figures."""
+    """Update periods at equal size of the state, on two seeds -> figures, {} if stopped."""
     print(f"\nUpdate periods, three levels each, {cfg.steps} steps, two seeds; on {4 * cfg.length} fresh tokens:")
     print(f"{'':38s}{'loss':>14s}{'right':>14s}{'first visit':>14s}  writes a step")
     losses = {}
@@ -818,8 +820,10 @@ def compare_periods(cfg):
             ("1,4,16 with one alpha", True, False), ("1,1,1 with a staggered beginning", False, True)):
         part = replace(cfg, periods=name.split()[0], shared=shared, staggered=staggered)
         parts = [part, replace(part, seed=cfg.seed + 1)]
-        params = [train_slow_level(part, np.random.default_rng(part.seed))[0] for part in parts]
-        tests = [score_fresh(p, part, 4 * part.length) for p, part in zip(params, parts)]
+        runs = [train_slow_level(part, np.random.default_rng(part.seed)) for part in parts]
+        if any(progress.stopped for _, progress in runs):
+            return {}
+        tests = [score_fresh(params, part, 4 * part.length) for part, (params, _) in zip(parts, runs)]
         print(f"{name:38s}" + "".join(f"{tests[0][n]:8.3f} {tests[1][n]:5.3f}" for n in (1, 0, 2))
               + f"{sum(1 / C for C in read_periods(parts[0])):15.2f}")
         losses[name] = np.array([t[1] for t in tests])
@@ -887,8 +891,10 @@ def main(cfg):
             found, params, progress = learn(part, np.random.default_rng(cfg.seed))
             examples, seconds = examples + progress.step * part.batch, seconds + progress.seconds
             steps += progress.step
-            figures.update(compare(part) if demo else found)
-    if cfg.task in ("demo", "optimizers"):
+            compared = {} if progress.stopped or not demo else compare(part)
+            figures.update(compared or found)
+            demo = demo and bool(compared)              # Ctrl-C ends the demo as well
+    if demo or cfg.task == "optimizers":
         figures.update(race_inner_rules(cfg))
     print("\nNext: python nested_attention.py --task recall --keys 12 --steps 300      python transformer.py\n"
           "      python nested_attention.py --task recall --rule dgd                 "

@@ -447,6 +447,8 @@ def main(cfg):
         ending = "_x1x2" if part.product and part.task == "gates" else ""
         figures.update({name + ending: value for name, value in found.items()})
         steps += progress.step
+        if progress.stopped:
+            break
     print("\nNext: python perceptron.py --task names --lr 5      python perceptron.py --help      python mlp.py")
     print_result(task=cfg.task, **figures, steps=steps, seconds=time.perf_counter() - start)
 

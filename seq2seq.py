@@ -91,7 +91,9 @@ class Config:
             require(0 <= getattr(self, name) < math.inf, "--" + name, "0 or more", getattr(self, name))
         require(0 < self.lr < math.inf, "--lr", "a number above 0", self.lr)
         require(0 <= self.forcing <= 1, "--forcing", "a number from 0 to 1", self.forcing)
-        require(self.length <= 8 or self.task != "words", "--length", "at most 8 digits, to test on 12", self.length)
+        words = self.task in ("demo", "words")
+        require(self.length <= 8 or not words, "--length", "at most 8 digits, to test on 12", self.length)
+        require(self.beam <= 100, "--beam", "at most 100", self.beam)
         kept = self.save or self.load
         require(not kept or self.task != "demo", "--save, --load", "--task reverse, translate or words with it", "demo")
         self.length = self.length or 6
@@ -143,11 +145,11 @@ def lstm_forward(z, h0, c0, Wh, mask=None):
         a += h[t] @ Wh_scaled
         np.tanh(a, out=a)
         a *= scale
-        a += shift
+        a += shift                                      # now i[t], f[t], g[t], o[t] are what the formulas call so
         np.multiply(f[t], c[t], out=c[t + 1])
-        c[t + 1] += i[t] * g[t]
+        c[t + 1] += i[t] * g[t]                         # c' = f c + i g
         np.tanh(c[t + 1], out=tanh_c[t])
-        np.multiply(o[t], tanh_c[t], out=h[t + 1])
+        np.multiply(o[t], tanh_c[t], out=h[t + 1])      # h' = o tanh c'
         if mask is not None:
             h[t + 1], c[t + 1] = np.where(mask[t], h[t + 1], h[t]), np.where(mask[t], c[t + 1], c[t])
     return (h[1:], c[T]), (h, c, y, tanh_c[:T], Wh, mask)
@@ -495,17 +497,21 @@ def save_checkpoint(path, step, rng, about, parts):
             np.savez(file, **arrays)
         os.replace(path + ".tmp", path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
         raise InputError(f"--save {path}: expected a place to write to, found: {error.strerror}") from None
 
 
 def read_checkpoint(path):
     """A file of save_checkpoint -> about, arrays by name."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
+        zipfile.ZipFile(path).close()                   # an .npz is a zip file of arrays; np.load takes others, too
+        with np.load(path, allow_pickle=False) as saved:
             arrays = dict(saved)
         return json.loads(str(arrays.pop("about"))), arrays
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"--load {path}: expected a file that --save wrote, found: {error}") from None
+        found = getattr(error, "strerror", None) or error
+        raise InputError(f"--load {path}: expected a file that --save wrote, found: {found}") from None
 
 
 def load_checkpoint(path, rng, about, parts):
@@ -517,10 +523,11 @@ def load_checkpoint(path, rng, about, parts):
         held = {name[len(part) + 1:]: a if a.ndim else a.item() for name, a in arrays.items()
                 if name.startswith(part + " ")}
         for name in sorted(named.keys() | held.keys()) if part == "params" else ():
-            shape, other = np.shape(named.get(name)), np.shape(held.get(name))
-            require(name in named and name in held and shape == other, f"--load {path}", f"{name} {shape}", other)
+            shape, other = (np.shape(d[name]) if name in d else "no such array" for d in (named, held))
+            require(shape == other, f"--load {path}", f"{name} {shape}", other)
         named.update(held)
     rng.bit_generator.state = found["rng"]
+    print(f"going on from {path}, after {found['step']} steps")
     return found["step"]
 
 
@@ -602,15 +609,17 @@ def show_table(table):
 def main(cfg):
     """Run one task; or all three, with every source read forwards and backwards."""
     start, rng, figures, table = time.perf_counter(), np.random.default_rng(cfg.seed), {}, []
-    examples, seconds, size, steps = 0, 0.0, 0, 0
+    examples, seconds, size, steps, stopped = 0, 0.0, 0, 0, False
     print("seq2seq.py: one sequence in, another out, of another length")
     for task in ("reverse", "translate", "words") if cfg.task == "demo" else (cfg.task,):
         part = replace(cfg, task=task)
         if cfg.task == "demo":                          # its presets, but for flags
             own = {k: v for k, v in PRESETS.get(task, {}).items() if getattr(cfg, k) == getattr(Config(), k)}
-            part = replace(part, length=0, **own)
+            part = replace(part, **own)
         other = "forwards" if part.source == "backwards" else "backwards"
         for source in (part.source, other) if cfg.task == "demo" else (part.source,):
+            if stopped:
+                break
             one, shown = replace(part, source=source), source == part.source
             size = sum(p.size for p in init_params(one, np.random.default_rng(0)).values())
             print(f"\n{task}, up to {one.length} symbols, read {source}: hidden {one.hidden}, lr {one.lr}, "
@@ -625,7 +634,7 @@ def main(cfg):
                 show_search(params, one)
             figures["exact" if len(table) == 1 and cfg.task != "demo" else f"{task}_{source}"] = exact
             examples, seconds = examples + len(progress.losses) * one.batch, seconds + progress.seconds
-            steps += progress.step
+            steps, stopped = steps + progress.step, progress.stopped
     show_padding(params, one, rng)
     show_table(table)
     print("\nNext: python seq2seq.py --task words --forcing 0.5      python seq2seq.py --task translate --beam 10")

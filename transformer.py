@@ -1337,17 +1337,21 @@ def save_checkpoint(path, step, rng, about, parts):
             np.savez(file, **arrays)
         os.replace(path + ".tmp", path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
         raise InputError(f"--save {path}: expected a place to write to, found: {error.strerror}") from None
 
 
 def read_checkpoint(path):
     """A file of save_checkpoint -> about, arrays by name."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
+        zipfile.ZipFile(path).close()                   # an .npz is a zip file of arrays; np.load takes others, too
+        with np.load(path, allow_pickle=False) as saved:
             arrays = dict(saved)
         return json.loads(str(arrays.pop("about"))), arrays
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"--load {path}: expected a file that --save wrote, found: {error}") from None
+        found = getattr(error, "strerror", None) or error
+        raise InputError(f"--load {path}: expected a file that --save wrote, found: {found}") from None
 
 
 def load_checkpoint(path, rng, about, parts):
@@ -1359,10 +1363,11 @@ def load_checkpoint(path, rng, about, parts):
         held = {name[len(part) + 1:]: a if a.ndim else a.item() for name, a in arrays.items()
                 if name.startswith(part + " ")}
         for name in sorted(named.keys() | held.keys()) if part == "params" else ():
-            shape, other = np.shape(named.get(name)), np.shape(held.get(name))
-            require(name in named and name in held and shape == other, f"--load {path}", f"{name} {shape}", other)
+            shape, other = (np.shape(d[name]) if name in d else "no such array" for d in (named, held))
+            require(shape == other, f"--load {path}", f"{name} {shape}", other)
         named.update(held)
     rng.bit_generator.state = found["rng"]
+    print(f"going on from {path}, after {found['step']} steps")
     return found["step"]
 
 

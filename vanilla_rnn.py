@@ -22,7 +22,7 @@ and with it all hope of learning what step 1 has to do with step T (Bengio 1994,
 Run
     python vanilla_rnn.py                                    wave and recall, exploding gradients and what helps
     python vanilla_rnn.py --task wave --window 10            gradients go back 10 steps at most
-    python vanilla_rnn.py --task recall --window 8           they never reach the pattern: nothing is learned
+    python vanilla_rnn.py --task recall --window 5           seldom as far as the pattern: 87 % of the bits, not 100
     python vanilla_rnn.py --task recall --radius 0.5         a state that fades
     python vanilla_rnn.py --task text                        a nursery rhyme, letter by letter
     python vanilla_rnn.py --task text --data tinyshakespeare.txt --save rnn.npz     1.60 nats a letter or less
@@ -159,6 +159,7 @@ def rnn_backward(dout, cache):
     H = len(Wh)
     return dz, dh, h[:-1].reshape(-1, H).T @ dz.reshape(-1, H)
 
+
 def mse_forward(z, targets):
     """mean[(z - y)^2].   z (N, K), targets (N, K) -> scalar."""
     return ((z - targets) ** 2).mean(), (z, targets)
@@ -184,6 +185,7 @@ def binary_cross_entropy_backward(dout, cache):
     """dz = (sigmoid(z) - y) / size.   dout scalar -> dz (N, K)."""
     z, targets = cache
     return (sigmoid(z) - targets) * (dout / z.size)     # the mean is over all N K entries
+
 
 def softmax_cross_entropy_forward(z, targets):
     """-mean_n log p[n, y_n], p = softmax of each row.   z (N, K), targets (N,) class numbers -> scalar."""
@@ -417,7 +419,9 @@ def load_text(path, checkpoint=""):
     stand for the text's own characters or, with a checkpoint, for those that it was trained on."""
     text = read_text(path) if path else RHYME
     require(len(text) >= 1000, f"--data {path}", "1000 characters or more", len(text))
-    chars = read_checkpoint(checkpoint)[0].get("chars", "") if checkpoint else "".join(sorted(set(text)))
+    about = read_checkpoint(checkpoint)[0] if checkpoint else {"chars": "".join(sorted(set(text)))}
+    require("chars" in about, f"--load {checkpoint}", "a training on text", f"task {about.get('task')}")
+    chars = about["chars"]
     strange = "".join(sorted(set(text) - set(chars)))
     require(not strange, f"--load {checkpoint}", "a text of the characters it was trained on", strange[:10])
     index = {c: i for i, c in enumerate(chars)}
@@ -550,11 +554,12 @@ def show_radius(cfg, rng, T=50):
         norm /= norm[-1]
         picture = "".join(shade(0.5 + np.log10(norm + 1e-30) / 8))
         print(f"  spectral radius {radius}   step 1 |{picture}| step {T}   at step 1: {norm[0]:.0e}")
-    print("  (the middle shade is 1, every shade more or less: six times more or less)")
+    print("  (the middle shade is 1, each shade more or less: six times more or less; slopes of the tanh are below 1,")
+    print("  so a radius a little above 1 does not explode yet)")
 
 
 def show_clipping(cfg, rng):
-    """The same training by plain gradient descent without clipping, and clipped in both ways."""
+    """The same training by plain gradient descent without clipping, and clipped in both ways -> figures, stopped?"""
     cfg = replace(cfg, task="wave", optimizer="sgd", lr=0.4, schedule="constant", radius=1.2, steps=200)
     print(f"\nThe wave by plain gradient descent, lr {cfg.lr}, radius {cfg.radius}, without clipping and with it:")
     columns, seed = [], rng.integers(1 << 30)
@@ -562,6 +567,8 @@ def show_clipping(cfg, rng):
         part, progress = replace(cfg, clip=clip, clip_by=by), Progress(cfg.steps, quiet=True)
         with contextlib.suppress(FloatingPointError):   # what diverges is what is to be seen
             train_rnn(part, np.random.default_rng(seed), progress)
+        if progress.stopped:
+            return {}, True
         columns.append(progress.losses)
     print(f"{'loss at step':>16s} {'no clipping':>14s} {'norm <= 1':>14s} {'values <= .05':>14s}")
     for step in (1, 10, 20, 30, 40, 50, 60, 80, 100, cfg.steps):
@@ -569,7 +576,7 @@ def show_clipping(cfg, rng):
         print(f"{step:16d} {cells[0]:>14s} {cells[1]:>14s} {cells[2]:>14s}")
     if len(columns[0]) < cfg.steps:
         print(f"  without clipping, the loss overflows at step {len(columns[0]) + 1}")
-    return {"unclipped_steps": len(columns[0]), "clipped_loss": columns[1][-1], "value_loss": columns[2][-1]}
+    return {"unclipped_steps": len(columns[0]), "clipped_loss": columns[1][-1], "value_loss": columns[2][-1]}, False
 
 
 def learn_wave(cfg, rng):
@@ -663,12 +670,14 @@ def main(cfg):
     """Run one task, or the parts of the demo."""
     start, rng, figures = time.perf_counter(), np.random.default_rng(cfg.seed), {}
     learn = {"wave": learn_wave, "recall": learn_bits, "text": learn_text_plain}
-    examples, seconds, size, steps = 0, 0.0, 0, 0
+    examples, seconds, size, steps, stopped = 0, 0.0, 0, 0, False
     print("vanilla_rnn.py: a network that reads one thing after another")
     if cfg.task == "demo":
         show_radius(cfg, rng)
-        figures = show_clipping(cfg, rng)
+        figures, stopped = show_clipping(cfg, rng)
     for task in ("wave", "recall") if cfg.task == "demo" else (cfg.task,):
+        if stopped:
+            break
         part = replace(cfg, task=task)
         if cfg.task == "demo":                          # its presets, but for flags
             own = {k: v for k, v in PRESETS.get(task, {}).items() if getattr(cfg, k) == getattr(Config(), k)}
@@ -676,7 +685,7 @@ def main(cfg):
         found, params, progress = learn[task](part, rng)
         figures.update({f"{task}_{name}" if cfg.task == "demo" else name: value for name, value in found.items()})
         examples, seconds = examples + len(progress.losses) * cfg.batch, seconds + progress.seconds
-        steps, size = steps + progress.step, sum(p.size for p in params.values())
+        steps, size, stopped = steps + progress.step, sum(p.size for p in params.values()), progress.stopped
     print("\nNext: python vanilla_rnn.py --task recall --delay 40 --steps 5000      python lstm.py")
     print_result(task=cfg.task, **figures, params=size, steps=steps, seconds=time.perf_counter() - start,
                  examples_per_s=int(examples / max(seconds, 1e-9)))
@@ -692,17 +701,21 @@ def save_checkpoint(path, step, rng, about, parts):
             np.savez(file, **arrays)
         os.replace(path + ".tmp", path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
         raise InputError(f"--save {path}: expected a place to write to, found: {error.strerror}") from None
 
 
 def read_checkpoint(path):
     """A file of save_checkpoint -> about, arrays by name."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
+        zipfile.ZipFile(path).close()                   # an .npz is a zip file of arrays; np.load takes others, too
+        with np.load(path, allow_pickle=False) as saved:
             arrays = dict(saved)
         return json.loads(str(arrays.pop("about"))), arrays
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"--load {path}: expected a file that --save wrote, found: {error}") from None
+        found = getattr(error, "strerror", None) or error
+        raise InputError(f"--load {path}: expected a file that --save wrote, found: {found}") from None
 
 
 def load_checkpoint(path, rng, about, parts):
@@ -714,10 +727,11 @@ def load_checkpoint(path, rng, about, parts):
         held = {name[len(part) + 1:]: a if a.ndim else a.item() for name, a in arrays.items()
                 if name.startswith(part + " ")}
         for name in sorted(named.keys() | held.keys()) if part == "params" else ():
-            shape, other = np.shape(named.get(name)), np.shape(held.get(name))
-            require(name in named and name in held and shape == other, f"--load {path}", f"{name} {shape}", other)
+            shape, other = (np.shape(d[name]) if name in d else "no such array" for d in (named, held))
+            require(shape == other, f"--load {path}", f"{name} {shape}", other)
         named.update(held)
     rng.bit_generator.state = found["rng"]
+    print(f"going on from {path}, after {found['step']} steps")
     return found["step"]
 
 

@@ -684,7 +684,7 @@ def test_interrupt(name):
     process = start()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and not err and "stopped after step" in out, err
+    assert process.returncode == 0 and not err and out.count("stopped after step") == 1, err
     assert out.splitlines()[-1].startswith("result: ")
 
 
@@ -712,3 +712,20 @@ def test_same_seed_same_numbers(name):
         times = r"\| +[\d.]+ s .*|[.\d]+ ms|speedup=\S+|seconds=\S+|examples_per_s=\S+"
         return [re.sub(times, "", line) for line in lines]
     assert numbers() == numbers()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize("name", LESSONS)
+def test_interrupted_demo(name):
+    """One Ctrl-C ends the whole demo: nothing more is trained, and what was learned is shown."""
+    process = subprocess.Popen([sys.executable, "-W", "error", ROOT / name], text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    for line in process.stdout:
+        if re.match(r"step +\d+/", line):
+            break
+    process.send_signal(signal.SIGINT)
+    start = time.perf_counter()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and not err and out.splitlines()[-1].startswith("result: "), err
+    assert out.count("stopped after step") <= 1 and "\nstep " not in out.partition("stopped after")[2], out
+    assert time.perf_counter() - start < 25

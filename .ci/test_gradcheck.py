@@ -28,11 +28,11 @@ BUGS = [    # in mlp.py: the right code, the wrong code, what the report must sa
     ("return dout * (x > 0)", "return dout", ["relu, gradient of x", "a missing mask"]),
     ("return dout * (1 - y * y)", "return 1 - y * y", ["tanh, gradient of x", "times dout it would be right"]),
     ("(dout - (dbeta + xhat * dgamma) / len(dout))", "(dout - xhat * dgamma / len(dout))",
-     ["batchnorm, gradient of x", "the same along axis 0", "mlp.py, batchnorm_backward: return ((dout - (dbeta"]),
+     ["batchnorm, gradient of x", "the same along axis 0", "mlp.py, batchnorm_backward: return (dout - (dbeta"]),
     ("    x = cache\n    return dout * (x > 0)", "    x = cache\n    dout *= x > 0\n    return dout",
      ["relu: dout was changed"]),
     ("grads[name] = grads[name] + penalty", "grads[name] = penalty",
-     ["loss_and_grads", "the operations are right", "yours, loss_and_grads"]),
+     ["loss_and_grads", "the operations are right", "yours, line "]),
     ("            dout = act_backward(dout, act_cache)\n", "            pass\n",
      ["mlp.py, mlp_backward: dout = act_backward"]),
     ('        grads["E"] = embedding_backward(dout, ids_cache)', "        pass",
@@ -46,11 +46,26 @@ BUGS = [    # in mlp.py: the right code, the wrong code, what the report must sa
 ]
 
 
-@pytest.mark.parametrize("right, wrong, words", BUGS, ids=[words[0][:40] for _, _, words in BUGS])
-def test_diagnosis(right, wrong, words, tmp_path):
-    source = (ROOT / "mlp.py").read_text(encoding="utf-8")
+MORE = [    # the same in other lessons
+    ("vanilla_rnn.py", "dh, WhT = 0, Wh.T.copy()", "dh, WhT = 0, Wh.copy()",
+     ["rnn, gradient of z", "right only at the last of axis 0",
+      "vanilla_rnn.py, rnn_backward: dh, WhT = 0, Wh.T.copy()"]),
+    ("vanilla_rnn.py", "            dz[t] *= mask[t]\n", "",
+     ["rnn, gradient of z", "right in sequences without padding"]),
+    ("lstm.py", "    return stands.astype(dout.dtype) @ dout.reshape(-1, shape[1])",
+     "    dE = np.zeros(shape)\n    dE[ids] = dout\n    return dE",
+     ["embedding, gradient of E", "named more than once", "yours, line ", "mend first: embedding"]),
+    ("seq2seq.py", "dE[kinds] = drows", "dE[:len(kinds)] = drows",
+     ["project_symbols, gradient of E", "FAIL  symbol_lstm", "mend first: project_symbols\n"]),
+]
+
+
+@pytest.mark.parametrize("lesson, right, wrong, words", [("mlp.py", *bug) for bug in BUGS] + MORE,
+                         ids=[bug[-1][0][:40] for bug in BUGS + MORE])
+def test_diagnosis(lesson, right, wrong, words, tmp_path):
+    source = (ROOT / lesson).read_text(encoding="utf-8")
     assert source.count(right) == 1
-    copy = tmp_path / "my_mlp.py"
+    copy = tmp_path / "my_copy.py"
     copy.write_text(source.replace(right, wrong), encoding="utf-8")
     done = check(copy)
     assert done.returncode == 1 and not done.stderr, done.stderr
@@ -71,8 +86,8 @@ def test_unfinished_copy(tmp_path):
     copy.write_text("def f(:\n", encoding="utf-8")
     done = check(copy)
     assert done.returncode == 1 and "SyntaxError" in done.stdout and not done.stderr
-    text = "import numpy as np\n" + source[start:end] + "def next_forward(x):\n    return (x,\n"
-    copy.write_text(text, encoding="utf-8")
+    half = "import numpy as np\n" + source[start:end] + "def next_forward(x):\n    return (x,\n"
+    copy.write_text(half, encoding="utf-8")
     done = check(copy)
     assert done.returncode == 1 and "SyntaxError" in done.stdout and "ok    linear" in done.stdout, done.stdout
     assert check(tmp_path / "missing.py").returncode == 2
