@@ -32,7 +32,12 @@ Run
     and if it was interrupted, the same with --load mae.npz
 
 Break it
-    TODO
+    x + params["Pdec"] -> x + 0 * params["Pdec"] in mae_decoder_forward: a mask token no longer knows its place, so all
+        hidden patches of a picture look alike; error 0.21 -> 0.30 (mean patch: 0.37), probe with 600 labels 51 -> 38 %
+    --masked 0.25: the error falls to 0.16, for gaps are small; with 60 labels the probe falls, too (26 -> 24 %)
+    --norm-pixels: here it costs (error 0.25, probe 49 %): even patches are nothing but noise, and noise is now enlarged
+    (t.mean(axis=1), t.std(axis=1)) -> (t.mean(axis=1),) in features: 51 -> 40 %, 60 labels 26 -> 20 %; means forget how
+        much the patches of a picture differ
 
 Papers: Vincent et al. 2008 (denoising autoencoders); Vaswani et al. 2017 (transformers); Dosovitskiy et al. 2021
 (patches as tokens); He et al. 2022 (masked autoencoders).
@@ -790,10 +795,11 @@ def pretrain(cfg, rng, quiet=False):
         first = load_checkpoint(cfg.load, rng, about, parts)
     if cfg.save:
         save_checkpoint(cfg.save, first, rng, about, parts)                 # now, to find out whether it fits there
+    pieces = max(cfg.workers, cfg.batch // 32)          # what belongs to 32 pictures fits the cache of a core
     progress = Progress(cfg.steps, first + 1, quiet)
     with Workers(cfg, params) as workers:
         for step in progress:
-            loss, grads = workers.loss_and_grads(params, cut_batch(make_batch(cfg, rng, step=step), cfg.workers))
+            loss, grads = workers.loss_and_grads(params, cut_batch(make_batch(cfg, rng, step=step), pieces))
             adamw_update(params, grads, state, learning_rate(step, cfg), cfg.decay)
             progress.report(loss)
             if cfg.save and (step % 500 == 0 or step == cfg.steps or progress.stopped):
