@@ -892,8 +892,8 @@ def reconstruction_errors(params, cfg, rng):
 def loss_of_the_mean(cfg):
     """The loss of a decoder that knows no more than a mean: of each hidden patch, or of the visible ones."""
     x, order = make_batch(replace(cfg, batch=500), np.random.default_rng(cfg.seed))
-    seen, hidden = (gather_forward(wanted_patches(to_patches(x, cfg.patch), cfg), part)[0]
-                    for part in np.split(order, [visible_patches(cfg)], axis=1))
+    seen, hidden = (gather_forward(wanted_patches(to_patches(x, cfg.patch), cfg), places)[0]
+                    for places in np.split(order, [visible_patches(cfg)], axis=1))
     return float(((hidden - (0 if cfg.norm_pixels else seen.mean(axis=1, keepdims=True))) ** 2).mean())
 
 
