@@ -512,7 +512,8 @@ SMALL = {"hidden": ("5,4", 4), "batch": 5, "context": 4, "embed": 3, "keys": 3, 
 NUMBERS = {"l1": (0.0, 0.02), "l2": (0.0, 0.03), "group": (0, 2), "mu": (0.0, 0.6), "beta1": (0.0, 0.6),
            "layers": (1, 2), "dropout": (0.0, 0.4), "smoothing": (0.0, 0.2), "patch": (0, 14, 4), "forcing": (1.0, 0.4)}
 # (numbers that switch something on)
-TRAINING = {"optimizer", "schedule", "experiment", "flip", "tokens", "lower", "unit"}   # no gradient depends on these
+TRAINING = {"optimizer", "schedule", "experiment", "flip", "tokens", "lower", "unit", "sharp"}
+# (no gradient depends on these)
 
 
 def variants(Config):
