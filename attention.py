@@ -114,7 +114,7 @@ class Config:
 
 PRESETS = {     # what a task changes above, unless a flag says otherwise
     "dates": dict(steps=600),
-    "pairs --data": dict(sharp=False, hidden=256, embed=128, lr=0.002, steps=3000, batch=64),
+    "pairs --data": dict(sharp=False, embed=64, words=3000, lr=0.004, steps=900),
 }
 
 
@@ -993,7 +993,8 @@ def learn_file(cfg, rng):
     answers = float(exact(params, held_out[:200], cfg).mean())
     figures = dict(validation=total / count, right=right / count, exact=answers)
     print(f"held out: loss {total / count:.3f} a symbol; right: {right / count:.1%} of the symbols, if those before "
-          f"are given, {answers:.1%} of the answers")
+          f"are given, {answers:.1%} of the answers" + "\n(expected on Multi30k: loss 3.1 or less; 3.4 without "
+          "attention)" * bool(cfg.data))
     show_answers(params, held_out[:4], cfg)
     if cfg.attention != "none":
         for k in range(2):
