@@ -961,8 +961,8 @@ def learn_pictures(cfg, rng):
         x, y, _ = make_batch(replace(cfg, batch=5, flip=False, crop=0), np.random.default_rng(cfg.seed))
         gray = (0.5 + 0.4 * x.mean(axis=3)).repeat(2, axis=2)               # letters are tall
         print(side_by_side([SHAPES[k] for k in y], [["".join(row) for row in shade(g[:, :32])] for g in gray]))
-    print(f"chance level: loss {math.log(10):.3f}, 10 % right")
     show_gradients(cfg, rng)
+    print(f"chance level: loss {math.log(10):.3f}, 10 % right")
     params, running, progress = train_cnn(cfg, rng)
     print("loss", loss_curve(progress.losses or [0]))
     show_filters(params[("stem" if cfg.model == "resnet" else "conv1") + ".W"])

@@ -1048,7 +1048,7 @@ def main(cfg):
     print(f"squared error on the hidden pixels of held-out pictures: {error:.4f}; of the mean visible patch instead: "
           f"{mean_error:.4f}")
     figures = {"error": error, "mean_patch_error": mean_error, **compare_probes(params, base)}
-    if cfg.finetune:
+    if cfg.finetune and not progress.stopped:
         figures.update(finetune(params, cfg, rng))
     print("\nNext: python mae.py --finetune --png shapes.png      python mae.py --masked 0.5")
     print_result(task=cfg.task, **figures, params=size, steps=progress.step, seconds=time.perf_counter() - start,

@@ -1595,6 +1595,8 @@ def main(cfg):
         figures.update({f"{task}_{name}" if cfg.task == "demo" else name: value for name, value in found.items()})
         examples, seconds = examples + len(progress.losses) * part.batch, seconds + progress.seconds
         steps, size = steps + progress.step, sum(p.size for p in params.values())
+        if progress.stopped:
+            break
     print("\nNext: python transformer.py --task sort      python transformer.py --task text --position alibi")
     print_result(task=cfg.task, **figures, params=size, steps=steps, seconds=time.perf_counter() - start,
                  examples_per_s=int(examples / max(seconds, 1e-9)))
