@@ -371,7 +371,8 @@ def test_mae_on_cifar(tmp_path):
     assert len(zlib.decompress(raw[raw.index(b"IDAT") + 4:-16])) == 12 * 34 * 4 * (1 + 98 * 4 * 3)
     stop_at("mae.py", 5, *common, "--data", str(folder), "--save", half)
     assert last("--load", half) == whole[:2]
-    for flags, words in ((["--width", "12"], ["Penc", "(64, 12)", "(64, 8)"]), (["--patch", "8"], ["Pdec", "(16, 64)", "(64, 64)"]),
+    for flags, words in ((["--width", "12"], ["Penc", "(64, 12)", "(64, 8)"]),
+                         (["--patch", "8"], ["Pdec", "(16, 64)", "(64, 64)"]),
                          (["--layers", "2"], ["enc1"]), (["--no-norm-pixels"], ["norm_pixels", "True"]),
                          (["--heads", "2"], ["heads 2", "4"])):
         is_refused(lesson("mae.py", *common, "--data", str(folder), "--load", half, *flags), "half.npz", *words)
