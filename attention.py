@@ -935,6 +935,8 @@ def learn_order_of(cfg, rng):
             show_answers(params, draw_pairs(part, np.random.default_rng(2), 2, True, part.length + 1), part)
         elif cfg.attention != "none":
             figures["none_exact"] = right
+        if progress.stopped:
+            break
     print(f"\nExact match (%) of {cfg.task} by length; right of the bar: longer than any in training")
     print(" " * 10 + "".join(f"{n:7d}" for n in lengths))
     for attention, shares in rows:
@@ -1017,6 +1019,8 @@ def main(cfg):
         figures.update({f"{task}_{name}" if cfg.task == "demo" else name: value for name, value in found.items()})
         examples, seconds = examples + len(progress.losses) * part.batch, seconds + progress.seconds
         steps, size = steps + progress.step, sum(p.size for p in params.values())
+        if progress.stopped:
+            break
     show_padding_weight(params, part, rng)
     print("\nNext: python attention.py --task reverse --attention general      python attention.py --task dates --feed")
     print_result(task=cfg.task, **figures, params=size, steps=steps, seconds=time.perf_counter() - start,
