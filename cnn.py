@@ -28,7 +28,7 @@ Run
     python cnn.py --task mnist --data mnist            digits (mlp.py --help says where to get the folder)
     python cnn.py --task cifar --data cifar-10-binary.tar.gz --save plain.npz                         85 % or more
     python cnn.py --task cifar --data cifar-10-binary.tar.gz --save resnet.npz --model resnet --channels 16 \\
-        --dropout 0 --lr 0.1 --crop 3 --workers 2 --steps 2732        88 % after eight epochs
+        --dropout 0 --lr 0.1 --crop 3 --workers 2 --steps 2732        eight epochs
         curl -O https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz
 
 Break it
@@ -977,7 +977,7 @@ def learn_pictures(cfg, rng):
         print(f"{right:.2%} of 2000 fresh shapes right; a linear model of the pixels, as many pictures: "
               f"{figures['linear']:.2%}")
     else:
-        expected = {"mnist": 0.992, "cifar": 0.88 if cfg.model == "resnet" else 0.85}[cfg.task]
+        expected = {"mnist": 0.992, "cifar": 0.91 if cfg.model == "resnet" else 0.85}[cfg.task]
         print(f"test accuracy {right:.4f} on {len(y)} pictures (expected {expected})")
     return figures, params, progress
 
