@@ -430,7 +430,7 @@ def hints(a, n, label, numeric, case, R, outs):
             if np.shape(v) in (a.shape, ()) and close(a * v, n):
                 return [f"times {what} it would be right: a missing factor of the chain rule"]
     mask, ids = case.get("mask"), case.get("ids")
-    if isinstance(mask, np.ndarray) and mask.ndim == off.ndim and not (off & mask.all(axis=0)).any():
+    if isinstance(mask, np.ndarray) and mask.shape[:-1] == off.shape[:-1] and not (off & mask.all(axis=0)).any():
         return ["right in sequences without padding: something is missing where mask is false"]
     if isinstance(ids, np.ndarray):
         often = np.bincount(ids.ravel(), minlength=len(off)) > 1
