@@ -122,6 +122,12 @@ def block_weights(D, K, norm, *names):
                         for key, value in weights(D, K * (name == "feed"), norm)(rng).items()}
 
 
+def pointer_weights(D):
+    """A case's input: the parameters of a pointer of width D."""
+    return lambda rng: {name: 0.5 * rng.standard_normal((D, D)[:n]) for n, name in ((2, "Wq"), (1, "bq"), (2, "Wk"),
+                                                                                    (1, "bk"))}
+
+
 def vit_weights(D):
     """A case's input: the parameters of a block of width D that has a name for each."""
     shapes = dict(Wqkv=(D, 3 * D), bqkv=3 * D, Wo=(D, D), bo=D, W1=(D, 4 * D), b1=4 * D, W2=(4 * D, D), b2=D,
@@ -239,6 +245,10 @@ CASES = {   # by name: a list of cases; a case: its inputs in forward's order, f
     "lookup": [dict(ids=integers(5, 3, 4), E=normal(5, 2)), dict(ids=integers(50, 3, 4), E=normal(50, 2))],
     "project": [dict(x=normal(3, 4), E=normal(5, 4))],
     "smoothed_cross_entropy": [dict(z=normal(3, 4), targets=integers(4, 3), smoothing=s) for s in (0.0, 0.3)],
+    "pointer": [dict(x=normal(10, 3), memory=normal(14, 3), p=pointer_weights(3), B=2, mask=mask)
+                for mask in (None, normal(2, 1, 1, 7))],
+    "copy_cross_entropy": [dict(z=normal(4, 5 + 6), targets=integers(5, 4), source=integers(5, 4, 6), smoothing=s)
+                           for s in (0.0, 0.3)],
     "vit_block": [dict(x=normal(10, 4), p=vit_weights(4), heads=2, N=2),
                   dict(x=normal(6, 3), p=vit_weights(3), heads=1, N=3)],
     "gather": [dict(x=normal(3, 5, 4), places=lambda rng: permutations(rng, 3, 5)[:, :2])],

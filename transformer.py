@@ -21,6 +21,9 @@ Backward, from the end to the start:
     dq = ds k / sqrt(d)         dk = ds^T q / sqrt(d)           mask: nothing, where p is 0 so is ds
     norm: g = gamma dy, dx = (g - mean(g) - xhat mean(g xhat)) / std    x goes on in two ways: dx = dy + what f returns
     the table of embeddings is used for source, target and output (tied): its three gradients add up
+Names in a headline are too rare to be learned; they have to be copied (--copy). Each token of the source gets a score
+too, c = q k^T / sqrt(D), and one softmax p is over symbols and source: P(y) = p_y + sum of p_s where source_s is y.
+Backward of -log P(y):  dz = p - p [says y] / P(y), as always: what there is, minus what there should be.
 A set has no order, so positions are told apart by something added to x (learned, sinusoidal), by turning q and k
 (rotary), or by how far they are (alibi). In generation, keys and values of what has been read are kept: a new token
 costs one row, not all.
@@ -53,11 +56,11 @@ Break it
         loss 2.86 instead of 0.05; with --layers 2 it learns. Depth needs a way past
     --task text --temperature 2: a letter of nonsense, and what follows is new to the model, so it does not find back
 
-Papers: Vaswani et al. 2017 (the transformer); Ba et al. 2016 (LayerNorm); Sennrich et al. 2016 (byte-pair encoding);
-Szegedy et al. 2016 (label smoothing); Wu et al. 2016 (length penalty); Devlin et al. 2019 (masked tokens); Radford et
-al. 2019 (GPT-2); Zhang, Sennrich 2019 (RMSNorm); Shazeer 2020 (swiglu); Xiong et al. 2020 (pre-norm); Dosovitskiy et
-al. 2021 (pictures as tokens); Su et al. 2021 (rotary); Press et al. 2022 (ALiBi); Papineni 2002 (BLEU); Lin 2004
-(ROUGE).
+Papers: Vaswani et al. 2017 (the transformer); Gu et al. 2016 (copying); Ba et al. 2016 (LayerNorm); Sennrich et al.
+2016 (byte-pair encoding); Szegedy et al. 2016 (label smoothing); Wu et al. 2016 (length penalty); Devlin et al. 2019
+(masked tokens); Radford et al. 2019 (GPT-2); Zhang, Sennrich 2019 (RMSNorm); Shazeer 2020 (swiglu); Xiong et al. 2020
+(pre-norm); Dosovitskiy et al. 2021 (pictures as tokens); Su et al. 2021 (rotary); Press et al. 2022 (ALiBi); Papineni
+2002 (BLEU); Lin 2004 (ROUGE).
 """
 import argparse
 import codecs
@@ -116,6 +119,7 @@ class Config:
     tokens: Literal["chars", "bpe"] = "chars"  # characters, or pieces of words (byte-pair encoding)
     merges: int = 4000      # bpe: number of pieces that are learned
     lower: bool = False     # pairs: capital letters become small ones
+    copy: bool = False      # seq2seq: the decoder may also point at a token of the source and say that
     beam: int = 4           # pairs: hypotheses kept in the search; 1 is greedy
     penalty: float = 0.6    # pairs: how much the search favours long outputs
     temperature: float = 0.5  # text: of the samples; small is careful, large is wild
@@ -153,6 +157,7 @@ class Config:
         require(self.position != "rotary" or self.width // self.heads % 2 == 0, "--position",
                 "an even width a head for rotary", f"{self.width} / {self.heads}")
         require(self.context >= 2, "--context", "2 or more", self.context)
+        require(not self.copy or self.model == "seq2seq", "--copy", "--task sort, reverse or pairs with it", self.task)
         require(not self.data or self.task not in ("demo", "sort", "reverse"), "--data",
                 "--task text, letters, pairs or mnist with it", self.task)
         require(not (self.validation or self.test) or self.task == "pairs", "--validation, --test",
@@ -524,11 +529,73 @@ def smoothed_cross_entropy_backward(dout, cache):
     return dz
 
 
+def pointer_forward(x, memory, p, B, mask=None, past=None):
+    """c = q k^T / sqrt(D) + mask, q = x Wq + bq, k = memory Wk + bk: how well each token of the source would do as the
+    next one of the output (Gu 2016).   x (B T, D), memory (B S, D), mask fit for (B, 1, 1, S), p: Wq (D, D), bq (D,),
+    Wk, bk -> (B T, S). bk raises or lowers all c of a row: to copy, or not. past: see multihead_forward."""
+    D, k_cache = x.shape[1], None
+    q, q_cache = linear_forward(x, p["Wq"], p["bq"])
+    if past:
+        k = past["k"]
+    else:
+        k, k_cache = linear_forward(memory, p["Wk"], p["bk"])
+        k = k.reshape(B, -1, D)
+    if past is not None:
+        past["k"] = k
+    q = q.reshape(B, -1, D)
+    c = q @ k.swapaxes(1, 2) * D ** -0.5
+    if mask is not None:
+        c += mask[:, 0]
+    return c.reshape(len(x), -1), (q, k, q_cache, k_cache)
+
+
+def pointer_backward(dout, cache):
+    """dq = dc k / sqrt(D), dk = dc^T q / sqrt(D), then as for any linear map.   dout (B T, S) -> dx, dmemory, grads."""
+    q, k, q_cache, k_cache = cache
+    (B, T, D), grads = q.shape, {}
+    dc = dout.reshape(B, T, -1) * D ** -0.5
+    dx, grads["Wq"], grads["bq"] = linear_backward((dc @ k).reshape(B * T, D), q_cache)
+    dmemory, grads["Wk"], grads["bk"] = linear_backward((dc.swapaxes(1, 2) @ q).reshape(-1, D), k_cache)
+    return dx, dmemory, grads
+
+
+def copy_cross_entropy_forward(z, targets, source, smoothing):
+    """One softmax p over the V symbols and the S tokens of the source. A target can be said in several ways: as the
+    symbol, or by copying it from any place where it stands. So P = p[target] + sum of p[V + s] over source_s = target,
+    loss = mean_n of -(1 - smoothing) log P - smoothing mean_v log p[v].   z (N, V + S), targets (N,), source (N, S)."""
+    V, rows = z.shape[1] - source.shape[1], np.arange(len(z))
+    p = z - z.max(axis=1, keepdims=True)
+    ways = np.concatenate([p[rows, targets, None], np.where(source == targets[:, None], p[:, V:], -1e9)], axis=1)
+    mean = p[:, :V].mean(axis=1) if smoothing else 0
+    top = ways.max(axis=1, keepdims=True)
+    share = np.exp(ways - top)
+    right = share.sum(axis=1, keepdims=True)
+    share *= 1 / right                                          # of each way, in P
+    np.exp(p, out=p)
+    total = p.sum(axis=1, keepdims=True)
+    p *= 1 / total
+    loss = np.log(total) - (1 - smoothing) * (top + np.log(right))
+    return (loss[:, 0] - smoothing * mean).mean(), (p, share, targets, V, smoothing)
+
+
+def copy_cross_entropy_backward(dout, cache):
+    """dz = (p - y) / N, where y = (1 - smoothing) times each way's share in P, and smoothing / V at every symbol."""
+    p, share, targets, V, smoothing = cache
+    N = len(p)
+    dz = p * (dout / N)
+    if smoothing:
+        dz[:, :V] -= smoothing / V * (dout / N)
+    share = share * ((1 - smoothing) * (dout / N))
+    dz[np.arange(N), targets] -= share[:, 0]
+    dz[:, V:] -= share[:, 1:]
+    return dz
+
+
 # ---- model: an encoder, a decoder, or both ---------------------------------------------------------------------------
 
 def init_params(cfg, rng, dtype=np.float32):
     """E (V, D) for all symbols; enc0., enc1., ... and dec0., dec1., ... as block_forward wants them; enc. and dec., the
-    last norms of order pre. What the options add: P, positions; Es, Wz, if not tied; Wp, bp, Wz of pictures."""
+    last norms of order pre. What the options add: P, positions; Es, Wz, if not tied; Wp, bp, Wz of pictures; copy."""
     D, F, params = cfg.width, cfg.inner or 4 * cfg.width, {}
     sides = {"gpt": ("dec",), "encoder": ("enc",), "seq2seq": ("enc", "dec")}[cfg.model]
 
@@ -559,6 +626,8 @@ def init_params(cfg, rng, dtype=np.float32):
                 params.update({at + n: np.full(D, float(n == "gamma")) for n in NORMS[cfg.norm][2]})
         if cfg.order == "pre":
             params.update({f"{side}.{n}": np.full(D, float(n == "gamma")) for n in NORMS[cfg.norm][2]})
+    for name in "qk" if cfg.copy else "":
+        params["copy.W" + name], params["copy.b" + name] = matrix(D, D), np.zeros(D)
     return {name: value.astype(dtype) for name, value in params.items()}
 
 
@@ -652,16 +721,26 @@ def hide_padding(ids, dtype):
     return mask[:, None, None] if mask.any() else None
 
 
+def put_back(rows, places, count):
+    """Rows at their places among count, of which the others are 0.   rows (N, K), places (N,) -> (count, K)."""
+    out = np.zeros((count, rows.shape[1]), rows.dtype)
+    out[places] = rows
+    return out
+
+
 def transformer_forward(params, source, target, cfg, places=None, keeps=(None, None)):
     """gpt: target only. encoder: source only. seq2seq: source, then target, which looks at what became of the source.
-    source (B, S), target (B, T) -> scores of the symbols (N, V) in all rows, or those in places; pictures: (B, 10)."""
-    memory = memory_mask = enc_cache = dec_cache = shape = None
+    source (B, S), target (B, T) -> scores of the symbols (N, V) in all rows, or those in places; pictures: (B, 10);
+    with copy, beside them those of the tokens of the source (N, V + S)."""
+    memory = memory_mask = enc_cache = dec_cache = shape = copies = copy_cache = None
     if source is not None:
         x, enc_cache = side_forward(params, source, "enc", cfg, False, keep=keeps[0])
     if target is not None:
         if source is not None:
             memory, memory_mask = x, hide_padding(source, x.dtype)
         x, dec_cache = side_forward(params, target, "dec", cfg, True, memory, memory_mask, keeps[1])
+    if cfg.copy:
+        copies, copy_cache = pointer_forward(x, memory, part(params, "copy"), len(source), memory_mask)
     if cfg.task == "mnist":
         shape = len(source), -1, cfg.width
         x = x.reshape(shape).mean(axis=1)                       # one row a picture: the average of its tokens
@@ -669,24 +748,31 @@ def transformer_forward(params, source, target, cfg, places=None, keeps=(None, N
         shape = x.shape
         x = x[places]
     z, out_cache = project_forward(x, params.get("Wz", params.get("E")))
-    return z, (enc_cache, dec_cache, shape, places, out_cache, cfg)
+    if cfg.copy:
+        z = np.concatenate([z, copies if places is None else copies[places]], axis=1)
+    return z, (enc_cache, dec_cache, shape, places, out_cache, copy_cache, cfg)
 
 
 def transformer_backward(dout, cache):
     """transformer_forward from bottom to top -> gradients under the keys of params."""
-    enc_cache, dec_cache, shape, places, out_cache, cfg = cache
-    last, grads = "E" if cfg.tie and cfg.task != "mnist" else "Wz", {}
-    dx, grads[last] = project_backward(dout, out_cache)
+    enc_cache, dec_cache, shape, places, out_cache, copy_cache, cfg = cache
+    last, grads, dpointed = "E" if cfg.tie and cfg.task != "mnist" else "Wz", {}, None
+    V = len(out_cache[1])
+    dx, grads[last] = project_backward(dout[:, :V], out_cache)
+    dcopies = dout[:, V:]
     if cfg.task == "mnist":
         T = enc_cache[4][1]
         dx = np.repeat(dx / T, T, axis=0)
     elif places is not None:
-        drows, dx = dx, np.zeros(shape, dx.dtype)
-        dx[places] = drows
-    for cache in (dec_cache, enc_cache):
+        dx, dcopies = put_back(dx, places, shape[0]), put_back(dcopies, places, shape[0])
+    if copy_cache is not None:
+        dpointing, dpointed, found = pointer_backward(dcopies, copy_cache)
+        dx = dx + dpointing
+        grads.update({"copy." + name: g for name, g in found.items()})
+    for cache, more in ((dec_cache, dpointed), (enc_cache, None)):
         if cache is not None:
             found, dmemory = side_backward(dx, cache)
-            dx = dmemory                                        # the encoder learns from what the decoder looked at
+            dx = dmemory if more is None else dmemory + more    # the encoder learns from what the decoder looked at
             for name, g in found.items():
                 grads[name] = grads[name] + g if name in grads else g       # E is used up to three times
     return grads
@@ -696,10 +782,13 @@ def loss_and_grads(params, batch, cfg):
     """One forward and one backward pass -> loss, gradients under the keys of params."""
     source, target, answers, *keeps = batch
     answers, places = answers.ravel(), None
-    if (answers < 0).any():                                     # no answer is asked for: padding, or a letter seen
+    if cfg.copy or (answers < 0).any():                         # no answer is asked for: padding, or a letter seen
         places = np.flatnonzero(answers >= 0)
         answers = answers[places]
     z, cache = transformer_forward(params, source, target, cfg, places, keeps)
+    if cfg.copy:
+        loss, loss_cache = copy_cross_entropy_forward(z, answers, source[places // target.shape[1]], cfg.smoothing)
+        return loss, transformer_backward(copy_cross_entropy_backward(1.0, loss_cache), cache)
     loss, loss_cache = smoothed_cross_entropy_forward(z, answers, cfg.smoothing)
     return loss, transformer_backward(smoothed_cross_entropy_backward(1.0, loss_cache), cache)
 
@@ -909,7 +998,7 @@ def vocabulary(cfg):
     if cfg.task in ("text", "letters", "demo"):
         return load_corpus(cfg.data, cfg.tokens, cfg.merges, cfg.load)["vocabulary"]
     if cfg.task == "pairs":
-        return load_pairs(cfg.data, cfg.validation, cfg.test, cfg.tokens, cfg.merges, cfg.lower, cfg.load)["vocabulary"]
+        return pairs_of(cfg)["vocabulary"]
     return DIGITS
 
 
@@ -937,7 +1026,7 @@ def load_corpus(path, tokens, merges, checkpoint):
 
 
 @functools.lru_cache
-def load_pairs(path, validation, test, tokens, merges, lower, checkpoint):
+def load_pairs(path, validation, test, tokens, merges, lower, copy, checkpoint):
     """Pairs of lines -> {"vocabulary", "train": [(source, target), ...] as numbers, by length, "validation", "test":
     as text}. With no file, lines of the rhyme and their words backwards: enough to check gradients on."""
     lines = [line for line in RHYME.splitlines() if line]
@@ -949,10 +1038,17 @@ def load_pairs(path, validation, test, tokens, merges, lower, checkpoint):
             pairs, extra[k] = pairs[:cut], pairs[cut:]
     if lower:
         pairs, *extra = [[(a.lower(), b.lower()) for a, b in part] for part in (pairs, *extra)]
+    if copy:                                            # so that a first word consists of the same pieces as elsewhere
+        pairs, *extra = [[(" " + a, " " + b) for a, b in part] for part in (pairs, *extra)]
     words = make_vocabulary("\n".join(line for pair in pairs for line in pair), tokens, merges, checkpoint)
     train = [(words.encode(a), words.encode(b)) for a, b in pairs]
     train.sort(key=lambda pair: (len(pair[1]), len(pair[0])))
     return {"vocabulary": words, "train": train, "validation": extra[0], "test": extra[1]}
+
+
+def pairs_of(cfg):
+    """What load_pairs finds for a Config."""
+    return load_pairs(cfg.data, cfg.validation, cfg.test, cfg.tokens, cfg.merges, cfg.lower, cfg.copy, cfg.load)
 
 
 def read_pairs(path):
@@ -1057,7 +1153,7 @@ def make_batch(cfg, rng, dtype=np.float32):
         source, target, answers = as_batch(digits, [np.sort(d) if cfg.task == "sort" else d[::-1] for d in digits],
                                            positions(cfg))
     elif cfg.task == "pairs":                           # neighbours in the order of length: little padding
-        pairs = load_pairs(cfg.data, cfg.validation, cfg.test, cfg.tokens, cfg.merges, cfg.lower, cfg.load)["train"]
+        pairs = pairs_of(cfg)["train"]
         start = rng.integers(0, max(1, len(pairs) - cfg.batch + 1))
         source, target, answers = as_batch(*zip(*pairs[start:start + cfg.batch]), cfg.context)
     elif cfg.task == "mnist":
@@ -1094,15 +1190,24 @@ def split_batch(batch, parts):
 
 # ---- use: one token after the other ----------------------------------------------------------------------------------
 
-def next_scores(params, ids, cfg, past, memory=None, memory_mask=None):
-    """Scores of the token after ids.   ids (B, T), new since the last call with this past -> (B, V)."""
+def next_scores(params, ids, cfg, past, memory=None, memory_mask=None, source=None):
+    """Scores of the token after ids.   ids (B, T), new since the last call with this past -> (B, V).
+    With copy, they are log(e^z + sum of e^c over the places where a symbol stands in the source (B, S))."""
     x, _ = side_forward(params, ids, "dec", cfg, True, memory, memory_mask, past=past)
-    return project_forward(x.reshape(*ids.shape, -1)[:, -1], params.get("Wz", params.get("E")))[0]
+    x = x.reshape(*ids.shape, -1)[:, -1]
+    z, _ = project_forward(x, params.get("Wz", params.get("E")))
+    if cfg.copy:
+        c, _ = pointer_forward(x, memory, part(params, "copy"), len(ids), memory_mask, past[-1]["copy"])
+        top = np.maximum(z.max(axis=1), c.max(axis=1))[:, None]
+        p = np.exp(z - top)
+        np.add.at(p, (np.arange(len(ids))[:, None], source), np.exp(c - top))
+        z = np.log(np.maximum(p, 1e-30))
+    return z
 
 
 def new_past(cfg):
     """Nothing is known yet: no keys, no values, in no layer."""
-    return [{"attn": {}, "cross": {}} for _ in range(cfg.layers)]
+    return [{"attn": {}, "cross": {}, "copy": {}} for _ in range(cfg.layers)]
 
 
 def sample_tokens(params, ids, cfg, rng, cached=True):
@@ -1132,13 +1237,14 @@ def search(params, source, cfg, beam):
     B, dtype = len(source), params["E"].dtype
     memory, _ = side_forward(params, source, "enc", cfg, False)
     memory = np.repeat(memory.reshape(B, -1, cfg.width), beam, axis=0).reshape(-1, cfg.width)
-    memory_mask = hide_padding(np.repeat(source, beam, axis=0), dtype)
+    source = np.repeat(source, beam, axis=0)
+    memory_mask = hide_padding(source, dtype)
     ids, past = np.full((B * beam, 1), START), new_past(cfg)
     logp = np.where(np.arange(beam), -1e9, np.zeros((B, 1)))                # (B, beam): alike at first, so one counts
     ended, length = np.zeros(B * beam, bool), np.zeros((B, beam))
     rows = np.arange(B)[:, None]
     for _ in range(positions(cfg)):
-        z = next_scores(params, ids[:, -1:], cfg, past, memory, memory_mask).astype(float)
+        z = next_scores(params, ids[:, -1:], cfg, past, memory, memory_mask, source).astype(float)
         z[:, [PAD, START, MASK]] = -1e9
         z -= z.max(axis=1, keepdims=True)
         z -= np.log(np.exp(z).sum(axis=1, keepdims=True))
@@ -1383,7 +1489,7 @@ def held_out(params, cfg, limit=100_000):
     """Loss on held-out data, nats a token: text and letters, the last tenth; pairs, those for validation."""
     rng, total, count = np.random.default_rng(1), 0.0, 0
     if cfg.task == "pairs":
-        data = load_pairs(cfg.data, cfg.validation, cfg.test, cfg.tokens, cfg.merges, cfg.lower, cfg.load)
+        data = pairs_of(cfg)
         pairs = [tuple(map(data["vocabulary"].encode, pair)) for pair in data["validation"]]
         pairs.sort(key=lambda pair: len(pair[1]))
         batches = [as_batch(*zip(*pairs[k:k + 50]), cfg.context) for k in range(0, len(pairs), 50)]
@@ -1398,7 +1504,11 @@ def held_out(params, cfg, limit=100_000):
     for source, target, answers in batches:
         places = np.flatnonzero(answers >= 0)
         z, _ = transformer_forward(params, source, target, cfg, places)
-        total += float(smoothed_cross_entropy_forward(z, answers.ravel()[places], 0.0)[0]) * len(places)
+        if cfg.copy:
+            loss, _ = copy_cross_entropy_forward(z, answers.ravel()[places], source[places // target.shape[1]], 0.0)
+        else:
+            loss, _ = smoothed_cross_entropy_forward(z, answers.ravel()[places], 0.0)
+        total += float(loss) * len(places)
         count += len(places)
     return total / count
 
@@ -1550,7 +1660,7 @@ def learn_scans(cfg, rng):
 def learn_pairs(cfg, rng):
     """Translate, or shorten: whatever the pairs do."""
     require(cfg.data, "--data", "a file of lines source TAB target", cfg.data)
-    data = load_pairs(cfg.data, cfg.validation, cfg.test, cfg.tokens, cfg.merges, cfg.lower, cfg.load)
+    data = pairs_of(cfg)
     words = data["vocabulary"]
     announce_model(cfg, f"{len(data['train'])} pairs, {words.size} kinds of tokens", f"loss {math.log(words.size):.3f}")
     sources, references = zip(*data["validation"][:200])
@@ -1572,7 +1682,8 @@ def learn_pairs(cfg, rng):
         print(f"beam {beam}: " + "  ".join(f"{name} {value:.2f}" for name, value in list(found.items())[1:])
               + f"   mean log p {logp.mean():.3f}, {time.perf_counter() - start:.1f} s for {len(outputs)} test lines")
     for k in range(0, len(outputs), -(-len(outputs) // 10)):
-        print(f"  source    {sources[k][:200]}\n  reference {references[k]}\n  output    {outputs[k]}\n")
+        print("".join(f"  {name:<10s}{text.strip()[:200]}\n" for name, text in (
+            ("source", sources[k]), ("reference", references[k]), ("output", outputs[k]))))
     return found, params, progress
 
 

@@ -497,6 +497,7 @@ def test_workers_end(what):
     (["--context", "1"], ["--context", "2 or more"]),
     (["--dropout", "1"], ["--dropout", "0 to 0.9"]),
     (["--test", "a.tsv"], ["--test", "--task pairs"]),
+    (["--task", "text", "--copy"], ["--copy", "--task sort, reverse or pairs", "text"]),
     (["--masked", "0"], ["--masked"]),
     (["--patch", "5"], ["--patch", "divisor of 28"]),
     (["--beam", "0"], ["--beam", "1 or more"]),
@@ -528,10 +529,29 @@ def test_pairs_files(tmp_path):
     file.write_text(good, encoding="utf-8")
     other = tmp_path / "test.tsv"
     other.write_text("un \u03b1\ta \u03b2\n" * 20, encoding="utf-8")       # characters never seen in training
-    for tokens in ("chars", "bpe"):
-        done = lesson("transformer.py", "--model", "seq2seq", "--data", str(file), "--test", str(other),
-                      "--tokens", tokens, *small)
+    for flags in (["--tokens", "chars"], ["--tokens", "bpe"], ["--tokens", "chars", "--copy"], ["--copy", "--lower"]):
+        done = lesson("transformer.py", "--model", "seq2seq", "--data", str(file), "--test", str(other), *flags, *small)
         assert done.returncode == 0 and re.search("result: task=pairs .*bleu=", done.stdout), done.stderr
+
+
+def test_copying():
+    import transformer as t
+    cfg = t.Config(task="sort", copy=True, width=8, heads=2, batch=4)
+    rng = np.random.default_rng(0)
+    params = {name: p + 0.5 * rng.standard_normal(p.shape) for name, p in t.init_params(cfg, rng, float).items()}
+    source, target, _, *_ = t.make_batch(cfg, rng, float)
+    z, _ = t.transformer_forward(params, source, target, cfg)                   # symbols, then places of the source
+    p = np.exp(z - z.max(axis=1, keepdims=True))
+    V = z.shape[1] - source.shape[1]
+    for n in range(len(z)):
+        for s, symbol in enumerate(source[n // target.shape[1]]):
+            p[n, symbol] += p[n, V + s]
+    p = p[:, :V] / p[:, :V].sum(axis=1, keepdims=True)
+    memory, _ = t.side_forward(params, source, "enc", cfg, False)
+    past = t.new_past(cfg)
+    for k in range(target.shape[1]):                                            # token by token, with keys kept
+        q = np.exp(t.next_scores(params, target[:, k:k + 1], cfg, past, memory, t.hide_padding(source, float), source))
+        assert np.allclose(q / q.sum(axis=1, keepdims=True), p.reshape(*target.shape, V)[:, k], atol=1e-12)
 
 
 def test_generation():
