@@ -197,12 +197,12 @@ def lstm_backward(dh_out, dc, cache):
     np.multiply(1 - g * g, i, out=dz_g)
     dz_o *= tanh_c
     to_c = o * (1 - tanh_c * tanh_c)
-    dh, WhT = 0, Wh.T.copy()
+    dh, WhT, times = 0, Wh.T.copy(), np.empty((N, 4, H), dz.dtype)
     for t in reversed(range(T)):
         dh = dout_t = dh_out[t] + dh
         dc_here = dc + dh * to_c[t]                     # c reaches the loss through h, and through the next c
-        by_gate[t, :, :3] *= dc_here[:, None]
-        dz_o[t] *= dh
+        times[:, :3], times[:, 3] = dc_here[:, None], dh        # i, f, g act on c, o on h
+        by_gate[t] *= times
         if mask is None:
             dc = dc_here * f[t]
             dh = dz[t] @ WhT
@@ -480,7 +480,7 @@ GO = 9
 
 
 def make_batch(cfg, rng, dtype=np.float32, step=None):
-    """-> x (T, N) or (T, N, D), mask (T, N, 1) or None, places that count (numbers t N + n), their targets.
+    """-> x (T, N) or (T, N, D), mask (T, N, 1) or None, places that count (numbers t N + n, or all), targets.
     remember: at the end, say the first number.    add: at the end, say the sum of the two marked numbers.
     reverse: n symbols, n drawn a sequence, GO, then say them backwards.    text: the next letter, everywhere."""
     T, N = cfg.length, cfg.batch
@@ -505,7 +505,7 @@ def make_batch(cfg, rng, dtype=np.float32, step=None):
     stream, width = len(ids) // N, min(T, len(ids) // N - 1)
     start = rng.integers(0, stream - width, N) if step is None else (step - 1) * width % (stream - width)
     at = np.arange(width + 1)[:, None] + np.arange(N) * stream + start      # N readers, each in its part of the text
-    return ids[at[:-1]], None, np.arange(width * N), ids[at[1:]].ravel()
+    return ids[at[:-1]], None, slice(None), ids[at[1:]].ravel()
 
 
 @functools.lru_cache

@@ -168,12 +168,12 @@ def lstm_backward(dh_out, dc, cache):
     np.multiply(1 - g * g, i, out=dz_g)
     dz_o *= tanh_c
     to_c = o * (1 - tanh_c * tanh_c)
-    dh, WhT = 0, Wh.T.copy()
+    dh, WhT, times = 0, Wh.T.copy(), np.empty((N, 4, H), dz.dtype)
     for t in reversed(range(T)):
         dh = dout_t = dh_out[t] + dh
         dc_here = dc + dh * to_c[t]                     # c reaches the loss through h, and through the next c
-        by_gate[t, :, :3] *= dc_here[:, None]
-        dz_o[t] *= dh
+        times[:, :3], times[:, 3] = dc_here[:, None], dh        # i, f, g act on c, o on h
+        by_gate[t] *= times
         if mask is None:
             dc = dc_here * f[t]
             dh = dz[t] @ WhT
