@@ -124,8 +124,8 @@ def block_weights(D, K, norm, *names):
 
 def pointer_weights(D):
     """A case's input: the parameters of a pointer of width D."""
-    return lambda rng: {name: 0.5 * rng.standard_normal((D, D)[:n]) for n, name in ((2, "Wq"), (1, "bq"), (2, "Wk"),
-                                                                                    (1, "bk"))}
+    shapes = dict(Wq=(D, D), bq=D, Wk=(2 * D, D), bk=D)
+    return lambda rng: {name: 0.5 * rng.standard_normal(shape) for name, shape in shapes.items()}
 
 
 def vit_weights(D):

@@ -530,19 +530,23 @@ def smoothed_cross_entropy_backward(dout, cache):
 
 
 def pointer_forward(x, memory, p, B, mask=None, past=None):
-    """c = q k^T / sqrt(D) + mask, q = x Wq + bq, k = memory Wk + bk: how well each token of the source would do as the
-    next one of the output (Gu 2016).   x (B T, D), memory (B S, D), mask fit for (B, 1, 1, S), p: Wq (D, D), bq (D,),
-    Wk, bk -> (B T, S). bk raises or lowers all c of a row: to copy, or not. past: see multihead_forward."""
+    """c = q k^T / sqrt(D) + mask: how well each token of the source would do as the next one of the output (Gu 2016).
+    q = x Wq + bq, k = [memory, memory one token before] Wk + bk: who has just said one token, looks for what followed.
+    bk can raise all c of a row: to copy, or not. x (B T, D), memory (B S, D), mask fit for (B, 1, 1, S), p: Wq (D, D),
+    bq (D,), Wk (2 D, D), bk (D,) -> (B T, S). past: see multihead_forward."""
     D, k_cache = x.shape[1], None
     q, q_cache = linear_forward(x, p["Wq"], p["bq"])
+    q = q.reshape(B, -1, D)
     if past:
         k = past["k"]
     else:
-        k, k_cache = linear_forward(memory, p["Wk"], p["bk"])
+        m = memory.reshape(B, -1, D)
+        before = np.concatenate([np.zeros_like(m[:, :1]), m[:, :-1]], axis=1)
+        both = np.concatenate([m, before], axis=2)
+        k, k_cache = linear_forward(both.reshape(-1, 2 * D), p["Wk"], p["bk"])
         k = k.reshape(B, -1, D)
     if past is not None:
         past["k"] = k
-    q = q.reshape(B, -1, D)
     c = q @ k.swapaxes(1, 2) * D ** -0.5
     if mask is not None:
         c += mask[:, 0]
@@ -550,13 +554,16 @@ def pointer_forward(x, memory, p, B, mask=None, past=None):
 
 
 def pointer_backward(dout, cache):
-    """dq = dc k / sqrt(D), dk = dc^T q / sqrt(D), then as for any linear map.   dout (B T, S) -> dx, dmemory, grads."""
+    """dq = dc k / sqrt(D), dk = dc^T q / sqrt(D), and a token of the memory is in two keys: its own and the next one's.
+    dout (B T, S) -> dx, dmemory, gradients of p."""
     q, k, q_cache, k_cache = cache
     (B, T, D), grads = q.shape, {}
     dc = dout.reshape(B, T, -1) * D ** -0.5
     dx, grads["Wq"], grads["bq"] = linear_backward((dc @ k).reshape(B * T, D), q_cache)
-    dmemory, grads["Wk"], grads["bk"] = linear_backward((dc.swapaxes(1, 2) @ q).reshape(-1, D), k_cache)
-    return dx, dmemory, grads
+    dboth, grads["Wk"], grads["bk"] = linear_backward((dc.swapaxes(1, 2) @ q).reshape(-1, D), k_cache)
+    dm, dbefore = np.split(dboth.reshape(B, -1, 2 * D), 2, axis=2)
+    dm[:, :-1] += dbefore[:, 1:]
+    return dx, dm.reshape(-1, D), grads
 
 
 def copy_cross_entropy_forward(z, targets, source, smoothing):
@@ -626,8 +633,8 @@ def init_params(cfg, rng, dtype=np.float32):
                 params.update({at + n: np.full(D, float(n == "gamma")) for n in NORMS[cfg.norm][2]})
         if cfg.order == "pre":
             params.update({f"{side}.{n}": np.full(D, float(n == "gamma")) for n in NORMS[cfg.norm][2]})
-    for name in "qk" if cfg.copy else "":
-        params["copy.W" + name], params["copy.b" + name] = matrix(D, D), np.zeros(D)
+    for name, rows in (("q", D), ("k", 2 * D)) if cfg.copy else ():
+        params["copy.W" + name], params["copy.b" + name] = matrix(rows, D), np.zeros(D)
     return {name: value.astype(dtype) for name, value in params.items()}
 
 
@@ -1529,6 +1536,7 @@ def change_padding(params, cfg, batch):
     other = {name: np.where(np.arange(len(E))[:, None] == PAD, 1, E) if name in ("E", "Es") else E
              for name, E in params.items()}
     a, b = (transformer_forward(p, source, target, cfg, places)[0][:, PAD + 1:] for p in (params, other))
+    a, b = np.maximum(a, -1e6), np.maximum(b, -1e6)             # hidden is hidden, however -1e9 has been rounded
     print(f"another vector for padding ({(source == PAD).mean():.0%} of the source) changes the scores by "
           f"{np.abs(a - b).max():.0e}")
     return float(np.abs(a - b).max())

@@ -552,6 +552,8 @@ def test_copying():
     for k in range(target.shape[1]):                                            # token by token, with keys kept
         q = np.exp(t.next_scores(params, target[:, k:k + 1], cfg, past, memory, t.hide_padding(source, float), source))
         assert np.allclose(q / q.sum(axis=1, keepdims=True), p.reshape(*target.shape, V)[:, k], atol=1e-12)
+    done = lesson("transformer.py", "--task", "sort", "--copy", "--steps", "20")
+    assert " padding=0.000 " in done.stdout, done.stdout + done.stderr
 
 
 def test_generation():
