@@ -17,12 +17,12 @@ once. (--sharp; for the pairs of a file, whole sentences perhaps, that is too so
 
 Forward, for a question q_t (the decoder's state), keys k_s and values v_s (the encoder's states, read from both ends):
     e_ts = q_t . k_s                 dot; with k_s = v_s Wk general (Luong)
-         = v . tanh(q_t Wq + k_s)    additive (Bahdanau)
+         = u . tanh(q_t Wq + k_s)    additive (Bahdanau)
     w_t = softmax_s e_ts, 0 where the source is padding         context_t = sum_s w_ts v_s
     what is said at t: from tanh([q_t, context_t] Wa + ba)      --feed: context_t also goes into the decoder's next step
 Backward, given dcontext:
     dv_s = sum_t w_ts dcontext_t     dw_ts = dcontext_t . v_s   de_ts = w_ts (dw_ts - sum_r w_tr dw_tr)
-    dot: dq_t = sum_s de_ts k_s, dk_s = sum_t de_ts q_t         additive: the same through v and 1 - tanh^2
+    dot: dq_t = sum_s de_ts k_s, dk_s = sum_t de_ts q_t         additive: the same through u and 1 - tanh^2
 Without --feed no question depends on what was seen before, so all steps look at once, in three products. With it there
 is a loop over t; the keys and the decoder's inputs are computed before, the gradients of the weights after it.
 
@@ -31,7 +31,7 @@ Run
     python attention.py --task reverse --attention general
     python attention.py --task dates --feed
     python attention.py --task pairs --data train.tsv --save pairs.npz      a line a pair: source TAB target
-    python attention.py --task pairs --data train.tsv --unit letters
+    python attention.py --task pairs --data train.tsv --unit letters --length 80
         Any such file will do. Multi30k, German to English, comes as one file a language:
         for l in de en; do
         curl -O https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/train.$l.gz
@@ -81,7 +81,7 @@ class Config:
     sharp: bool = True      # scores begin large, so that it has to choose from the start
     hidden: int = 128       # size of the decoder's state; each of the encoder's two directions has half of it
     embed: int = 32         # numbers that stand for a symbol
-    length: int = 0         # longest source in training; 0: 10, pairs 20 words or 80 letters
+    length: int = 10        # longest source in training
     unit: Literal["words", "letters"] = "words"  # pairs: what a symbol is
     words: int = 5000       # pairs: words that are known, of either side; the others are all the same to it
     beam: int = 4           # beginnings of an answer that the search keeps
@@ -99,9 +99,9 @@ class Config:
     seed: int = 0           # of every random draw
 
     def __post_init__(self):
-        for name in ("steps", "batch", "hidden", "embed", "words", "beam"):
+        for name in ("steps", "batch", "hidden", "embed", "length", "words", "beam"):
             require(getattr(self, name) >= 1, "--" + name, "1 or more", getattr(self, name))
-        for name in ("length", "penalty", "clip", "decay", "warmup", "seed"):
+        for name in ("penalty", "clip", "decay", "warmup", "seed"):
             require(0 <= getattr(self, name) < math.inf, "--" + name, "0 or more", getattr(self, name))
         require(0 < self.lr < math.inf, "--lr", "a number above 0", self.lr)
         require(self.hidden % 2 == 0, "--hidden", "an even number, half for each direction", self.hidden)
@@ -109,11 +109,11 @@ class Config:
         require(not self.data or self.task == "pairs", "--data", "--task pairs with it", self.task)
         kept = self.save or self.load
         require(not kept or self.task != "demo", "--save, --load", "--task reverse, copy, dates or pairs", "demo")
-        self.length = self.length or (10 if self.task != "pairs" else 20 if self.unit == "words" else 80)
 
 
 PRESETS = {     # what a task changes above, unless a flag says otherwise
     "dates": dict(steps=600),
+    "pairs": dict(length=20),
     "pairs --data": dict(sharp=False, embed=64, words=3000, lr=0.004, steps=900),
 }
 
@@ -260,29 +260,29 @@ def dot_attention_backward(dout, cache):
     return (dscores @ keys).swapaxes(0, 1), dscores.swapaxes(1, 2) @ q, w.swapaxes(1, 2) @ dout
 
 
-def additive_attention_forward(q, keys, v, values, mask):
-    """The same with scores v . tanh(q_t + keys_s): T S comparisons, each of them a small neural net.
-    q (T, N, A), keys (N, S, A), v (A,), values (N, S, C), mask (N, S) -> context (T, N, C); first in the cache: w."""
+def additive_attention_forward(q, keys, u, values, mask):
+    """The same with scores u . tanh(q_t + keys_s): T S comparisons, each of them a small neural net.
+    q (T, N, A), keys (N, S, A), u (A,), values (N, S, C), mask (N, S) -> context (T, N, C); first in the cache: w."""
     match = np.tanh(q.swapaxes(0, 1)[:, :, None] + keys[:, None])           # (N, T, S, A)
-    w, _ = masked_softmax_forward(match @ v, mask[:, None])
-    return (w @ values).swapaxes(0, 1), (w, match, v, values)
+    w, _ = masked_softmax_forward(match @ u, mask[:, None])
+    return (w @ values).swapaxes(0, 1), (w, match, u, values)
 
 
 def additive_attention_backward(dout, cache):
-    """dv = sum dscores match; through tanh; q_t was compared with all s, keys_s with all t: sums over the others."""
-    w, match, v, values = cache
+    """du = sum dscores match; through tanh; q_t was compared with all s, keys_s with all t: sums over the others."""
+    w, match, u, values = cache
     dout = dout.swapaxes(0, 1)
     dscores = masked_softmax_backward(dout @ values.swapaxes(1, 2), w)
     dmatch = (1 - match * match) * dscores[:, :, :, None]
-    dv = dscores.reshape(-1) @ match.reshape(-1, len(v))
-    return dmatch.sum(axis=2).swapaxes(0, 1) * v, dmatch.sum(axis=1) * v, dv, w.swapaxes(1, 2) @ dout
+    du = dscores.reshape(-1) @ match.reshape(-1, len(u))
+    return dmatch.sum(axis=2).swapaxes(0, 1) * u, dmatch.sum(axis=1) * u, du, w.swapaxes(1, 2) @ dout
 
 
-def bahdanau_forward(z, h0, c0, Wh, Wc, Wq, v, keys, values, mask):
+def bahdanau_forward(z, h0, c0, Wh, Wc, Wq, u, keys, values, mask):
     """An LSTM that looks before every step, with its state as the question, and reads what it saw with its input:
-        w = softmax over the places s of v . tanh(keys_s + h Wq)    context = sum_s w_s values_s
+        w = softmax over the places s of u . tanh(keys_s + h Wq)    context = sum_s w_s values_s
         h, c = LSTM step with z_t + context Wc
-    z = y E Wx + b (T, N, 4 H), h0, c0 (N, H), Wh (H, 4 H), Wc (C, 4 H), Wq (H, A), v (A,), keys (N, S, A),
+    z = y E Wx + b (T, N, 4 H), h0, c0 (N, H), Wh (H, 4 H), Wc (C, 4 H), Wq (H, A), u (A,), keys (N, S, A),
     values (N, S, C), mask (N, S) -> h (T, N, H), context (T, N, C), last c (N, H); first in the cache: w (T, N, S)."""
     T, N, H = len(z), *h0.shape
     scale = np.repeat(np.array([0.5, 0.5, 1, 0.5], z.dtype), H)             # one tanh for all gates, as in lstm_forward
@@ -297,7 +297,7 @@ def bahdanau_forward(z, h0, c0, Wh, Wc, Wq, v, keys, values, mask):
         from_h = h[t] @ Wh_Wq
         np.add(keys, from_h[:, None, 4 * H:], out=match[t])
         np.tanh(match[t], out=match[t])
-        w[t], _ = masked_softmax_forward(match[t] @ v, mask)
+        w[t], _ = masked_softmax_forward(match[t] @ u, mask)
         context[t] = (w[t][:, None] @ values)[:, 0]
         a = y[t]
         a += from_h[:, :4 * H]
@@ -309,13 +309,13 @@ def bahdanau_forward(z, h0, c0, Wh, Wc, Wq, v, keys, values, mask):
         c[t + 1] += i[t] * g[t]
         np.tanh(c[t + 1], out=tanh_c[t])
         np.multiply(o[t], tanh_c[t], out=h[t + 1])
-    return (h[1:], context, c[T]), (w, match, context, h, c, y, tanh_c[:T], Wh, Wc, Wq, v, values)
+    return (h[1:], context, c[T]), (w, match, context, h, c, y, tanh_c[:T], Wh, Wc, Wq, u, values)
 
 
 def bahdanau_backward(dh_out, dcontext_out, dc, cache):
     """The LSTM's backward, and at every step its dz goes on into the context, the weights, the scores and the question,
-    which is the state before.   -> dz, dh0, dc0, dWh, dWc, dWq, dv, dkeys, dvalues."""
-    w, match, context, h, c, y, tanh_c, Wh, Wc, Wq, v, values = cache
+    which is the state before.   -> dz, dh0, dc0, dWh, dWc, dWq, du, dkeys, dvalues."""
+    w, match, context, h, c, y, tanh_c, Wh, Wc, Wq, u, values = cache
     T, N, H = tanh_c.shape
     i, f, g, o = y.reshape(T, N, 4, H).transpose(2, 0, 1, 3)
     dz = y - y * y
@@ -326,13 +326,14 @@ def bahdanau_backward(dh_out, dcontext_out, dc, cache):
     np.multiply(1 - g * g, i, out=dz_g)
     dz_o *= tanh_c
     to_c = o * (1 - tanh_c * tanh_c)
-    dq, dscores, dcontext = np.zeros((T, N, len(v)), dz.dtype), np.zeros_like(w), dcontext_out.copy()
+    dq, dscores, dcontext = np.zeros((T, N, len(u)), dz.dtype), np.zeros_like(w), dcontext_out.copy()
     dkeys, dh, back = np.zeros_like(match[0]), 0, np.concatenate([Wh.T, Wc.T], axis=1)
+    times = np.empty((N, 4, H), dz.dtype)
     for t in reversed(range(T)):
         dh = dh_out[t] + dh
         dc_here = dc + dh * to_c[t]
-        by_gate[t, :, :3] *= dc_here[:, None]
-        dz_o[t] *= dh
+        times[:, :3], times[:, 3] = dc_here[:, None], dh
+        by_gate[t] *= times
         dc = dc_here * f[t]
         into = dz[t] @ back                             # into the state before and into the context: one product
         dcontext[t] += into[:, H:]
@@ -340,14 +341,14 @@ def bahdanau_backward(dh_out, dcontext_out, dc, cache):
         slope = match[t] * match[t]
         np.subtract(1, slope, out=slope)
         slope *= dscores[t][:, :, None]
-        dkeys += slope                                  # but for v, which comes after the loop
-        dq[t] = slope.sum(axis=1) * v
+        dkeys += slope                                  # but for u, which comes after the loop
+        dq[t] = slope.sum(axis=1) * u
         dh = into[:, :H] + dq[t] @ Wq.T
     before, flat = h[:-1].reshape(-1, H).T, dz.reshape(-1, 4 * H)
     dWc, dWq = context.reshape(T * N, -1).T @ flat, before @ dq.reshape(T * N, -1)
-    dv = dscores.reshape(-1) @ match.reshape(-1, len(v))
+    du = dscores.reshape(-1) @ match.reshape(-1, len(u))
     dvalues = w.transpose(1, 2, 0) @ dcontext.swapaxes(0, 1)
-    return dz, dh, dc, before @ flat, dWc, dWq, dv, dkeys * v, dvalues
+    return dz, dh, dc, before @ flat, dWc, dWq, du, dkeys * u, dvalues
 
 
 def tanh_forward(x):
@@ -384,7 +385,7 @@ STOP = 0                                                # the symbol after the l
 
 def init_params(cfg, rng, dtype=np.float32):
     """Encoder: E_enc, and Wx, Wh, b of its directions (_fore, _back); decoder: E, Wx, Wh, b (_dec), Wo, bo; attention:
-    Wk to keys (not for dot), Wq to questions and v (additive), Wc into the decoder (--feed), Wa, ba to join."""
+    Wk to keys (not for dot), Wq to questions and u (additive), Wc into the decoder (--feed), Wa, ba to join."""
     H, D, (V_source, V), params = cfg.hidden, cfg.embed, map(len, symbols_of(cfg)[:2]), {}
     shapes = {"E_enc": (V_source, D), "E_dec": (V, D)}
     for part, h in (("fore", H // 2), ("back", H // 2), ("dec", H)):
@@ -393,7 +394,7 @@ def init_params(cfg, rng, dtype=np.float32):
     if cfg.attention in ("additive", "general"):
         shapes["Wk"] = H, H
     if cfg.attention == "additive":
-        shapes.update(Wq=(H, H), v=(H,))
+        shapes.update(Wq=(H, H), u=(H,))
     if cfg.feed:
         shapes["Wc"] = H, 4 * H
     if cfg.attention != "none":
@@ -401,7 +402,7 @@ def init_params(cfg, rng, dtype=np.float32):
     shapes["Wo"], params["bo"] = (H, V), np.zeros(V)
     scale = {"E_enc": 0.5, "E_dec": 0.5}
     if cfg.sharp:
-        scale.update(v=1.0, Wk=3 * H ** -0.5, Wq=3 * H ** -0.5)
+        scale.update(u=1.0, Wk=3 * H ** -0.5, Wq=3 * H ** -0.5)
     for name, shape in shapes.items():
         params[name] = rng.standard_normal(shape) * scale.get(name, shape[0] ** -0.5)
     return {name: value.astype(dtype) for name, value in params.items()}
@@ -457,14 +458,14 @@ def decoder_forward(params, inputs, h0, c0, keys, values, mask, cfg):
     E, Wx, b, Wh = (params[name + "_dec"] for name in ("E", "Wx", "b", "Wh"))
     if cfg.feed:                                        # look, then take the step, step by step
         z, symbol_cache = project_symbols_forward(inputs, E, Wx, b)
-        (h, context, c), look_cache = bahdanau_forward(z, h0, c0, Wh, *(params[k] for k in ("Wc", "Wq", "v")), keys,
+        (h, context, c), look_cache = bahdanau_forward(z, h0, c0, Wh, *(params[k] for k in ("Wc", "Wq", "u")), keys,
                                                        values, mask)
     else:                                               # take all steps, then look: no step depends on what was seen
         (h, c), symbol_cache = symbol_lstm_forward(inputs, E, Wx, b, h0, c0, Wh)
     if cfg.attention == "none":
         return (h, h[-1], c), (None, None, symbol_cache, None, None, (values,), cfg)
     if cfg.attention == "additive" and not cfg.feed:
-        context, look_cache = additive_attention_forward(h @ params["Wq"], keys, params["v"], values, mask)
+        context, look_cache = additive_attention_forward(h @ params["Wq"], keys, params["u"], values, mask)
     elif not cfg.feed:
         context, look_cache = dot_attention_forward(h, keys, values, mask)
     w, used = look_cache[0] if cfg.feed else look_cache[0].swapaxes(0, 1), (h, params.get("Wq"))
@@ -486,14 +487,14 @@ def decoder_backward(dout, cache):
         dh, dcontext = np.split(djoined.reshape(T, N, 2 * H), 2, axis=2)
     if cfg.attention == "additive" and not cfg.feed:
         h, Wq = used
-        dq, dkeys, grads["v"], dvalues = additive_attention_backward(dcontext, look_cache)
+        dq, dkeys, grads["u"], dvalues = additive_attention_backward(dcontext, look_cache)
         grads["Wq"] = h.reshape(-1, H).T @ dq.reshape(-1, H)
         dout = dh + dq @ Wq.T                           # h was joined to the context, and it was the question
     elif cfg.attention in ("dot", "general"):
         dq, dkeys, dvalues = dot_attention_backward(dcontext, look_cache)
         dout = dh + dq
     if cfg.feed:
-        dz, dh0, dc0, dWh, grads["Wc"], grads["Wq"], grads["v"], dkeys, dvalues = bahdanau_backward(
+        dz, dh0, dc0, dWh, grads["Wc"], grads["Wq"], grads["u"], dkeys, dvalues = bahdanau_backward(
             dh, dcontext, dc, look_cache)
         dE, dWx, db = project_symbols_backward(dz, symbol_cache)
     else:
@@ -770,6 +771,7 @@ def loss_curve(losses, width=60):
 
 def show_map(w, source, said):
     """Where it looked: weights (T, S), across what was read between two edges, down what was said; dark is 1."""
+    print(f"Across what it read, from edge {EDGE} to edge {EDGE}; down what it says, {STOP_SIGN} is the end:")
     columns, height = [EDGE, *source, EDGE], max(map(len, source))
     for line in range(height):                          # the columns' names, from top to bottom
         print(" " * 14 + " ".join(name.rjust(height)[line] for name in columns).rstrip())
@@ -1018,7 +1020,7 @@ def main(cfg):
         found, params, progress = learn[task](part, rng)
         figures.update({f"{task}_{name}" if cfg.task == "demo" else name: value for name, value in found.items()})
         examples, seconds = examples + len(progress.losses) * part.batch, seconds + progress.seconds
-        steps, size = steps + progress.step, sum(p.size for p in params.values())
+        steps, size = steps + progress.step, size + sum(p.size for p in params.values())
         if progress.stopped:
             break
     show_padding_weight(params, part, rng)

@@ -186,10 +186,10 @@ CASES = {   # by name: a list of cases; a case: its inputs in forward's order, f
                          c0=normal(3, 2), Wh=normal(2, 8), mask=mask) for mask in (None, padding)],
     "masked_softmax": [dict(scores=normal(2, 3, 5), mask=places)],
     "dot_attention": [dict(q=normal(2, 3, 4), keys=normal(3, 5, 4), values=normal(3, 5, 6), mask=places)],
-    "additive_attention": [dict(q=normal(2, 3, 4), keys=normal(3, 5, 4), v=normal(4), values=normal(3, 5, 6),
+    "additive_attention": [dict(q=normal(2, 3, 4), keys=normal(3, 5, 4), u=normal(4), values=normal(3, 5, 6),
                                 mask=places)],
     "bahdanau": [dict(z=normal(4, 3, 8), h0=normal(3, 2), c0=normal(3, 2), Wh=normal(2, 8), Wc=normal(6, 8),
-                      Wq=normal(2, 7), v=normal(7), keys=normal(3, 5, 7), values=normal(3, 5, 6), mask=places)],
+                      Wq=normal(2, 7), u=normal(7), keys=normal(3, 5, 7), values=normal(3, 5, 6), mask=places)],
     "gru": [dict(z=normal(5, 3, 6), h0=normal(3, 2), Wh=normal(2, 6), bn=normal(2), mask=mask)
             for mask in (None, padding)],
     "conv_loop": CONV,

@@ -69,7 +69,7 @@ class Config:
     hidden: int = 64        # size of a layer's state
     layers: int = 1         # layers on top of each other
     embed: int = 32         # numbers that stand for a symbol
-    length: int = 0         # steps: noise, symbols, numbers, or letters a window; 0: 14, 5, 50, 64
+    length: int = 14        # remember: steps of noise; reverse: most symbols; add: numbers; text: letters a window
     clip: float = 1.0       # largest norm of the gradient; 0: any
     lr: float = 0.01        # learning rate at its height
     decay: float = 0.0      # share of every weight that is taken off, times lr
@@ -86,22 +86,21 @@ class Config:
     def __post_init__(self):
         for name in ("steps", "batch", "hidden", "layers", "embed"):
             require(getattr(self, name) >= 1, "--" + name, "1 or more", getattr(self, name))
-        for name in ("length", "clip", "decay", "warmup", "seed"):
+        for name in ("clip", "decay", "warmup", "seed"):
             require(0 <= getattr(self, name) < math.inf, "--" + name, "0 or more", getattr(self, name))
         for name in ("lr", "temperature"):
             require(0 < getattr(self, name) < math.inf, "--" + name, "a number above 0", getattr(self, name))
-        require(self.length >= 2 or self.length == 0, "--length", "2 or more, or 0", self.length)
+        require(self.length >= 2, "--length", "2 or more", self.length)
         require(not self.data or self.task == "text", "--data", "--task text with it", self.task)
         for name in ("save", "load"):
             require(not getattr(self, name) or self.task != "demo", "--" + name, "a --task with it", self.task)
-        self.length = self.length or {"reverse": 5, "add": 50, "text": 64}.get(self.task, 14)
 
 
 PRESETS = {     # what a task changes above, unless a flag says otherwise
     "remember": dict(hidden=32, lr=0.02, steps=2300),
-    "reverse": dict(hidden=128, lr=0.005),
-    "add": dict(steps=800),
-    "text": dict(hidden=128, lr=0.01, steps=400, batch=16, clip=5.0),
+    "reverse": dict(length=5, hidden=128, lr=0.005),
+    "add": dict(length=50, steps=800),
+    "text": dict(length=64, hidden=128, lr=0.01, steps=400, batch=16, clip=5.0),
     "text --data": dict(hidden=512, embed=64, lr=0.003, decay=0.01, steps=2000, batch=64, clip=5.0),
 }
 
@@ -420,61 +419,11 @@ def clip_norm(grads, limit):
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
-RHYME = """
-This is the house that Jack built.
-
-This is the malt
-That lay in the house that Jack built.
-
-This is the rat,
-That ate the malt
-That lay in the house that Jack built.
-
-This is the cat,
-That killed the rat,
-That ate the malt
-That lay in the house that Jack built.
-
-This is the dog,
-That worried the cat,
-That killed the rat,
-That ate the malt
-That lay in the house that Jack built.
-
-This is the cow with the crumpled horn,
-That tossed the dog,
-That worried the cat,
-That killed the rat,
-That ate the malt
-That lay in the house that Jack built.
-
-This is the maiden all forlorn,
-That milked the cow with the crumpled horn,
-That tossed the dog,
-That worried the cat,
-That killed the rat,
-That ate the malt
-That lay in the house that Jack built.
-
-This is the man all tattered and torn,
-That kissed the maiden all forlorn,
-That milked the cow with the crumpled horn,
-That tossed the dog,
-That worried the cat,
-That killed the rat,
-That ate the malt
-That lay in the house that Jack built.
-
-This is the priest all shaven and shorn,
-That married the man all tattered and torn,
-That kissed the maiden all forlorn,
-That milked the cow with the crumpled horn,
-That tossed the dog,
-That worried the cat,
-That killed the rat,
-That ate the malt
-That lay in the house that Jack built.
-"""
+VERSES = ["the house that Jack built.", "the malt\nThat lay in", "the rat,\nThat ate", "the cat,\nThat killed",
+          "the dog,\nThat worried", "the cow with the crumpled horn,\nThat tossed",
+          "the maiden all forlorn,\nThat milked", "the man all tattered and torn,\nThat kissed",
+          "the priest all shaven and shorn,\nThat married"]
+RHYME = "\n" + "\n\n".join("This is " + " ".join(VERSES[n::-1]) for n in range(len(VERSES))) + "\n"
 BLANK = 8                                               # reverse: eight symbols, 0 to 7, then these two
 GO = 9
 
@@ -791,11 +740,11 @@ def main(cfg):
         part = replace(cfg, task=task)
         if cfg.task == "demo":                          # its presets, but for flags
             own = {k: v for k, v in PRESETS.get(task, {}).items() if getattr(cfg, k) == getattr(Config(), k)}
-            part = replace(part, length=0 if cfg.length == Config().length else cfg.length, **own)
+            part = replace(part, **own)
         found, params, progress = learn[task](part, rng)
         figures.update({f"{task}_{name}" if cfg.task == "demo" else name: value for name, value in found.items()})
         examples, seconds = examples + len(progress.losses) * cfg.batch, seconds + progress.seconds
-        steps, size = steps + progress.step, sum(p.size for p in params.values())
+        steps, size = steps + progress.step, size + sum(p.size for p in params.values())
         if progress.stopped:
             break
     print("\nNext: python lstm.py --task remember --length 100      python lstm.py --task text")

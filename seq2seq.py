@@ -69,7 +69,7 @@ class Config:
     source: Literal["forwards", "backwards"] = "forwards"  # how the encoder reads
     hidden: int = 128       # size of the encoder's and of the decoder's state
     embed: int = 32         # numbers that stand for a symbol
-    length: int = 0         # longest source in training; 0: 6
+    length: int = 6         # longest source in training
     forcing: float = 1.0    # share of the decoder's inputs that are the right symbol, not its own last one
     beam: int = 4           # beginnings of an answer that the search keeps
     penalty: float = 0.7    # the search divides a log-probability by (number of symbols) ** penalty
@@ -85,9 +85,9 @@ class Config:
     seed: int = 0           # of every random draw
 
     def __post_init__(self):
-        for name in ("steps", "batch", "hidden", "embed", "beam"):
+        for name in ("steps", "batch", "hidden", "embed", "length", "beam"):
             require(getattr(self, name) >= 1, "--" + name, "1 or more", getattr(self, name))
-        for name in ("length", "penalty", "clip", "decay", "warmup", "seed"):
+        for name in ("penalty", "clip", "decay", "warmup", "seed"):
             require(0 <= getattr(self, name) < math.inf, "--" + name, "0 or more", getattr(self, name))
         require(0 < self.lr < math.inf, "--lr", "a number above 0", self.lr)
         require(0 <= self.forcing <= 1, "--forcing", "a number from 0 to 1", self.forcing)
@@ -96,7 +96,6 @@ class Config:
         require(self.beam <= 100, "--beam", "at most 100", self.beam)
         kept = self.save or self.load
         require(not kept or self.task != "demo", "--save, --load", "--task reverse, translate or words with it", "demo")
-        self.length = self.length or 6
 
 
 PRESETS = {     # what a task changes above, unless a flag says otherwise

@@ -846,61 +846,11 @@ def dropout_rate(cfg):
 
 # ---- data: text to numbers, numbers to batches -----------------------------------------------------------------------
 
-RHYME = """
-This is the house that Jack built.
-
-This is the malt
-That lay in the house that Jack built.
-
-This is the rat,
-That ate the malt
-That lay in the house that Jack built.
-
-This is the cat,
-That killed the rat,
-That ate the malt
-That lay in the house that Jack built.
-
-This is the dog,
-That worried the cat,
-That killed the rat,
-That ate the malt
-That lay in the house that Jack built.
-
-This is the cow with the crumpled horn,
-That tossed the dog,
-That worried the cat,
-That killed the rat,
-That ate the malt
-That lay in the house that Jack built.
-
-This is the maiden all forlorn,
-That milked the cow with the crumpled horn,
-That tossed the dog,
-That worried the cat,
-That killed the rat,
-That ate the malt
-That lay in the house that Jack built.
-
-This is the man all tattered and torn,
-That kissed the maiden all forlorn,
-That milked the cow with the crumpled horn,
-That tossed the dog,
-That worried the cat,
-That killed the rat,
-That ate the malt
-That lay in the house that Jack built.
-
-This is the priest all shaven and shorn,
-That married the man all tattered and torn,
-That kissed the maiden all forlorn,
-That milked the cow with the crumpled horn,
-That tossed the dog,
-That worried the cat,
-That killed the rat,
-That ate the malt
-That lay in the house that Jack built.
-"""
+VERSES = ["the house that Jack built.", "the malt\nThat lay in", "the rat,\nThat ate", "the cat,\nThat killed",
+          "the dog,\nThat worried", "the cow with the crumpled horn,\nThat tossed",
+          "the maiden all forlorn,\nThat milked", "the man all tattered and torn,\nThat kissed",
+          "the priest all shaven and shorn,\nThat married"]
+RHYME = "\n" + "\n\n".join("This is " + " ".join(VERSES[n::-1]) for n in range(len(VERSES))) + "\n"
 SPECIAL = ["<pad>", "<start>", "<end>", "<mask>"]       # symbols of every vocabulary, before those of the data
 PAD = 0
 START = 1

@@ -320,61 +320,11 @@ def clip_value(grads, limit):
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
-RHYME = """
-This is the house that Jack built.
-
-This is the malt
-That lay in the house that Jack built.
-
-This is the rat,
-That ate the malt
-That lay in the house that Jack built.
-
-This is the cat,
-That killed the rat,
-That ate the malt
-That lay in the house that Jack built.
-
-This is the dog,
-That worried the cat,
-That killed the rat,
-That ate the malt
-That lay in the house that Jack built.
-
-This is the cow with the crumpled horn,
-That tossed the dog,
-That worried the cat,
-That killed the rat,
-That ate the malt
-That lay in the house that Jack built.
-
-This is the maiden all forlorn,
-That milked the cow with the crumpled horn,
-That tossed the dog,
-That worried the cat,
-That killed the rat,
-That ate the malt
-That lay in the house that Jack built.
-
-This is the man all tattered and torn,
-That kissed the maiden all forlorn,
-That milked the cow with the crumpled horn,
-That tossed the dog,
-That worried the cat,
-That killed the rat,
-That ate the malt
-That lay in the house that Jack built.
-
-This is the priest all shaven and shorn,
-That married the man all tattered and torn,
-That kissed the maiden all forlorn,
-That milked the cow with the crumpled horn,
-That tossed the dog,
-That worried the cat,
-That killed the rat,
-That ate the malt
-That lay in the house that Jack built.
-"""
+VERSES = ["the house that Jack built.", "the malt\nThat lay in", "the rat,\nThat ate", "the cat,\nThat killed",
+          "the dog,\nThat worried", "the cow with the crumpled horn,\nThat tossed",
+          "the maiden all forlorn,\nThat milked", "the man all tattered and torn,\nThat kissed",
+          "the priest all shaven and shorn,\nThat married"]
+RHYME = "\n" + "\n\n".join("This is " + " ".join(VERSES[n::-1]) for n in range(len(VERSES))) + "\n"
 
 
 def make_batch(cfg, rng, dtype=np.float32, step=None):
@@ -685,7 +635,8 @@ def main(cfg):
         found, params, progress = learn[task](part, rng)
         figures.update({f"{task}_{name}" if cfg.task == "demo" else name: value for name, value in found.items()})
         examples, seconds = examples + len(progress.losses) * cfg.batch, seconds + progress.seconds
-        steps, size, stopped = steps + progress.step, sum(p.size for p in params.values()), progress.stopped
+        size += sum(p.size for p in params.values())
+        steps, stopped = steps + progress.step, progress.stopped
     print("\nNext: python vanilla_rnn.py --task recall --delay 40 --steps 5000      python lstm.py")
     print_result(task=cfg.task, **figures, params=size, steps=steps, seconds=time.perf_counter() - start,
                  examples_per_s=int(examples / max(seconds, 1e-9)))

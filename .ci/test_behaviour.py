@@ -101,7 +101,7 @@ def test_wrong_flag_rnn(flags, words):
 @pytest.mark.parametrize("flags, words", [
     (["--hidden", "0"], ["--hidden", "1 or more"]),
     (["--cell", "foo"], ["--cell", "foo", "choose from"]),
-    (["--length", "-1"], ["--length", "0 or more"]),
+    (["--length", "0"], ["--length", "2 or more"]),
     (["--temperature", "0"], ["--temperature", "above 0"]),
     (["--task", "text", "--batch", "5000"], ["--batch", "at most"]),
     (["--task", "text", "--data", "nowhere"], ["nowhere"]),
@@ -151,7 +151,7 @@ def test_load_of_another_cell(tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--beam", "0"], ["--beam", "1 or more"]),
-    (["--length", "-1"], ["--length", "0 or more"]),
+    (["--length", "0"], ["--length", "1 or more"]),
     (["--length", "9", "--task", "words"], ["--length", "at most 8"]),
     (["--forcing", "1.5"], ["--forcing", "from 0 to 1"]),
     (["--forcing", "nan"], ["--forcing", "from 0 to 1"]),
@@ -195,7 +195,7 @@ ATTENTION = ["--task", "pairs", "--hidden", "16", "--embed", "8", "--steps", "40
 
 @pytest.mark.parametrize("flags, words", [
     (["--beam", "0"], ["--beam", "1 or more"]),
-    (["--length", "-1"], ["--length", "0 or more"]),
+    (["--length", "0"], ["--length", "1 or more"]),
     (["--hidden", "7"], ["--hidden", "even", "7"]),
     (["--attention", "foo"], ["--attention", "foo", "choose from"]),
     (["--feed", "--attention", "dot"], ["--feed", "additive", "dot"]),
