@@ -72,7 +72,7 @@ class Config:
     length: int = 14        # remember: steps of noise; reverse: most symbols; add: numbers; text: letters a window
     clip: float = 1.0       # largest norm of the gradient; 0: any
     lr: float = 0.01        # learning rate at its height
-    decay: float = 0.0      # share of every weight that is taken off, times lr
+    decay: float = 0.0      # share of every matrix that is taken off, times lr
     schedule: Literal["constant", "step", "cosine"] = "cosine"  # course of the learning rate
     warmup: int = 50        # steps in which it rises from 0
     steps: int = 1500       # updates

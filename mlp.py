@@ -78,7 +78,7 @@ class Config:
     l2: float = 0.0         # penalty on sum W^2 / 2
     optimizer: Literal["sgd", "momentum", "adam", "adamw"] = "adam"  # how a gradient becomes a step
     lr: float = 0.01        # learning rate at its height
-    decay: float = 0.01     # adamw: share of every weight that is taken off, times lr
+    decay: float = 0.01     # adamw: share of every matrix that is taken off, times lr
     schedule: Literal["constant", "step", "cosine"] = "cosine"  # course of the learning rate
     warmup: int = 50        # steps in which it rises from 0
     steps: int = 2000       # updates

@@ -28,7 +28,7 @@ Run
     python perceptron.py --task gates --product           a third input x1 x2: XOR is learned too
     python perceptron.py --task names --data names.txt    a bigram model, counted and learned
         curl -O https://raw.githubusercontent.com/karpathy/makemore/master/names.txt
-    python perceptron.py --task digits --data mnist       a digit reader; mnist is a folder with the four files
+    python perceptron.py --task mnist --data mnist        a digit reader; mnist is a folder with the four files
         for f in train-images-idx3 train-labels-idx1 t10k-images-idx3 t10k-labels-idx1; do
         curl --create-dirs -o mnist/$f-ubyte.gz https://ossci-datasets.s3.amazonaws.com/mnist/$f-ubyte.gz; done
 
@@ -63,12 +63,12 @@ import numpy as np
 @dataclass
 class Config:
     """Hyperparameters. Edit a line, or pass its name as a flag: --lr 0.1"""
-    task: Literal["demo", "gates", "names", "digits"] = "demo"  # what to learn; demo is gates, then names
+    task: Literal["demo", "gates", "names", "mnist"] = "demo"  # what to learn; demo is gates, then names
     product: bool = False  # gates: also feed in the product x1 x2
     lr: float = 20.0       # learning rate of gradient descent, falling to 0 on a straight line
     steps: int = 1000      # updates
     batch: int = 1000      # examples an update; the gates are always all four rows
-    data: str = ""         # names: a text with a word a line; digits: the folder of MNIST
+    data: str = ""         # names: a text with a word a line; mnist: the folder of MNIST
     seed: int = 0          # of every random draw
 
     def __post_init__(self):
@@ -76,13 +76,13 @@ class Config:
         require(self.steps >= 1, "--steps", "1 or more", self.steps)
         require(self.batch >= 1, "--batch", "1 or more", self.batch)
         require(self.seed >= 0, "--seed", "0 or more", self.seed)
-        reads = not self.data or self.task in ("names", "digits")
-        require(reads, "--data", "--task names or digits with it", self.task)
+        reads = not self.data or self.task in ("names", "mnist")
+        require(reads, "--data", "--task names or mnist with it", self.task)
 
 
 PRESETS = {     # what a task changes above, unless a flag says otherwise
     "names": dict(lr=50.0, steps=3000, batch=2000),
-    "digits": dict(lr=0.1, steps=10000, batch=100),
+    "mnist": dict(lr=0.1, steps=10000, batch=100),
 }
 
 
@@ -137,7 +137,7 @@ def init_params(cfg, rng, dtype=np.float32):
     if cfg.task == "names":
         D = K = len(load_bigrams(cfg.data)["chars"])
     else:
-        D, K = (784, 10) if cfg.task == "digits" else (2 + cfg.product, 4)
+        D, K = (784, 10) if cfg.task == "mnist" else (2 + cfg.product, 4)
     return {"W": (0.01 * rng.standard_normal((D, K))).astype(dtype), "b": np.zeros(K, dtype)}
 
 
@@ -443,7 +443,7 @@ def main(cfg):
         show_rule(rng)
     for task in ("gates", "gates with x1 x2", "names") if cfg.task == "demo" else (cfg.task,):
         part = replace(cfg, task=task.split()[0], product=cfg.product or "with" in task)
-        found, progress = {"gates": learn_gates, "names": learn_names, "digits": learn_digits}[part.task](part, rng)
+        found, progress = {"gates": learn_gates, "names": learn_names, "mnist": learn_digits}[part.task](part, rng)
         ending = "_x1x2" if part.product and part.task == "gates" else ""
         figures.update({name + ending: value for name, value in found.items()})
         steps += progress.step

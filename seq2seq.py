@@ -75,7 +75,7 @@ class Config:
     penalty: float = 0.7    # the search divides a log-probability by (number of symbols) ** penalty
     clip: float = 1.0       # largest norm of the gradient; 0: any
     lr: float = 0.01        # learning rate at its height
-    decay: float = 0.0      # share of every weight that is taken off, times lr
+    decay: float = 0.0      # share of every matrix that is taken off, times lr
     schedule: Literal["constant", "step", "cosine"] = "cosine"  # course of the learning rate
     warmup: int = 50        # steps in which it rises from 0
     steps: int = 1200       # updates

@@ -74,7 +74,7 @@ class Config:
     clip_by: Literal["norm", "value"] = "norm"  # of all together, or of every entry
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd shows what clipping is for
     lr: float = 0.005       # learning rate at its height
-    decay: float = 0.0      # adamw: share of every weight that is taken off, times lr
+    decay: float = 0.0      # adamw: share of every matrix that is taken off, times lr
     schedule: Literal["constant", "step", "cosine"] = "cosine"  # course of the learning rate
     warmup: int = 50        # steps in which it rises from 0
     steps: int = 600        # sequences a reader gets to see; in a text, windows

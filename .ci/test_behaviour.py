@@ -634,7 +634,7 @@ def mnist_folder(folder, **changes):
     return str(folder)
 
 
-DIGITS = [("perceptron.py", "digits"), ("mlp.py", "mnist"), ("cnn.py", "mnist"),
+DIGITS = [("perceptron.py", "mnist"), ("mlp.py", "mnist"), ("cnn.py", "mnist"),
           ("transformer.py", "mnist")]
 
 
