@@ -28,7 +28,7 @@ Run
     python cnn.py --task mnist --data mnist            digits (mlp.py --help says where to get the folder)
     python cnn.py --task cifar --data cifar-10-binary.tar.gz --save plain.npz                         85 % or more
     python cnn.py --task cifar --data cifar-10-binary.tar.gz --save resnet.npz --model resnet --channels 16 \\
-        --dropout 0 --lr 0.1 --crop 3 --workers 2 --steps 2732        eight epochs
+        --dropout 0 --lr 0.1 --crop 3 --workers 2 --steps 8400                                        91 % or more
         curl -O https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz
 
 Break it
