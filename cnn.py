@@ -12,14 +12,14 @@ Pooling halves the picture, so the filters of the next layer see more of it: edg
 Forward, output pixel q, k x k places p under the filter (channels are summed, too):
     y[q] = sum_p x[q + p] W[p]                  as one product: y = patches W, a patch a row, k k C numbers long
 Backward. Call dy, dx, dW the derivatives of the loss by y, x, W:
-    dW[p] = sum_q x[q + p] dy[q]                one product as well: dW = patches^T dy
-    dx[r] = sum_p dy[r - p] W[p]                pixel r is x[q + p] for every q = r - p: so dy, convolved with W turned
+    dW[p] = sum_q x[q + p]^T dy[q]              one product as well: dW = patches^T dy
+    dx[r] = sum_p dy[r - p] W[p]^T              pixel r is x[q + p] for every q = r - p: so dy, convolved with W turned
     max pooling      dy goes to the pixel that was the largest, the others get none
     BatchNorm        as in mlp.py; here a mean is over all pixels of all pictures (GroupNorm: over some channels of one)
     y = x + f(x)     dx = dy + f's dx: whatever f does to it, the gradient also goes past it (He 2016)
 
 Several processes (--workers 2) each take a part of the batch, with the same parameters; the sum of their gradients is
-the gradient. BatchNorm's statistics are those of a part, in one process as well (--slices 2), so the losses are equal.
+the gradient. BatchNorm measures each part by itself. --slices 2 cuts a batch the same way in one process: equal losses.
 
 Run
     python cnn.py                                      ten shapes of any place, size and colour
@@ -108,9 +108,12 @@ class Config:
         require(self.size > 0 and self.size % 8 == 0, "--size", "a multiple of 8: pooling halves it thrice", self.size)
         require(self.crop < picture_size(self), "--crop", f"less than {picture_size(self)}, the side", self.crop)
         require(not self.data or self.task != "shapes", "--data", "--task cifar or mnist with it", self.task)
+        require(self.experiment == "none" or self.norm == "batch", "--norm", "batch; --experiment tries none as well",
+                self.norm)
         require(self.experiment == "none" or not self.save + self.load, "--experiment", "no --save or --load with it",
                 self.save + self.load)
         self.slices = self.slices or self.workers
+        require(self.workers <= self.batch, "--workers", f"at most --batch {self.batch}", self.workers)
         require(self.workers <= self.slices <= self.batch, "--slices",
                 f"from --workers {self.workers} to --batch {self.batch}", self.slices)
 
@@ -119,10 +122,8 @@ PRESETS = {     # what a task changes above, unless a flag says otherwise
     "cifar": dict(channels=32, dropout=0.2, smoothing=0.1, flip=True, crop=4, optimizer="momentum", lr=0.08,
                   decay=0.005, rise=0.25, steps=5600, batch=128),
     "mnist": dict(channels=16, dropout=0.3, crop=2, steps=3000, batch=128),
+    "lr-sweep": dict(model="resnet", channels=4, optimizer="momentum", lr=0.2, decay=0.005, steps=400, batch=64),
 }
-
-
-SWEEP = dict(model="resnet", channels=4, optimizer="momentum", lr=0.2, decay=0.005, steps=400, batch=64)   # of lr-sweep
 
 
 # ---- layers: N pictures, H x W pixels, C channels, M filters, k the side of a kernel ---------------------------------
@@ -188,7 +189,8 @@ def correlate(x, W, stride, dilation, groups):
 
 
 def conv_forward(x, W, stride=1, padding=0, dilation=1, groups=1, first=False):
-    """The same as conv_loop_forward, fast. first: x is the picture, whose gradient nobody needs."""
+    """The same as conv_loop_forward, fast. first: x is the picture, whose gradient nobody needs. (The nets below need
+    nothing but padding; stride, dilation and groups are for yours.)"""
     N, H, width, C = x.shape
     padded = np.zeros((N, H + 2 * padding, width + 2 * padding, C), x.dtype)
     padded[:, padding:padding + H, padding:padding + width] = x
@@ -196,12 +198,12 @@ def conv_forward(x, W, stride=1, padding=0, dilation=1, groups=1, first=False):
 
 
 def conv_backward(dout, cache):
-    """dW = patches^T dout.   dx: pixel p reaches output q through W[p - q], so dout is slid over with W turned around.
+    """dW = patches^T dout.   dx: pixel r reaches output q through W[r - q], so dout is slid over with W turned around.
     Where the stride left out outputs there are zeros between those of dout.   -> dx (None if first), dW."""
     x, W, stride, padding, dilation, groups, first = cache
     k, _, c, M = W.shape
-    view, by_group = patches(x, k, stride, dilation), (-1, groups, M // groups)
-    dW = sum(rows_of(view[part], groups).swapaxes(1, 2) @ dout[part].reshape(by_group).swapaxes(0, 1)
+    view, shape = patches(x, k, stride, dilation), (-1, groups, M // groups)
+    dW = sum(rows_of(view[part], groups).swapaxes(1, 2) @ dout[part].reshape(shape).swapaxes(0, 1)
              for part in portions(view))
     dx = None
     if not first:
@@ -367,8 +369,8 @@ def linear_backward(dout, cache):
 
 
 def smoothed_cross_entropy_forward(z, targets, smoothing):
-    """mean_n of -sum_k y_k log p[n, k], p = softmax of each row, y = 1 - smoothing at the target, and smoothing / K
-    everywhere (Szegedy 2016).   z (N, K), targets (N,) class numbers -> scalar."""
+    """mean_n of -sum_k y_k log p[n, k], p = softmax of each row, y = (1 - smoothing) onehot(target) + smoothing / K
+    (Szegedy 2016).   z (N, K), targets (N,) class numbers -> scalar."""
     p, rows = z - z.max(axis=1, keepdims=True), np.arange(len(targets))
     right, mean = p[rows, targets], p.mean(axis=1) if smoothing else 0
     np.exp(p, out=p)
@@ -407,7 +409,7 @@ def init_params(cfg, rng, dtype=np.float32):
     params = {}
     for name, c, m, _ in layer_plan(cfg):
         for conv in (name + ".a", name + ".b") if name[:3] == "res" else (name,):
-            params[conv + ".W"] = rng.standard_normal((3, 3, c, m)) * (2 / (9 * c)) ** 0.5
+            params[conv + ".W"] = rng.standard_normal((3, 3, c, m)) * (2 / (9 * c)) ** 0.5   # He 2015
             if cfg.norm == "none":
                 params[conv + ".bias"] = np.zeros(m)
             else:
@@ -431,7 +433,7 @@ def convnorm_forward(params, x, name, first, cfg, running):
     if cfg.norm == "batch":
         x, norm_cache = channelnorm_forward(x, gamma, beta, running and running[name])
     else:
-        x, norm_cache = groupnorm_forward(x, gamma, beta, math.gcd(x.shape[-1], 8))
+        x, norm_cache = groupnorm_forward(x, gamma, beta, math.gcd(x.shape[-1], 8))   # 8 groups, if they fit
     return x, (conv_cache, norm_cache, name, cfg)
 
 
@@ -450,7 +452,7 @@ def convnorm_backward(dout, cache):
 
 
 def convblock_forward(params, x, name, pool, first, cfg, running):
-    """convnorm, pooling by half if wanted, relu.   (relu behind the pooling: the same, for a quarter of the work.)"""
+    """convnorm, pooling by half if wanted, relu.   (relu behind max pooling: the same, for a quarter of the work.)"""
     x, norm_cache = convnorm_forward(params, x, name, first, cfg, running)
     pool_cache = None
     if pool:
@@ -732,7 +734,8 @@ def load_cifar(path):
                 members = {Path(m.name).name: m for m in archive if m.isfile()}
                 files = {name: archive.extractfile(m).read() for name, m in members.items() if name in CIFAR_FILES}
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        require(False, where, "cifar-10-binary.tar.gz or its folder", str(error) or type(error).__name__)
+        found = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
+        require(False, where, "cifar-10-binary.tar.gz or its folder", found)
     parts = []
     for name in CIFAR_FILES:
         require(name in files, where, f"cifar-10-binary.tar.gz or its folder, with {name}", "no such file in it")
@@ -805,7 +808,7 @@ def train_cnn(cfg, rng, quiet=False):
     if cfg.load:
         first = load_checkpoint(cfg.load, rng, about, parts)
     if cfg.save:
-        save_checkpoint(cfg.save, first, rng, about, parts)     # now, to find out whether it can be written, and fits
+        save_checkpoint(cfg.save, first, rng, about, parts, trial=True)    # before the work, not after it
     update = momentumw_update if cfg.optimizer == "momentum" else adamw_update
     epoch = 0 if cfg.task == "shapes" else len(load_pictures(cfg.task, cfg.data)["train"][0]) / cfg.batch   # in steps
     progress = Progress(cfg.steps, first + 1, quiet)
@@ -822,15 +825,17 @@ def train_cnn(cfg, rng, quiet=False):
     return params, running, progress
 
 
-def save_checkpoint(path, step, rng, about, parts):
+def save_checkpoint(path, step, rng, about, parts, trial=False):
     """Everything that a training needs to go on, in an .npz file that is either whole or not there. about: what has to
-    be the same when it goes on; parts: {"params": dict of arrays, ...}, dicts of arrays and numbers."""
+    be the same when it goes on; parts: {"params": dict of arrays, ...}, dicts of arrays and numbers. trial: only find
+    out whether it can be written, and leave what stands there."""
+    require(not os.path.isdir(path), f"--save {path}", "a file", "a folder")
     arrays = {f"{part} {name}": a for part, named in parts.items() for name, a in named.items()}
     arrays["about"] = np.array(json.dumps({**about, "step": step, "rng": rng.bit_generator.state}))
     try:
         with open(path + ".tmp", "wb") as file:
             np.savez(file, **arrays)
-        os.replace(path + ".tmp", path)
+        os.remove(path + ".tmp") if trial else os.replace(path + ".tmp", path)
     except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(path + ".tmp")
@@ -843,8 +848,9 @@ def read_checkpoint(path):
         zipfile.ZipFile(path).close()                   # an .npz is a zip file of arrays; np.load takes others, too
         with np.load(path, allow_pickle=False) as saved:
             arrays = dict(saved)
-        return json.loads(str(arrays.pop("about"))), arrays
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        about = json.loads(str(arrays.pop("about")))
+        return {**about, "step": int(about["step"]), "rng": dict(about["rng"])}, arrays
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         found = getattr(error, "strerror", None) or error
         raise InputError(f"--load {path}: expected a file that --save wrote, found: {found}") from None
 
@@ -869,7 +875,7 @@ def load_checkpoint(path, rng, about, parts):
 def predict(params, running, x, cfg):
     """Classes of pictures, of bytes or ready. If the net knows mirrored pictures, it looks at each both ways, and the
     sum counts.   x (N, H, W, C) -> (N,)."""
-    running, answers = {name: tuple(a) for name, a in running.items()} or None, []
+    answers = []
     for part in np.array_split(x, -(-len(x) // 250)):   # a few hundred at a time
         part = normalised(part, cfg) if part.dtype == np.uint8 else part
         z, _ = cnn_forward(params, part, None, cfg, running)
@@ -914,7 +920,7 @@ def linear_accuracy(cfg, rng):
 
 def show_gradients(cfg, rng):
     """Norm of the gradient of every W before training, with and without BatchNorm."""
-    print("Norm of the gradient of W before training, first layer to last:")
+    print("Norm of the gradient of W before training, first layer to last (alike, or ever larger?):")
     for norm, text in (("batch", "with"), ("none", "without")):
         part = replace(cfg, norm=norm)
         params = init_params(part, np.random.default_rng(cfg.seed))
@@ -929,7 +935,8 @@ def show_filters(W):
     for n in range(W.shape[3]):
         planes = shade(0.5 + 0.5 * W[..., n].transpose(2, 0, 1)).reshape(-1, W.shape[1])
         pictures.append(["".join(2 * c for c in row) for row in planes])
-    print("First-layer filters, one plane a colour (blank: negative, dark: positive):")
+    colours = "; red, green, blue below each other" if W.shape[2] == 3 else ""
+    print(f"First-layer filters{colours} (blank: negative, dark: positive):")
     print(side_by_side([f"{n + 1}" for n in range(len(pictures))], pictures))
 
 
@@ -945,6 +952,9 @@ def show_confusion(guess, y, names):
         print(f"{name:>{width}s}  " + "".join(f"{100 * v:5.0f}" if v >= 0.005 else "    ." for v in share[k])
               + f"   {share[k, k]:6.1%}")
     pairs = np.triu(table + table.T, 1)
+    if not pairs.any():
+        print("No picture was taken for another kind.")
+        return
     a, b = np.unravel_index(pairs.argmax(), pairs.shape)
     print(f"Most often confused: {names[a]} and {names[b]}; {table[a, b]} of {table[a].sum()} times a picture of "
           f"{names[a]} was called {names[b]}, {table[b, a]} of {table[b].sum()} times the other way round.")
@@ -978,15 +988,12 @@ def learn_pictures(cfg, rng):
               f"{figures['linear']:.2%}")
     else:
         expected = {"mnist": 0.992, "cifar": 0.91 if cfg.model == "resnet" else 0.85}[cfg.task]
-        print(f"test accuracy {right:.4f} on {len(y)} pictures (expected {expected})")
+        print(f"test accuracy {right:.4f} on {len(y)} pictures (expected of the whole training: {expected})")
     return figures, params, progress
 
 
 def compare_rates(cfg):
-    """Accuracy after a short training over a hundredfold range of learning rates, with and without BatchNorm; what no
-    flag changed is as in SWEEP."""
-    usual = replace(Config(), **PRESETS.get(cfg.task, {}))
-    cfg = replace(cfg, **{name: v for name, v in SWEEP.items() if getattr(cfg, name) == getattr(usual, name)})
+    """Accuracy after a short training over a hundredfold range of learning rates, with and without BatchNorm."""
     rates = [cfg.lr * 10 ** (k / 2) for k in (-2, -1, 0, 1, 2)]
     print(f"{cfg.model}, {cfg.channels} channels, {cfg.steps} steps of {cfg.optimizer}, batch {cfg.batch}; accuracy on "
           "held-out pictures by learning rate:\nchance level: 10 %")
@@ -994,18 +1001,21 @@ def compare_rates(cfg):
     figures = {}
     for norm in ("batch", "none"):
         found = []
+        print(f"{'with' if norm == 'batch' else 'without':>8s} BatchNorm", end="", flush=True)
         for lr in rates:
             part = replace(cfg, norm=norm, lr=lr)
             try:
                 params, running, progress = train_cnn(part, np.random.default_rng(cfg.seed), quiet=True)
                 found.append(accuracy(params, running, part))
+                print(f"{found[-1]:9.2%}", end="", flush=True)
                 if progress.stopped:
+                    print()
                     return figures
-            except FloatingPointError:                  # diverged
-                found.append(0.1)
+            except FloatingPointError:
+                found.append(0.1)                       # as good as guessing
+                print(" diverged", end="", flush=True)
         spread = max(found) - min(found)
-        print(f"{'with' if norm == 'batch' else 'without':>8s} BatchNorm" + "".join(f"{v:9.2%}" for v in found)
-              + f"    {100 * spread:.1f} points", flush=True)
+        print(f"    {100 * spread:.1f} points")
         figures["spread_" + norm] = spread
     return figures
 
@@ -1205,7 +1215,8 @@ def read_flags(argv=None):
         text = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=text, **kind)
     known = parser.parse_known_args(argv)[0]
-    for key in (known.task, f"{known.task} --data") if getattr(known, "data", "") else (known.task,):
+    data, experiment = (getattr(known, name, "") for name in ("data", "experiment"))
+    for key in (known.task, f"{known.task} --data" if data else "", experiment):
         parser.set_defaults(**PRESETS.get(key, {}))
     return Config(**vars(parser.parse_args(argv)))
 

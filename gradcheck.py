@@ -85,6 +85,7 @@ class Failure(Exception):
 
 # ---- how to call the operations: one case or more, by name -----------------------------------------------------------
 
+STEPS = ("clip_norm", "clip_value", "learning_rate", "rate_at", "work_through")  # what turns gradients into training
 DATA = {"targets", "running", "mask", "memory_mask", "features"}   # inputs by these names get no gradient
 
 
@@ -606,12 +607,14 @@ def check_model_once(module, cfg, rng):
                           ["does backward leave it out, or does forward not use it? A check that cannot fail is none"])
         order = np.abs(a).ravel().argsort()
         entries = {np.unravel_index(k, a.shape) for k in (*order[-2:], *rng.integers(0, a.size, 2))}
-        for i in entries:
-            n = slope(f, p, i, a[i], abs(loss))
-            if relative_error(a[i], n, abs(loss)) > TOLERANCE:
-                ratio = n / a[i] if a[i] else 0
-                hint = "the sign is wrong" if abs(ratio + 1) < 1e-5 else f"times {ratio:.5g} it would be right"
-                raise Failure(f"gradient of {name} at {list(map(int, i))}: yours {a[i]:.6g}, numeric {n:.6g}", [hint])
+        found = [(i, a[i], slope(f, p, i, a[i], abs(loss))) for i in entries]
+        for i, yours, n in found:
+            if relative_error(yours, n, abs(loss)) > TOLERANCE:
+                ratios = [n / yours if yours else np.inf for _, yours, n in found]
+                hint = f"times {ratios[0]:.5g} it would be right" if abs(ratios[0] + 1) > 1e-5 else "the sign is wrong"
+                if not all(abs(ratio - ratios[0]) < 1e-5 * abs(ratios[0]) for ratio in ratios):
+                    hint = "not by one factor: a term is missing or wrong"
+                raise Failure(f"gradient of {name} at {list(map(int, i))}: yours {yours:.6g}, numeric {n:.6g}", [hint])
         direction, here, t = rng.standard_normal(p.shape), p.copy(), np.zeros(1)
 
         def along(p=p, here=here, t=t, direction=direction):
@@ -927,6 +930,12 @@ def check_file(path):
     else:
         passed += 1 + len(modelled)
         print(f"  ok    {'end to end':24s} " + ", ".join([f"{len(found)} variants", f"{count} parameters", *modelled]))
+    if Path(path).resolve().parent != Path(__file__).resolve().parent:
+        steps = [name for name in vars(module) if name.endswith("_update") or name in STEPS]
+        lines = lesson_lines(module, steps)[:6]
+        note = ("not checked, as no derivatives, but unlike the lesson's:" if lines else
+                "only derivatives are checked: not optimizers, data, training")
+        print("\n        ".join(["  note  " + note, *lines]))
     return passed, len(failed)
 
 

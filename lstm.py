@@ -530,7 +530,7 @@ def train_cells(cfg, rng, quiet=False, params=None):
         if kept and kept[0][0].shape == carried[0][0].shape:                # else --batch is another: begin with zeros
             carried = kept
     if cfg.save:
-        save_checkpoint(cfg.save, first, rng, about, parts())               # now, to find out whether it can be written
+        save_checkpoint(cfg.save, first, rng, about, parts(), trial=True)    # before the work, not after it
     progress, clipped = Progress(cfg.steps, first + 1, quiet), 0
     for step in progress:
         loss, grads = loss_and_grads(params, make_batch(cfg, rng, step=step), cfg, carried)
@@ -544,15 +544,17 @@ def train_cells(cfg, rng, quiet=False, params=None):
     return params, progress
 
 
-def save_checkpoint(path, step, rng, about, parts):
+def save_checkpoint(path, step, rng, about, parts, trial=False):
     """Everything that a training needs to go on, in an .npz file that is either whole or not there. about: what has to
-    be the same when it goes on; parts: {"params": dict of arrays, ...}, dicts of arrays and numbers."""
+    be the same when it goes on; parts: {"params": dict of arrays, ...}, dicts of arrays and numbers. trial: only find
+    out whether it can be written, and leave what stands there."""
+    require(not os.path.isdir(path), f"--save {path}", "a file", "a folder")
     arrays = {f"{part} {name}": a for part, named in parts.items() for name, a in named.items()}
     arrays["about"] = np.array(json.dumps({**about, "step": step, "rng": rng.bit_generator.state}))
     try:
         with open(path + ".tmp", "wb") as file:
             np.savez(file, **arrays)
-        os.replace(path + ".tmp", path)
+        os.remove(path + ".tmp") if trial else os.replace(path + ".tmp", path)
     except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(path + ".tmp")
@@ -565,8 +567,9 @@ def read_checkpoint(path):
         zipfile.ZipFile(path).close()                   # an .npz is a zip file of arrays; np.load takes others, too
         with np.load(path, allow_pickle=False) as saved:
             arrays = dict(saved)
-        return json.loads(str(arrays.pop("about"))), arrays
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        about = json.loads(str(arrays.pop("about")))
+        return {**about, "step": int(about["step"]), "rng": dict(about["rng"])}, arrays
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         found = getattr(error, "strerror", None) or error
         raise InputError(f"--load {path}: expected a file that --save wrote, found: {found}") from None
 
@@ -781,7 +784,8 @@ def read_flags(argv=None):
         text = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=text, **kind)
     known = parser.parse_known_args(argv)[0]
-    for key in (known.task, f"{known.task} --data") if getattr(known, "data", "") else (known.task,):
+    data, experiment = (getattr(known, name, "") for name in ("data", "experiment"))
+    for key in (known.task, f"{known.task} --data" if data else "", experiment):
         parser.set_defaults(**PRESETS.get(key, {}))
     return Config(**vars(parser.parse_args(argv)))
 

@@ -803,7 +803,8 @@ def read_flags(argv=None):
         text = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=text, **kind)
     known = parser.parse_known_args(argv)[0]
-    for key in (known.task, f"{known.task} --data") if getattr(known, "data", "") else (known.task,):
+    data, experiment = (getattr(known, name, "") for name in ("data", "experiment"))
+    for key in (known.task, f"{known.task} --data" if data else "", experiment):
         parser.set_defaults(**PRESETS.get(key, {}))
     return Config(**vars(parser.parse_args(argv)))
 

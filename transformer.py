@@ -507,8 +507,8 @@ def project_backward(dout, cache):
 
 
 def smoothed_cross_entropy_forward(z, targets, smoothing):
-    """mean_n of -sum_k y_k log p[n, k], p = softmax of each row, y = 1 - smoothing at the target, and smoothing / K
-    everywhere (Szegedy 2016).   z (N, K), targets (N,) class numbers -> scalar."""
+    """mean_n of -sum_k y_k log p[n, k], p = softmax of each row, y = (1 - smoothing) onehot(target) + smoothing / K
+    (Szegedy 2016).   z (N, K), targets (N,) class numbers -> scalar."""
     p, rows = z - z.max(axis=1, keepdims=True), np.arange(len(targets))
     right, mean = p[rows, targets], p.mean(axis=1) if smoothing else 0
     np.exp(p, out=p)
@@ -1375,7 +1375,7 @@ def train_transformer(cfg, rng, note=lambda params: "", quiet=False):
     if cfg.load:
         first = load_checkpoint(cfg.load, rng, about, parts)
     if cfg.save:
-        save_checkpoint(cfg.save, first, rng, about, parts)                 # now, to find out whether it can be written
+        save_checkpoint(cfg.save, first, rng, about, parts, trial=True)    # before the work, not after it
     progress = Progress(cfg.steps, first + 1, quiet)
     with Workers(cfg, params) as workers:
         for step in progress:
@@ -1390,15 +1390,17 @@ def train_transformer(cfg, rng, note=lambda params: "", quiet=False):
     return params, progress
 
 
-def save_checkpoint(path, step, rng, about, parts):
+def save_checkpoint(path, step, rng, about, parts, trial=False):
     """Everything that a training needs to go on, in an .npz file that is either whole or not there. about: what has to
-    be the same when it goes on; parts: {"params": dict of arrays, ...}, dicts of arrays and numbers."""
+    be the same when it goes on; parts: {"params": dict of arrays, ...}, dicts of arrays and numbers. trial: only find
+    out whether it can be written, and leave what stands there."""
+    require(not os.path.isdir(path), f"--save {path}", "a file", "a folder")
     arrays = {f"{part} {name}": a for part, named in parts.items() for name, a in named.items()}
     arrays["about"] = np.array(json.dumps({**about, "step": step, "rng": rng.bit_generator.state}))
     try:
         with open(path + ".tmp", "wb") as file:
             np.savez(file, **arrays)
-        os.replace(path + ".tmp", path)
+        os.remove(path + ".tmp") if trial else os.replace(path + ".tmp", path)
     except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(path + ".tmp")
@@ -1411,8 +1413,9 @@ def read_checkpoint(path):
         zipfile.ZipFile(path).close()                   # an .npz is a zip file of arrays; np.load takes others, too
         with np.load(path, allow_pickle=False) as saved:
             arrays = dict(saved)
-        return json.loads(str(arrays.pop("about"))), arrays
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        about = json.loads(str(arrays.pop("about")))
+        return {**about, "step": int(about["step"]), "rng": dict(about["rng"])}, arrays
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         found = getattr(error, "strerror", None) or error
         raise InputError(f"--load {path}: expected a file that --save wrote, found: {found}") from None
 
@@ -1848,7 +1851,8 @@ def read_flags(argv=None):
         text = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=text, **kind)
     known = parser.parse_known_args(argv)[0]
-    for key in (known.task, f"{known.task} --data") if getattr(known, "data", "") else (known.task,):
+    data, experiment = (getattr(known, name, "") for name in ("data", "experiment"))
+    for key in (known.task, f"{known.task} --data" if data else "", experiment):
         parser.set_defaults(**PRESETS.get(key, {}))
     return Config(**vars(parser.parse_args(argv)))
 

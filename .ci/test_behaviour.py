@@ -365,7 +365,7 @@ def test_mae_on_cifar(tmp_path):
     whole = last("--png", str(png), "--finetune", "--tune-steps", "3")
     assert len(whole) == 3
     raw = png.read_bytes()
-    assert raw[:8] == b"\x89PNG\r\n\x1a\n" and raw[12:24] == b"IHDR" + (98 * 4).to_bytes(4, "big") + (
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n" and raw[12:24] == b"IHDR" + (102 * 4).to_bytes(4, "big") + (
         12 * 34 * 4).to_bytes(4, "big")
     assert len(zlib.decompress(raw[raw.index(b"IDAT") + 4:-16])) == 12 * 34 * 4 * (1 + 98 * 4 * 3)
     stop_at("mae.py", 5, *common, "--data", str(folder), "--save", half)
