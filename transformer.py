@@ -22,8 +22,9 @@ Backward, from the end to the start:
     norm: g = gamma dy, dx = (g - mean(g) - xhat mean(g xhat)) / std    x goes on in two ways: dx = dy + what f returns
     the table of embeddings is used for source, target and output (tied): its three gradients add up
 Names in a headline are too rare to be learned; they have to be copied (--copy). Each token of the source gets a score
-too, c = q k^T / sqrt(D), and one softmax p is over symbols and source: P(y) = p_y + sum of p_s where source_s is y.
-Backward of -log P(y):  dz = p - p [says y] / P(y), as always: what there is, minus what there should be.
+too, c = q k^T / sqrt(D), q of the decoder, k of the token and of the one before it: what has just been said goes on.
+One softmax p is over symbols and source, so P(y) = p_y + sum of p_s over those s where source_s = y. Backward:
+    loss = -log P(y)        dz = p - (p where it says y, else 0) / P(y): what there is, minus what there should be
 A set has no order, so positions are told apart by something added to x (learned, sinusoidal), by turning q and k
 (rotary), or by how far they are (alibi). In generation, keys and values of what has been read are kept: a new token
 costs one row, not all.
@@ -38,12 +39,18 @@ Run
     python transformer.py --task mnist --data mnist                                     97 % or more, rows as tokens
     python transformer.py --task pairs --data train.tsv --validation val.tsv --test test_2016_flickr.tsv --save m30.npz
                                                         Multi30k, German to English: BLEU 30 or more
+    python transformer.py --task pairs --data reuters-headlines.tsv --copy --lower --layers 2 --width 128 \\
+        --context 40 --lr 0.003 --warmup 150 --dropout 0.2 --smoothing 0 --steps 3000   headlines, the last tenth:
+                            ROUGE-1/2/L 34.4 / 13.7 / 33.4; the first 12 words of each article have 26.7 / 9.5 / 25.1
         curl -o tinyshakespeare.txt \\
             https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
         mnist is the folder of mlp.py. Any lines of source TAB target do as pairs; Multi30k has one file a language:
         for s in train val test_2016_flickr; do for l in de en; do curl -O \\
         https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/$s.$l.gz; gunzip -f $s.$l.gz; done
         paste $s.de $s.en > $s.tsv; done
+        reuters-headlines.tsv: a line BODY TAB TITLE for each article of Reuters-21578, in their order, white space made
+        single blanks; bodies from 40 words on, less than 25 % of them numbers, titles from 3 words on
+        https://archive.ics.uci.edu/ml/machine-learning-databases/reuters21578-mld/reuters21578.tar.gz
 
 Break it
     table[start:start + T]) -> 0 * table[start:start + T]) in side_forward, --task reverse: 19 %; without positions a
