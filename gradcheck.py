@@ -234,12 +234,12 @@ CASES = {   # by name: a list of cases; a case: its inputs in forward's order, f
                        turn=lambda rng: tuple(rng.standard_normal((2, 7, 1, 1)))),
                   dict(x=normal(10, 6), p=weights(6), heads=3, B=2, mask=future, memory=normal(14, 6))],
     "swiglu": [dict(x=normal(3, 8))],
-    "feed": [dict(x=normal(3, 4), p=weights(4, 6, "swiglu" * (feed == "swiglu")), feed=feed)
+    "feed": [dict(x=normal(3, 4), p=weights(4, 6, "swiglu" * (feed == "swiglu")), activation=feed)
              for feed in ("gelu", "relu", "swiglu")],
     "block": [dict(x=normal(10, 4), p=block_weights(4, 6, f"{norm} {feed}", *["cross"] * memory), heads=2, B=2,
                    mask=None, memory=normal(14, 4) if memory else None, memory_mask=ended if memory else None,
                    turn=None, keep=None if rate == 0 else lambda rng, n=2 + memory: rng.random((n, 10, 4)) > 0.3,
-                   rate=rate, norm=norm, feed=feed, order=order)
+                   rate=rate, norm=norm, activation=feed, order=order)
               for memory, norm, feed, order, rate in (
                   (True, "layer", "gelu", "pre", 0.3), (True, "rms", "swiglu", "post", 0.0),
                   (False, "layer", "relu", "post", 0.3), (False, "rms", "gelu", "pre", 0.0))],

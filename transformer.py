@@ -107,7 +107,7 @@ class Config:
     inner: int = 0          # width inside the feed-forward net; 0: four times the width
     norm: Literal["layer", "rms"] = "layer"  # normalisation of a token
     order: Literal["pre", "post"] = "pre"  # normalise what enters a sublayer, or what leaves it
-    feed: Literal["gelu", "relu", "swiglu"] = "gelu"  # nonlinearity of the feed-forward net
+    activation: Literal["gelu", "relu", "swiglu"] = "gelu"  # nonlinearity of the feed-forward net
     position: Literal["learned", "sinusoidal", "rotary", "alibi"] = "learned"  # how a token knows its place
     tie: bool = True        # one embedding for source, target and output
     context: int = 64       # most tokens of a sequence
@@ -172,7 +172,7 @@ class Config:
         require(self.workers <= self.batch, "--workers", f"at most --batch {self.batch}", self.workers)
         require(self.patch == 0 or self.patch > 0 and 28 % self.patch == 0, "--patch", "0 or a divisor of 28",
                 self.patch)
-        require(self.feed != "swiglu" or self.inner % 2 == 0, "--inner", "an even number for swiglu", self.inner)
+        require(self.activation != "swiglu" or self.inner % 2 == 0, "--inner", "an even number for swiglu", self.inner)
 
 
 PRESETS = {     # what a task changes above, unless a flag says otherwise
@@ -181,8 +181,8 @@ PRESETS = {     # what a task changes above, unless a flag says otherwise
     "text": dict(position="rotary", steps=500, batch=16, lr=0.003),
     "letters": dict(position="rotary", context=32, steps=500, batch=16, lr=0.003),
     "mnist": dict(steps=2000, batch=64),
-    "pairs": dict(tokens="bpe", layers=3, width=192, feed="swiglu", position="rotary", context=48, batch=64, lr=0.002,
-                  warmup=300, dropout=0.1, smoothing=0.1, steps=3500),
+    "pairs": dict(tokens="bpe", layers=3, width=192, activation="swiglu", position="rotary", context=48, batch=64,
+                  lr=0.002, warmup=300, dropout=0.1, smoothing=0.1, steps=3500),
     "text --data": dict(layers=4, width=128, steps=2000, batch=12),
 }
 MODELS = {"demo": "gpt", "text": "gpt", "sort": "seq2seq", "reverse": "seq2seq", "pairs": "seq2seq",
@@ -419,21 +419,21 @@ NORMS = {"layer": (layernorm_forward, layernorm_backward, ("gamma", "beta")),
          "rms": (rmsnorm_forward, rmsnorm_backward, ("gamma",))}
 
 
-def feed_forward(x, p, feed):
+def feed_forward(x, p, activation):
     """Each row by itself through a small net.   x (N, D), p: W1 (D, K), b1, W2 (K, D), b2 -> (N, D).
-    feed: relu, gelu; or swiglu, whose W1 is (D, 2 K)."""
+    activation: relu, gelu; or swiglu, whose W1 is (D, 2 K)."""
     z, in_cache = linear_forward(x, p["W1"], p["b1"])
-    a, act_cache = FEEDS[feed][0](z)
+    a, act_cache = FEEDS[activation][0](z)
     y, out_cache = linear_forward(a, p["W2"], p["b2"])
-    return y, (in_cache, act_cache, out_cache, feed)
+    return y, (in_cache, act_cache, out_cache, activation)
 
 
 def feed_backward(dout, cache):
     """feed_forward from bottom to top.   dout (N, D) -> dx, gradients of p."""
-    in_cache, act_cache, out_cache, feed = cache
+    in_cache, act_cache, out_cache, activation = cache
     grads = {}
     da, grads["W2"], grads["b2"] = linear_backward(dout, out_cache)
-    dz = FEEDS[feed][1](da, act_cache)
+    dz = FEEDS[activation][1](da, act_cache)
     dx, grads["W1"], grads["b1"] = linear_backward(dz, in_cache)
     return dx, grads
 
@@ -444,7 +444,7 @@ def part(params, name):
 
 
 def block_forward(x, p, heads, B, mask=None, memory=None, memory_mask=None, turn=None, keep=None, rate=0.0,
-                  norm="layer", feed="gelu", order="pre", past=None):
+                  norm="layer", activation="gelu", order="pre", past=None):
     """Attention, attention to a memory if there is one, feed-forward, each as x + f(norm(x)) (order pre, the way past
     is clear) or norm(x + f(x)) (post, as in 2017).   x (B T, D), memory (B S, D), keep (3, B T, D), rate: of dropout,
     p: "attn.Wqkv", "attn.gamma", ..., "cross.Wqkv", ..., "feed.W1", ... -> (B T, D)."""
@@ -454,7 +454,7 @@ def block_forward(x, p, heads, B, mask=None, memory=None, memory_mask=None, turn
         if order == "pre":
             y, norm_cache = norm_forward(x, *(q[n] for n in names))
         if name == "feed":
-            y, cache = feed_forward(y, q, feed)
+            y, cache = feed_forward(y, q, activation)
         elif name == "attn":
             y, cache = multihead_forward(y, q, heads, B, mask, None, turn, past and past[name])
         else:
@@ -632,7 +632,7 @@ def init_params(cfg, rng, dtype=np.float32):
                 last = (2 * cfg.layers) ** -0.5                 # many small steps from layer to layer add up to one
                 if name == "feed":
                     params[at + "W1"], params[at + "b1"] = matrix(D, F), np.zeros(F)
-                    inside = F // 2 if cfg.feed == "swiglu" else F
+                    inside = F // 2 if cfg.activation == "swiglu" else F
                     params[at + "W2"], params[at + "b2"] = matrix(inside, D, last), np.zeros(D)
                 else:
                     params[at + "Wqkv"], params[at + "bqkv"] = matrix(D, 3 * D), np.zeros(3 * D)
@@ -696,7 +696,7 @@ def side_forward(params, ids, side, cfg, causal, memory=None, memory_mask=None, 
     for k in range(cfg.layers):
         x, cache = block_forward(x, part(params, f"{side}{k}"), cfg.heads, B, mask, memory, memory_mask, turn,
                                  None if keep is None else keep[1 + n * k:1 + n * (k + 1)], dropout_rate(cfg),
-                                 cfg.norm, cfg.feed, cfg.order, past and past[k])
+                                 cfg.norm, cfg.activation, cfg.order, past and past[k])
         caches.append(cache)
     norm_cache = None
     if cfg.order == "pre":
@@ -1376,7 +1376,7 @@ def train_transformer(cfg, rng, note=lambda params: "", quiet=False):
     """-> params, progress. note(params): what a line of progress says besides the loss."""
     params, state, first, clipped = init_params(cfg, rng), {}, 0, 0
     words = vocabulary(cfg)
-    about = dict(task=cfg.task, heads=cfg.heads, norm=cfg.norm, order=cfg.order, feed=cfg.feed, position=cfg.position,
+    about = dict({name: getattr(cfg, name) for name in ("task", "heads", "norm", "order", "activation", "position")},
                  vocabulary=dict(chars=words.chars, merges=[list(pair) for pair in words.merges]))
     parts = {"params": params, "adam": state}
     if cfg.load:
@@ -1447,8 +1447,8 @@ def load_checkpoint(path, rng, about, parts):
 def announce_model(cfg, text, chance):
     """What is being learned, and by what."""
     size = sum(p.size for p in init_params(cfg, np.random.default_rng(0)).values())
-    print(f"\n{text}: {cfg.model}, {cfg.layers} layers, {cfg.heads} heads, width {cfg.width}, "
-          f"{cfg.order}-norm {cfg.norm}, {cfg.feed}, {cfg.position}, lr {cfg.lr}, batch {cfg.batch}, {size} parameters")
+    print(f"\n{text}: {cfg.model}, {cfg.layers} layers, {cfg.heads} heads, width {cfg.width}, {cfg.order}-norm "
+          f"{cfg.norm}, {cfg.activation}, {cfg.position}, lr {cfg.lr}, batch {cfg.batch}, {size} parameters")
     print(f"chance level: {chance}")
 
 
