@@ -367,7 +367,7 @@ def test_mae_on_cifar(tmp_path):
     raw = png.read_bytes()
     assert raw[:8] == b"\x89PNG\r\n\x1a\n" and raw[12:24] == b"IHDR" + (102 * 4).to_bytes(4, "big") + (
         12 * 34 * 4).to_bytes(4, "big")
-    assert len(zlib.decompress(raw[raw.index(b"IDAT") + 4:-16])) == 12 * 34 * 4 * (1 + 98 * 4 * 3)
+    assert len(zlib.decompress(raw[raw.index(b"IDAT") + 4:-16])) == 12 * 34 * 4 * (1 + 102 * 4 * 3)
     stop_at("mae.py", 5, *common, "--data", str(folder), "--save", half)
     assert last("--load", half) == whole[:2]
     for flags, words in ((["--width", "12"], ["Penc", "(64, 12)", "(64, 8)"]),
