@@ -722,8 +722,8 @@ def learn_text(cfg, rng):
     for _ in range(500):
         print(data["chars"][letter], end="", flush=True)
         z, cache = stack_forward(params, np.array([[letter]]), None, states, cfg)
-        states, z = cache[2], z[0, 0].astype(float) / cfg.temperature
-        p = np.exp(z - z.max())
+        states, z = cache[2], z[0, 0].astype(float)
+        p = np.exp((z - z.max()) / cfg.temperature)
         letter = rng.choice(len(p), p=p / p.sum())
     loss = validation_loss(params, cfg)
     expected = "   (expected on tinyshakespeare: 1.60)" if cfg.data else ""

@@ -607,8 +607,8 @@ def learn_text_plain(cfg, rng):
     for _ in range(500):
         print(data["chars"][letter], end="", flush=True)
         (y, h), _ = vanilla_forward(params, np.array([[letter]]), None, h, cfg)
-        y = y[0, 0].astype(float) / cfg.temperature
-        p = np.exp(y - y.max())
+        y = y[0, 0].astype(float)
+        p = np.exp((y - y.max()) / cfg.temperature)
         letter = rng.choice(len(p), p=p / p.sum())
     loss = heldout_loss(params, cfg)
     expected = "   (expected on tinyshakespeare: 1.60)" if cfg.data else ""
