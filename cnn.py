@@ -53,7 +53,6 @@ import inspect
 import json
 import math
 import multiprocessing
-import multiprocessing.connection
 import os
 import re
 import signal
@@ -160,9 +159,11 @@ def conv_loop_backward(dout, cache):
 
 def patches(x, k, stride, dilation):
     """Every patch of x under a k x k kernel, as a view.   x (N, H, W, C) -> (N, H', W', k, k, C)."""
+    (N, H, width, C), (picture, row, pixel, number) = x.shape, x.strides        # strides: bytes from one to the next
     reach = dilation * (k - 1) + 1
-    view = np.lib.stride_tricks.sliding_window_view(x, (reach, reach), axis=(1, 2))
-    return view[:, ::stride, ::stride, :, ::dilation, ::dilation].transpose(0, 1, 2, 4, 5, 3)
+    shape = N, (H - reach) // stride + 1, (width - reach) // stride + 1, k, k, C
+    steps = picture, stride * row, stride * pixel, dilation * row, dilation * pixel, number
+    return np.lib.stride_tricks.as_strided(x, shape, steps, writeable=False)
 
 
 def rows_of(view, groups):
@@ -172,10 +173,11 @@ def rows_of(view, groups):
     return view.transpose(5, 0, 1, 2, 3, 4, 6).reshape(groups, n * H * W, k * k * C // groups)
 
 
-def portions(view):
-    """Slices of the pictures whose patches, written out, fit the cache of a core: about a megabyte."""
-    n = max(1, 2 ** 18 // view[0].size)
-    return [slice(i, i + n) for i in range(0, len(view), n)]
+def portions(x, size):
+    """Slices of the rows of x, of about so many numbers each. Several passes over an array are faster over one portion
+    after the other, since that stays in the cache of a core."""
+    n = max(1, size // x[0].size)
+    return [slice(i, i + n) for i in range(0, len(x), n)]
 
 
 def correlate(x, W, stride, dilation, groups):
@@ -183,7 +185,7 @@ def correlate(x, W, stride, dilation, groups):
     k, _, c, M = W.shape
     view, by_group = patches(x, k, stride, dilation), W.reshape(k * k * c, groups, -1).transpose(1, 0, 2)
     out = np.empty((*view.shape[:3], M), x.dtype)
-    for part in portions(view):
+    for part in portions(view, 2 ** 18):
         np.matmul(rows_of(view[part], groups), by_group, out=out[part].reshape(-1, groups, M // groups).swapaxes(0, 1))
     return out
 
@@ -204,7 +206,7 @@ def conv_backward(dout, cache):
     k, _, c, M = W.shape
     view, shape = patches(x, k, stride, dilation), (-1, groups, M // groups)
     dW = sum(rows_of(view[part], groups).swapaxes(1, 2) @ dout[part].reshape(shape).swapaxes(0, 1)
-             for part in portions(view))
+             for part in portions(view, 2 ** 18))
     dx = None
     if not first:
         (N, H, width, _), edge = x.shape, dilation * (k - 1)
@@ -292,34 +294,38 @@ def globalpool_backward(dout, cache):
 def channelnorm_forward(x, gamma, beta, running=None, eps=1e-5):
     """BatchNorm of pictures: y = gamma (x - mean) / sqrt(var + eps) + beta, mean and var of a channel over all pixels
     of all pictures, or in evaluation the running ones.   x (N, H, W, C), the others (C,) -> (N, H, W, C).
-    In few passes over x: sums over rows are products, var is mean(x^2) - mean^2, the rest is one factor, one term."""
-    rows = x.reshape(-1, x.shape[-1])
+    In few passes over x, each along whole rows of pixels, W C numbers: long loops are fast ones. Sums are products, var
+    is mean(x^2) - mean^2, the rest is one factor, one term."""
+    N, H, W, C = x.shape
+    rows, share = x.reshape(N * H, W * C), 1 / (N * H * W)
     if running is None:
-        mean = np.ones(len(rows), x.dtype) @ rows * (1 / len(rows))
-        var = np.maximum(np.einsum("nc,nc->c", rows, rows) * (1 / len(rows)) - mean * mean, 0)
+        mean = (np.ones(N * H, x.dtype) @ rows).reshape(W, C).sum(axis=0) * share
+        var = np.maximum(np.einsum("nc,nc->c", rows, rows).reshape(W, C).sum(axis=0) * share - mean * mean, 0)
     else:
         mean, var = running
     inv_std = (var + eps) ** -0.5
-    y = x * (gamma * inv_std)
-    y += beta - mean * gamma * inv_std
-    return y, (x, gamma, inv_std, running is None, mean, var)
+    y = rows * np.tile(gamma * inv_std, W)
+    y += np.tile(beta - mean * gamma * inv_std, W)
+    return y.reshape(x.shape), (x, gamma, inv_std, running is None, mean, var)
 
 
 def channelnorm_backward(dout, cache):
     """As in mlp.py: dx = gamma / std (dout - mean(dout) - xhat mean(dout xhat)), xhat = (x - mean) / std; in evaluation
     mean and std are constants.   -> dx, dgamma, dbeta."""
     x, gamma, inv_std, training, mean, _ = cache
-    rows = dout.reshape(-1, len(gamma))
-    dbeta = np.ones(len(rows), dout.dtype) @ rows
-    dgamma = (np.einsum("nc,nc->c", rows, x.reshape(rows.shape)) - mean * dbeta) * inv_std
+    N, H, W, C = x.shape
+    rows, drows = x.reshape(N * H, W * C), dout.reshape(N * H, W * C)
+    dbeta = (np.ones(N * H, dout.dtype) @ drows).reshape(W, C).sum(axis=0)
+    dgamma = (np.einsum("nc,nc->c", drows, rows).reshape(W, C).sum(axis=0) - mean * dbeta) * inv_std
     if not training:
         return dout * (gamma * inv_std), dgamma, dbeta
-    per_x = dgamma * inv_std * (1 / len(rows))
-    dx = x * -per_x
-    dx += mean * per_x - dbeta * (1 / len(rows))
-    dx += dout
-    dx *= gamma * inv_std
-    return dx, dgamma, dbeta
+    share = 1 / (N * H * W)
+    per_x = dgamma * inv_std * share
+    dx = rows * np.tile(-per_x, W)
+    dx += np.tile(mean * per_x - dbeta * share, W)
+    dx += drows
+    dx *= np.tile(gamma * inv_std, W)
+    return dx.reshape(x.shape), dgamma, dbeta
 
 
 def groupnorm_forward(x, gamma, beta, groups, eps=1e-5):
@@ -359,7 +365,9 @@ def dropout_backward(dout, cache):
 
 def linear_forward(x, W, b):
     """y = x W + b.   x (N, D), W (D, K), b (K,) -> y (N, K)."""
-    return x @ W + b, (x, W)
+    y = x @ W
+    y += b
+    return y, (x, W)
 
 
 def linear_backward(dout, cache):
@@ -1160,9 +1168,8 @@ class Workers:
     def answer(self, k):
         """The loss from worker k, or MemoryError if it has died: most often the system ended it for want of memory."""
         process, answer = self.processes[k], None
-        multiprocessing.connection.wait([self.pipes[k], process.sentinel])
         with contextlib.suppress(EOFError, OSError):
-            answer = self.pipes[k].recv() if self.pipes[k].poll() else None
+            answer = self.pipes[k].recv()
         if isinstance(answer, float):
             return answer
         process.join(1)

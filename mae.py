@@ -54,7 +54,6 @@ import inspect
 import json
 import math
 import multiprocessing
-import multiprocessing.connection
 import os
 import re
 import signal
@@ -134,7 +133,9 @@ PRESETS = {     # what a task changes above, unless a flag says otherwise
 
 def linear_forward(x, W, b):
     """y = x W + b.   x (N, D), W (D, K), b (K,) -> y (N, K)."""
-    return x @ W + b, (x, W)
+    y = x @ W
+    y += b
+    return y, (x, W)
 
 
 def linear_backward(dout, cache):
@@ -169,8 +170,8 @@ def layernorm_backward(dout, cache):
 def attention_forward(q, k, v, mask=None):
     """out = p v, p = softmax(q k^T / sqrt(d) + mask): of every position t, an average of v over the positions s.
     q (B, T, H, d), k, v (B, S, H, d), mask 0 where to look, -1e9 where not, fit for (B, H, T, S) -> (B, T, H, d)."""
-    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))             # heads before time: a product for each head
-    p = (q * q.shape[3] ** -0.5) @ k.swapaxes(2, 3)             # (B, H, T, S), and no second array of this size
+    q, k, v = (a.swapaxes(1, 2) for a in (q * q.shape[3] ** -0.5, k, v))    # heads before time: a product for each head
+    p = (k @ q.swapaxes(2, 3)).swapaxes(2, 3)       # (B, H, T, S); in memory S before T: max and sum over S are fast so
     if mask is not None:
         p += mask
     p -= p.max(axis=3, keepdims=True)
@@ -187,11 +188,10 @@ def attention_backward(dout, cache):
     q, k, v, p, out = cache
     along = (dout * out).sum(axis=3).swapaxes(1, 2)[:, :, :, None]
     dout = dout.swapaxes(1, 2)
-    ds = dout @ v.swapaxes(2, 3)
+    ds = (v @ dout.swapaxes(2, 3)).swapaxes(2, 3)
     ds -= along
     ds *= p
-    scale = q.shape[3] ** -0.5
-    dq, dk, dv = ds @ k * scale, ds.swapaxes(2, 3) @ q * scale, p.swapaxes(2, 3) @ dout
+    dq, dk, dv = ds @ k * q.shape[3] ** -0.5, ds.swapaxes(2, 3) @ q, p.swapaxes(2, 3) @ dout
     return dq.swapaxes(1, 2), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
 
 
@@ -225,6 +225,13 @@ def gelu_backward(dout, cache):
     return dx
 
 
+def portions(x, size):
+    """Slices of the rows of x, of about so many numbers each. Several passes over an array are faster over one portion
+    after the other, since that stays in the cache of a core."""
+    n = max(1, size // x[0].size)
+    return [slice(i, i + n) for i in range(0, len(x), n)]
+
+
 def vit_block_forward(x, p, heads, N):
     """y = x + attention(norm(x)), every patch looks at all of its picture;  z = y + net(norm(y)), each patch by itself.
     x (N T, D) -> (N T, D).   p: Wqkv (D, 3 D), Wo (D, D), W1 (D, 4 D), W2 (4 D, D), biases; gamma and beta twice."""
@@ -237,17 +244,22 @@ def vit_block_forward(x, p, heads, N):
     x = x + y
     y, norm2_cache = layernorm_forward(x, p["gamma2"], p["beta2"])
     y, in_cache = linear_forward(y, p["W1"], p["b1"])
-    y, gelu_cache = gelu_forward(y)
-    y, net_cache = linear_forward(y, p["W2"], p["b2"])
-    return x + y, (norm1_cache, qkv_cache, attention_cache, out_cache, norm2_cache, in_cache, gelu_cache, net_cache)
+    a, gelu_caches = np.empty_like(y), []
+    for rows in portions(y, 2 ** 16):
+        a[rows], cache = gelu_forward(y[rows])
+        gelu_caches.append(cache)
+    y, net_cache = linear_forward(a, p["W2"], p["b2"])
+    return x + y, (norm1_cache, qkv_cache, attention_cache, out_cache, norm2_cache, in_cache, gelu_caches, net_cache)
 
 
 def vit_block_backward(dout, cache):
     """vit_block_forward from bottom to top; x is used twice, so gradients add.   dout (N T, D) -> dx, grads."""
-    norm1_cache, qkv_cache, attention_cache, out_cache, norm2_cache, in_cache, gelu_cache, net_cache = cache
+    norm1_cache, qkv_cache, attention_cache, out_cache, norm2_cache, in_cache, gelu_caches, net_cache = cache
     grads = {}
     d, grads["W2"], grads["b2"] = linear_backward(dout, net_cache)
-    d, grads["W1"], grads["b1"] = linear_backward(gelu_backward(d, gelu_cache), in_cache)
+    for rows, cache in zip(portions(d, 2 ** 16), gelu_caches):
+        d[rows] = gelu_backward(d[rows], cache)
+    d, grads["W1"], grads["b1"] = linear_backward(d, in_cache)
     d, grads["gamma2"], grads["beta2"] = layernorm_backward(d, norm2_cache)
     dout = dout + d
     d, grads["Wo"], grads["bo"] = linear_backward(dout, out_cache)
@@ -1191,9 +1203,8 @@ class Workers:
     def answer(self, k):
         """The loss from worker k, or MemoryError if it has died: most often the system ended it for want of memory."""
         process, answer = self.processes[k], None
-        multiprocessing.connection.wait([self.pipes[k], process.sentinel])
         with contextlib.suppress(EOFError, OSError):
-            answer = self.pipes[k].recv() if self.pipes[k].poll() else None
+            answer = self.pipes[k].recv()
         if isinstance(answer, float):
             return answer
         process.join(1)

@@ -349,7 +349,9 @@ def scale_backward(dout, cache):
 
 def linear_forward(x, W, b):
     """y = x W + b.   x (N, D), W (D, K), b (K,) -> y (N, K)."""
-    return x @ W + b, (x, W)
+    y = x @ W
+    y += b
+    return y, (x, W)
 
 
 def linear_backward(dout, cache):

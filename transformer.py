@@ -81,7 +81,6 @@ import inspect
 import json
 import math
 import multiprocessing
-import multiprocessing.connection
 import os
 import re
 import signal
@@ -199,7 +198,9 @@ def presets(cfg, task):
 
 def linear_forward(x, W, b):
     """y = x W + b.   x (N, D), W (D, K), b (K,) -> y (N, K)."""
-    return x @ W + b, (x, W)
+    y = x @ W
+    y += b
+    return y, (x, W)
 
 
 def linear_backward(dout, cache):
@@ -280,8 +281,8 @@ def rotary_backward(dout, cache):
 def attention_forward(q, k, v, mask=None):
     """out = p v, p = softmax(q k^T / sqrt(d) + mask): of every position t, an average of v over the positions s.
     q (B, T, H, d), k, v (B, S, H, d), mask 0 where to look, -1e9 where not, fit for (B, H, T, S) -> (B, T, H, d)."""
-    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))             # heads before time: a product for each head
-    p = (q * q.shape[3] ** -0.5) @ k.swapaxes(2, 3)             # (B, H, T, S), and no second array of this size
+    q, k, v = (a.swapaxes(1, 2) for a in (q * q.shape[3] ** -0.5, k, v))    # heads before time: a product for each head
+    p = (k @ q.swapaxes(2, 3)).swapaxes(2, 3)       # (B, H, T, S); in memory S before T: max and sum over S are fast so
     if mask is not None:
         p += mask
     p -= p.max(axis=3, keepdims=True)
@@ -298,11 +299,10 @@ def attention_backward(dout, cache):
     q, k, v, p, out = cache
     along = (dout * out).sum(axis=3).swapaxes(1, 2)[:, :, :, None]
     dout = dout.swapaxes(1, 2)
-    ds = dout @ v.swapaxes(2, 3)
+    ds = (v @ dout.swapaxes(2, 3)).swapaxes(2, 3)
     ds -= along
     ds *= p
-    scale = q.shape[3] ** -0.5
-    dq, dk, dv = ds @ k * scale, ds.swapaxes(2, 3) @ q * scale, p.swapaxes(2, 3) @ dout
+    dq, dk, dv = ds @ k * q.shape[3] ** -0.5, ds.swapaxes(2, 3) @ q, p.swapaxes(2, 3) @ dout
     return dq.swapaxes(1, 2), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
 
 
@@ -419,21 +419,33 @@ NORMS = {"layer": (layernorm_forward, layernorm_backward, ("gamma", "beta")),
          "rms": (rmsnorm_forward, rmsnorm_backward, ("gamma",))}
 
 
+def portions(x, size):
+    """Slices of the rows of x, of about so many numbers each. Several passes over an array are faster over one portion
+    after the other, since that stays in the cache of a core."""
+    n = max(1, size // x[0].size)
+    return [slice(i, i + n) for i in range(0, len(x), n)]
+
+
 def feed_forward(x, p, activation):
     """Each row by itself through a small net.   x (N, D), p: W1 (D, K), b1, W2 (K, D), b2 -> (N, D).
     activation: relu, gelu; or swiglu, whose W1 is (D, 2 K)."""
     z, in_cache = linear_forward(x, p["W1"], p["b1"])
-    a, act_cache = FEEDS[activation][0](z)
+    a, act_caches = np.empty((len(z), len(p["W2"])), z.dtype), []
+    for rows in portions(z, 2 ** 16):
+        a[rows], cache = FEEDS[activation][0](z[rows])
+        act_caches.append(cache)
     y, out_cache = linear_forward(a, p["W2"], p["b2"])
-    return y, (in_cache, act_cache, out_cache, activation)
+    return y, (in_cache, act_caches, out_cache, activation)
 
 
 def feed_backward(dout, cache):
     """feed_forward from bottom to top.   dout (N, D) -> dx, gradients of p."""
-    in_cache, act_cache, out_cache, activation = cache
+    in_cache, act_caches, out_cache, activation = cache
     grads = {}
     da, grads["W2"], grads["b2"] = linear_backward(dout, out_cache)
-    dz = FEEDS[activation][1](da, act_cache)
+    dz = np.empty((len(da), in_cache[1].shape[1]), da.dtype)
+    for rows, cache in zip(portions(dz, 2 ** 16), act_caches):
+        dz[rows] = FEEDS[activation][1](da[rows], cache)
     dx, grads["W1"], grads["b1"] = linear_backward(dz, in_cache)
     return dx, grads
 
@@ -667,6 +679,7 @@ def where_to_look(T, S, causal, heads, dtype):
     distance = np.arange(S - T, S)[:, None] - np.arange(S)
     slopes = 2.0 ** (-8 * np.arange(1, heads + 1) / heads) if heads else np.zeros(1)
     mask = np.where(causal & (distance < 0), -1e9, -slopes[:, None, None] * np.abs(distance))[None].astype(dtype)
+    mask = np.ascontiguousarray(mask.swapaxes(2, 3)).swapaxes(2, 3)         # S before T in memory, as attention has it
     return mask if mask.any() else None
 
 
@@ -1807,9 +1820,8 @@ class Workers:
     def answer(self, k):
         """The loss from worker k, or MemoryError if it has died: most often the system ended it for want of memory."""
         process, answer = self.processes[k], None
-        multiprocessing.connection.wait([self.pipes[k], process.sentinel])
         with contextlib.suppress(EOFError, OSError):
-            answer = self.pipes[k].recv() if self.pipes[k].poll() else None
+            answer = self.pipes[k].recv()
         if isinstance(answer, float):
             return answer
         process.join(1)
