@@ -88,3 +88,18 @@ def test_lesson(path, capsys):
         assert list(params) and set(grads) == set(params) and np.isfinite(loss)
         assert all(a.dtype == np.float32 for a in [*params.values(), *grads.values()])
         assert all(getattr(a, "dtype", np.float32) != np.float64 for a in batch)
+
+
+@pytest.mark.parametrize("name, size", [("cnn.py", "PATCHES"), ("transformer.py", "PORTION"), ("mae.py", "PORTION")])
+def test_portions_do_not_change_the_gradients(name, size, monkeypatch):
+    module = load(next(path for path in LESSONS if path.name == name))
+    cfg = module.Config()
+    params = module.init_params(cfg, np.random.default_rng(0), np.float64)
+    batch = module.make_batch(cfg, np.random.default_rng(1), np.float64)
+    loss, grads = module.loss_and_grads(params, batch, cfg)
+    cut, slices = [], module.portions
+    monkeypatch.setattr(module, size, 5000)
+    monkeypatch.setattr(module, "portions", lambda *args: cut.append(slices(*args)) or cut[-1])
+    again, same = module.loss_and_grads(params, batch, cfg)
+    assert max(map(len, cut)) > 2 and abs(loss - again) < 1e-12
+    assert all(np.allclose(g, same[key], rtol=0, atol=1e-12) for key, g in grads.items())
