@@ -18,7 +18,8 @@ wrong backward passes: the outputs of a softmax, for one, always add up to 1, an
 
     python gradcheck.py                      every lesson: each operation, then each whole model, end to end
     python gradcheck.py lstm.py              one lesson
-    python gradcheck.py ~/my_lstm.py         your own copy, finished or not: which gradient is wrong, and which line
+    python gradcheck.py ~/my_lstm.py         your own copy, finished or not: which gradient is wrong, and which line;
+                                             and where its values are not the lesson's
     python gradcheck.py --teeth mlp.py       is the checker any good? plant bugs in every backward; each must be caught
 
 A file is checked by the names in it. Every op_backward(dout, cache) needs an op_forward(inputs) -> (out, cache); it
@@ -735,24 +736,77 @@ def repair(module, name, make_case):
     return []
 
 
-def lesson_lines(module, names):
-    """Where these functions of a typed copy differ from the lesson that is most like it -> lines, numbered."""
+def closest_lesson(module):
+    """The lesson that a typed copy is most like -> path, or None; function_lines of the copy, of the lesson."""
     mine, found = function_lines(Path(module.__file__).read_text(encoding="utf-8")), []
     for path in map(Path(__file__).resolve().parent.joinpath, LESSONS):
         if path.is_file() and path != Path(module.__file__).resolve():
             theirs = function_lines(path.read_text(encoding="utf-8"))
             equal = sum(theirs.get(name, {}).keys() == lines.keys() for name, lines in mine.items())
-            found.append((equal, len(mine.keys() & theirs.keys()), path.name, theirs))
-    *_, lesson, theirs = max(found, default=(0, 0, "", {}), key=lambda item: item[:2])
+            found.append((equal, len(mine.keys() & theirs.keys()), path, theirs))
+    *_, path, theirs = max(found, default=(0, 0, None, {}), key=lambda item: item[:2])
+    return path, mine, theirs
+
+
+def lesson_lines(module, names):
+    """Where these functions of a typed copy differ from the lesson that is most like it -> lines, numbered."""
+    path, mine, theirs = closest_lesson(module)
     lines = []
     for name in names:
         if name in mine and name in theirs:
             for line in difflib.ndiff(list(mine[name]), list(theirs[name])):
                 text = line[2:]
                 if line[0] in "-+":
-                    whose = f"yours, line {mine[name][text]}" if line[0] == "-" else f"{lesson}, {name}"
+                    whose = f"yours, line {mine[name][text]}" if line[0] == "-" else f"{path.name}, {name}"
                     lines.append(f"{whose}: {text}")
     return lines
+
+
+def other_values(module, names):
+    """A forward pass can be wrong and its derivative right. So: where does a typed copy, on the same inputs, give other
+    values than the lesson that it is most like? -> notes, each a list of lines; whoever meant it needs no mending."""
+    path, notes, other = closest_lesson(module)[0], [], []
+    if path is None:
+        return notes
+    lesson = make_module(path, ast.parse(path.read_text(encoding="utf-8")))
+    for name in names:
+        known = name + "_forward" in vars(lesson) and not any(part in other for part in uses(module, name))
+        for case in cases_of(module, name) if known else ():
+            case = case(np.random.default_rng(0))
+            with contextlib.suppress(Exception):        # other inputs than the lesson's: an operation of its own
+                yours, theirs = (getattr(m, name + "_forward")(*copy.deepcopy(list(case.values())))[0]
+                                 for m in (module, lesson))
+                if not all_close(yours, theirs):
+                    other.append(name)
+                    notes.append([f"{name}_forward gives other values than {path.name}'s on the same inputs",
+                                  *(lesson_lines(module, [name + "_forward"])[:4] or [
+                                      "its lines are the lesson's; so look at what it uses: a constant, a function"])])
+                    break
+    for text, cfg in variants(lesson.Config) if "loss_and_grads" in vars(module) else ():
+        if not notes:
+            with contextlib.suppress(Exception):        # another model
+                notes += other_model(module, lesson, text, {f.name: getattr(cfg, f.name) for f in fields(cfg)})
+    return notes
+
+
+def other_model(module, lesson, text, values):
+    """Does a typed copy, in this variant, begin with other parameters or batches, or reach another loss? -> notes."""
+    notes, whose, both, made = [], Path(lesson.__file__).name, (module, lesson), ("init_params", "make_batch")
+    cfgs = [m.Config(**values) for m in both]
+    pairs = [[getattr(m, what)(cfg, np.random.default_rng(0), np.float64) for m, cfg in zip(both, cfgs)]
+             for what in made]
+    for what, pair in zip(made, pairs):
+        if not all_close(*pair):
+            notes.append([f"{what}, {text}: other numbers than {whose}'s from the same seed",
+                          *lesson_lines(module, [what])[:4]])
+    (_, params), (_, batch) = pairs
+    for p in params.values():
+        p += 0.3 * np.random.default_rng(1).standard_normal(p.shape)
+    yours, theirs = (float(m.loss_and_grads(params, batch, cfg)[0]) for m, cfg in zip(both, cfgs))
+    if not all_close(yours, theirs):
+        notes.append([f"the loss, {text}: yours {yours:.6g}, {whose}'s {theirs:.6g}, with equal parameters and batch",
+                      *lesson_lines(module, list(vars(lesson)))[:6]])
+    return notes
 
 
 def function_lines(source):
@@ -781,10 +835,12 @@ def gradients(module, name, make_case, seed):
 
 
 def all_close(a, b):
-    """Nearly equal, through tuples and dicts."""
-    if isinstance(a, (tuple, dict)):
+    """Nearly equal, through tuples, lists and dicts; what is not of floats, equal."""
+    if isinstance(a, (tuple, list, dict)):
         keys = a if isinstance(a, dict) else range(len(a))
         return len(a) == len(b) and all(all_close(a[k], b[k]) for k in keys)
+    if np.asarray(a).dtype.kind != "f":
+        return same(a, b)
     return np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
@@ -906,6 +962,9 @@ def check_file(path):
         else:
             passed += 1
             print(f"  ok    {name:24s} {len(cases)} case(s), worst relative error {worst:.0e}{twins}")
+    typed = Path(path).resolve() not in map(Path(__file__).resolve().parent.joinpath, LESSONS)
+    for lines in other_values(module, [name for name in names if name not in failed]) if typed else ():
+        print("\n        ".join(["  note  " + lines[0], *lines[1:]]))
     missing = [n for n in ("Config", "init_params", "make_batch", "loss_and_grads") if not hasattr(module, n)]
     if missing:
         print("  not checked" + "".join(f" {name}," for name in modelled) + " end to end: the file has no "
@@ -930,11 +989,11 @@ def check_file(path):
     else:
         passed += 1 + len(modelled)
         print(f"  ok    {'end to end':24s} " + ", ".join([f"{len(found)} variants", f"{count} parameters", *modelled]))
-    if Path(path).resolve().parent != Path(__file__).resolve().parent:
+    if typed:
         steps = [name for name in vars(module) if name.endswith("_update") or name in STEPS]
         lines = lesson_lines(module, steps)[:6]
         note = ("not checked, as no derivatives, but unlike the lesson's:" if lines else
-                "only derivatives are checked: not optimizers, data, training")
+                "not checked, as no derivatives: optimizers, training, pictures")
         print("\n        ".join(["  note  " + note, *lines]))
     return passed, len(failed)
 

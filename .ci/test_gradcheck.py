@@ -74,6 +74,35 @@ def test_diagnosis(lesson, right, wrong, words, tmp_path):
     assert done.stdout.splitlines()[-1].endswith(" failed") and not done.stdout.endswith(" 0 failed\n")
 
 
+VALUES = [  # right derivatives of a wrong forward pass: lesson, changes, what the note must say
+    ("mlp.py", [("np.maximum(x, 0), x", "np.maximum(x, 0.1), x"), ("return dout * (x > 0)", "return dout * (x > 0.1)")],
+     ["relu_forward gives other values", "yours, line ", "mlp.py, relu_forward: return np.maximum(x, 0), x"]),
+    ("mlp.py", [("GELU_C = (2 / math.pi)", "GELU_C = (1 / math.pi)")], ["gelu_forward gives other values", "constant"]),
+    ("transformer.py", [("causal & (distance < 0)", "causal & (distance < -1)")],
+     ["the loss, ", "transformer.py, where_to_look: mask = np.where(causal & (distance < 0)"]),
+    ("lstm.py", [("def init_params(cfg, rng, dtype=np.float32):",
+                  "def init_params(cfg, rng, dtype=np.float32):\n    rng.random()")],
+     ["init_params, ", "other numbers than lstm.py's"]),
+]
+
+
+@pytest.mark.parametrize("lesson, changes, words", VALUES, ids=[words[0] for *_, words in VALUES])
+def test_other_values(lesson, changes, words, tmp_path):
+    source = (ROOT / lesson).read_text(encoding="utf-8")
+    copy = tmp_path / "my_copy.py"
+    copy.write_text(source, encoding="utf-8")
+    done = check(copy)
+    assert done.returncode == 0 and done.stdout.count("note") == 1, done.stdout
+    for right, wrong in changes:
+        assert source.count(right) == 1
+        source = source.replace(right, wrong)
+    copy.write_text(source, encoding="utf-8")
+    done = check(copy)
+    assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
+    for word in words:
+        assert word in done.stdout, done.stdout
+
+
 def test_unfinished_copy(tmp_path):
     source = (ROOT / "mlp.py").read_text(encoding="utf-8")
     copy = tmp_path / "half.py"
