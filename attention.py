@@ -699,9 +699,9 @@ def read_pairs(path):
     """A UTF-8 file of lines source TAB target -> list of (source, target)."""
     lines = read_text(path).rstrip("\n").split("\n")
     for n, line in enumerate(lines, 1):
-        require(line.count("\t") == 1 and all(map(str.strip, line.split("\t"))), f"--data {path}",
+        require(line.count("\t") == 1 and all(map(str.strip, line.split("\t"))), path,
                 f"source TAB target in line {n}", line[:60])
-    require(len(lines) >= 20, f"--data {path}", "20 lines or more", len(lines))
+    require(len(lines) >= 20, path, "20 lines or more", len(lines))
     return [tuple(map(str.strip, line.split("\t"))) for line in lines]
 
 
@@ -710,10 +710,10 @@ def read_text(path):
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        require(False, f"--data {path}", "text in UTF-8", f"byte {error.object[error.start]:#x} at {error.start}")
+        require(False, path, "text in UTF-8", f"byte {error.object[error.start]:#x} at {error.start}")
     except OSError as error:
-        require(False, f"--data {path}", "a text file", error.strerror)
-    require(text.strip(), f"--data {path}", "some text", "an empty file")
+        require(False, path, "a text file", error.strerror)
+    require(text.strip(), path, "some text", "an empty file")
     return text
 
 

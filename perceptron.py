@@ -240,10 +240,10 @@ def read_text(path):
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        require(False, f"--data {path}", "text in UTF-8", f"byte {error.object[error.start]:#x} at {error.start}")
+        require(False, path, "text in UTF-8", f"byte {error.object[error.start]:#x} at {error.start}")
     except OSError as error:
-        require(False, f"--data {path}", "a text file", error.strerror)
-    require(text.strip(), f"--data {path}", "some text", "an empty file")
+        require(False, path, "a text file", error.strerror)
+    require(text.strip(), path, "some text", "an empty file")
     return text
 
 
