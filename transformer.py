@@ -281,7 +281,8 @@ def rotary_backward(dout, cache):
 def attention_forward(q, k, v, mask=None):
     """out = p v, p = softmax(q k^T / sqrt(d) + mask): of every position t, an average of v over the positions s.
     q (B, T, H, d), k, v (B, S, H, d), mask 0 where to look, -1e9 where not, fit for (B, H, T, S) -> (B, T, H, d)."""
-    q, k, v = (a.swapaxes(1, 2) for a in (q * q.shape[3] ** -0.5, k, v))    # heads before time: a product for each head
+    q = q * q.shape[3] ** -0.5
+    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))             # heads before time: a product for each head
     p = (k @ q.swapaxes(2, 3)).swapaxes(2, 3)       # (B, H, T, S); in memory S before T: max and sum over S are fast so
     if mask is not None:
         p += mask
@@ -295,7 +296,7 @@ def attention_forward(q, k, v, mask=None):
 
 def attention_backward(dout, cache):
     """dv = p^T dout, dp = dout v^T. Softmax: ds = p (dp - sum_s p dp), where sum_s p dp = dout . out, since out = p v.
-    Scores: dq = ds k / sqrt(d), dk = ds^T q / sqrt(d).   dout (B, T, H, d) -> dq, dk, dv."""
+    Scores: dq = ds k / sqrt(d), dk = ds^T q / sqrt(d), as which q is in the cache.   dout (B, T, H, d) -> dq, dk, dv."""
     q, k, v, p, out = cache
     along = (dout * out).sum(axis=3).swapaxes(1, 2)[:, :, :, None]
     dout = dout.swapaxes(1, 2)
