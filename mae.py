@@ -185,7 +185,7 @@ def attention_forward(q, k, v, mask=None):
 
 def attention_backward(dout, cache):
     """dv = p^T dout, dp = dout v^T. Softmax: ds = p (dp - sum_s p dp), where sum_s p dp = dout . out, since out = p v.
-    Scores: dq = ds k / sqrt(d), dk = ds^T q / sqrt(d), as which q is in the cache.   dout (B, T, H, d) -> dq, dk, dv."""
+    Scores: dq = ds k / sqrt(d), dk = ds^T q / sqrt(d): so q is in the cache.   dout (B, T, H, d) -> dq, dk, dv."""
     q, k, v, p, out = cache
     along = (dout * out).sum(axis=3).swapaxes(1, 2)[:, :, :, None]
     dout = dout.swapaxes(1, 2)
