@@ -173,13 +173,13 @@ def rows_of(view, groups):
     return view.transpose(5, 0, 1, 2, 3, 4, 6).reshape(groups, n * H * W, k * k * C // groups)
 
 
-PATCHES = 2 ** 18        # numbers of patches that are written out at once: a megabyte
+PORTION = 2 ** 16        # numbers that are worked on at once: a quarter of a megabyte
 
 
-def portions(x, size):
-    """Slices of the rows of x, of about so many numbers each. Several passes over an array are faster over one portion
+def portions(x):
+    """Slices of the rows of x, of about PORTION numbers each. Several passes over an array are faster over one portion
     after the other, since that stays in the cache of a core."""
-    n = max(1, size // x[0].size)
+    n = max(1, PORTION // x[0].size)
     return [slice(i, i + n) for i in range(0, len(x), n)]
 
 
@@ -188,7 +188,7 @@ def correlate(x, W, stride, dilation, groups):
     k, _, c, M = W.shape
     view, by_group = patches(x, k, stride, dilation), W.reshape(k * k * c, groups, -1).transpose(1, 0, 2)
     out = np.empty((*view.shape[:3], M), x.dtype)
-    for part in portions(view, PATCHES):
+    for part in portions(view):
         np.matmul(rows_of(view[part], groups), by_group, out=out[part].reshape(-1, groups, M // groups).swapaxes(0, 1))
     return out
 
@@ -209,7 +209,7 @@ def conv_backward(dout, cache):
     k, _, c, M = W.shape
     view, shape = patches(x, k, stride, dilation), (-1, groups, M // groups)
     dW = sum(rows_of(view[part], groups).swapaxes(1, 2) @ dout[part].reshape(shape).swapaxes(0, 1)
-             for part in portions(view, PATCHES))
+             for part in portions(view))
     dx = None
     if not first:
         (N, H, width, _), edge = x.shape, dilation * (k - 1)

@@ -229,10 +229,10 @@ def gelu_backward(dout, cache):
 PORTION = 2 ** 16        # numbers that are worked on at once: a quarter of a megabyte
 
 
-def portions(x, size):
-    """Slices of the rows of x, of about so many numbers each. Several passes over an array are faster over one portion
+def portions(x):
+    """Slices of the rows of x, of about PORTION numbers each. Several passes over an array are faster over one portion
     after the other, since that stays in the cache of a core."""
-    n = max(1, size // x[0].size)
+    n = max(1, PORTION // x[0].size)
     return [slice(i, i + n) for i in range(0, len(x), n)]
 
 
@@ -249,7 +249,7 @@ def vit_block_forward(x, p, heads, N):
     y, norm2_cache = layernorm_forward(x, p["gamma2"], p["beta2"])
     y, in_cache = linear_forward(y, p["W1"], p["b1"])
     a, gelu_caches = np.empty_like(y), []
-    for rows in portions(y, PORTION):
+    for rows in portions(y):
         a[rows], cache = gelu_forward(y[rows])
         gelu_caches.append(cache)
     y, net_cache = linear_forward(a, p["W2"], p["b2"])
@@ -261,7 +261,7 @@ def vit_block_backward(dout, cache):
     norm1_cache, qkv_cache, attention_cache, out_cache, norm2_cache, in_cache, gelu_caches, net_cache = cache
     grads = {}
     d, grads["W2"], grads["b2"] = linear_backward(dout, net_cache)
-    for rows, cache in zip(portions(d, PORTION), gelu_caches):
+    for rows, cache in zip(portions(d), gelu_caches):
         d[rows] = gelu_backward(d[rows], cache)
     d, grads["W1"], grads["b1"] = linear_backward(d, in_cache)
     d, grads["gamma2"], grads["beta2"] = layernorm_backward(d, norm2_cache)

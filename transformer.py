@@ -423,10 +423,10 @@ NORMS = {"layer": (layernorm_forward, layernorm_backward, ("gamma", "beta")),
 PORTION = 2 ** 16        # numbers that are worked on at once: a quarter of a megabyte
 
 
-def portions(x, size):
-    """Slices of the rows of x, of about so many numbers each. Several passes over an array are faster over one portion
+def portions(x):
+    """Slices of the rows of x, of about PORTION numbers each. Several passes over an array are faster over one portion
     after the other, since that stays in the cache of a core."""
-    n = max(1, size // x[0].size)
+    n = max(1, PORTION // x[0].size)
     return [slice(i, i + n) for i in range(0, len(x), n)]
 
 
@@ -435,7 +435,7 @@ def feed_forward(x, p, activation):
     activation: relu, gelu; or swiglu, whose W1 is (D, 2 K)."""
     z, in_cache = linear_forward(x, p["W1"], p["b1"])
     a, act_caches = np.empty((len(z), len(p["W2"])), z.dtype), []
-    for rows in portions(z, PORTION):
+    for rows in portions(z):
         a[rows], cache = FEEDS[activation][0](z[rows])
         act_caches.append(cache)
     y, out_cache = linear_forward(a, p["W2"], p["b2"])
@@ -448,7 +448,7 @@ def feed_backward(dout, cache):
     grads = {}
     da, grads["W2"], grads["b2"] = linear_backward(dout, out_cache)
     dz = np.empty((len(da), in_cache[1].shape[1]), da.dtype)
-    for rows, cache in zip(portions(dz, PORTION), act_caches):
+    for rows, cache in zip(portions(dz), act_caches):
         dz[rows] = FEEDS[activation][1](da[rows], cache)
     dx, grads["W1"], grads["b1"] = linear_backward(dz, in_cache)
     return dx, grads
