@@ -25,7 +25,7 @@ different rows x Wx, so they are computed once a letter and then looked up.
 
 Run
     python lstm.py                                     remember, reverse, and add, which the plain cell cannot do
-    python lstm.py --task remember --length 100        hold a value for a hundred steps
+    python lstm.py --task remember                     hold a value for 14 steps, then learn to for a hundred
     python lstm.py --task add --cell gru
     python lstm.py --task text                         a nursery rhyme by heart, letter by letter
     python lstm.py --task text --data tinyshakespeare.txt --save lstm.npz      1.60 nats a letter or less
@@ -33,9 +33,9 @@ Run
             https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
 
 Break it
-    --task add --cell rnn: the squared error stays above 0.05 where the LSTM's is below 0.001
+    --task add --cell rnn: the squared error ends above 0.05 where the LSTM's is below 0.001
     the forget gate's bias 1 -> -3 in init_params, --task add: 0.03; a cell that begins by forgetting learns late
-    dc = dc_here * f[t] -> 0 * dc_here in lstm_backward, --task add: 0.006, ten times worse than with the way through c
+    dc = dc_here * f[t] -> 0 * dc_here in lstm_backward, --task add: 0.006, not 0.0008: c no longer carries it back
     drop "dz_f *= c[:-1]" in lstm_backward, --task add: 0.02; wrong, and yet far below chance (0.167)
 
 Papers: Hochreiter, Schmidhuber 1997 (LSTM, the adding problem); Gers et al. 2000 (the forget gate); Cho et al. 2014
@@ -659,8 +659,8 @@ def show_gradient(cfg, rng, T=50):
         norm /= norm[-1]
         picture = "".join(shade(1 + np.log10(norm + 1e-30) / 8))
         print(f"{cell:>5s}  step 1 |{picture}| step {T}   left at step 1: {norm[0]:.0e}")
-    print("       (dark: 1, every shade lighter: six times less. The GRU's gate u begins at 1/2: half is lost a step;")
-    print("       the LSTM's forget gate at 0.73. Training can open both. The plain cell has nothing to open.)")
+    print("       (dark: 1, every shade lighter: six times less. The GRU's u begins at 1/2: 30 % is lost a step;")
+    print("       LSTM's forget gate at 0.73: 10 %. Training can open both. The plain cell has nothing to open.)")
 
 
 def learn_numbers(cfg, rng):
@@ -752,7 +752,7 @@ def main(cfg):
         steps, size = steps + progress.step, size + sum(p.size for p in params.values())
         if progress.stopped:
             break
-    print("\nNext: python lstm.py --task remember --length 100      python lstm.py --task text")
+    print("\nNext: python lstm.py --task remember --cell gru      python lstm.py --task text")
     print_result(task=cfg.task, **figures, params=size, steps=steps, seconds=time.perf_counter() - start,
                  examples_per_s=int(examples / max(seconds, 1e-9)))
 

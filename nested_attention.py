@@ -866,7 +866,7 @@ def race_inner_rules(cfg):
         print(f"{name:46s}" + "".join(f"{x:10.4f}" for x in row))
         figures.update({"repeat": {"momentum_repeat": row[1] / row[0]}, "axes": {"adam_axes": row[2] / row[0]},
                         "rotated": {"adam_rotated": row[2] / row[0]}}.get(kind, {}))
-    print("Momentum and Adam help where keys repeat; Adam alone where the curvature follows the axes, which dividing\n"
+    print("Momentum and Adam help where keys repeat; Adam most where the curvature follows the axes, which dividing\n"
           "entry by entry can see, and no longer when the problem is rotated. On fresh keys that are alike, gd wins.")
     n = np.arange(48)
     print("\nHow far back does a step look? Weights of the last 48 slopes, newest first:")

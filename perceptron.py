@@ -33,11 +33,11 @@ Run
         curl --create-dirs -o mnist/$f-ubyte.gz https://ossci-datasets.s3.amazonaws.com/mnist/$f-ubyte.gz; done
 
 Break it
-    drop "+ b" from linear_forward, --task gates: every line runs through the middle, the loss ends at 0.43, not 0.17
-    0.01 -> 0 in init_params: nothing changes. One layer's loss is a bowl with one lowest point (two layers: see mlp.py)
+    drop "y += b" in linear_forward, --task gates: every line runs through the middle, the loss ends at 0.43, not 0.17
+    0.01 -> 0 in init_params: nothing changes. One layer's loss is a bowl, without a second valley (two layers: mlp.py)
     <= -> < in perceptron_rule: it stops at once with w = 0, which makes no mistake that it would notice
-    dz[...] -= 1 -> += 1 in softmax_cross_entropy_backward, --task names: the loss climbs to about 2000
-    drop "z = z - z.max(...)", --task names --lr 2000: e^z overflows, the loss is inf; with it the same run ends at 2.3
+    dz[...] -= 1 -> += 1 in softmax_cross_entropy_backward, --task names: the loss climbs to about 2200
+    drop "z = z - z.max(...)", --task names --lr 2000: e^z overflows, the loss is inf; with it, the layer ends at 2.29
 
 Papers: Rosenblatt 1958 (The perceptron); Novikoff 1962 (On convergence proofs on perceptrons);
 Minsky and Papert 1969 (Perceptrons).

@@ -38,7 +38,7 @@ Break it
         gradcheck.py all the same
     --task reverse --hidden 32: 88 % of 6 symbols; --hidden 16: 56 %; a narrower bottleneck
     --task reverse --length 12: 98 % of 7 symbols, 59 % of 12; what is asked for grows, the state does not
-    --task reverse --forcing 0: 99 %, no worse; in answers this short a mistake cannot lead far astray
+    --task reverse --forcing 0: 99 %, hardly worse; in answers this short a mistake cannot lead far astray
 
 Papers: Sutskever, Vinyals, Le 2014 (two LSTMs; the source read backwards); Cho et al. 2014 (encoder and decoder);
 Bengio et al. 2015 (coins instead of teacher forcing); Wu et al. 2016 (length normalisation in the search).
