@@ -738,28 +738,44 @@ def repair(module, name, make_case):
 
 def closest_lesson(module):
     """The lesson that a typed copy is most like -> path, or None; function_lines of the copy, of the lesson."""
-    mine, found = function_lines(Path(module.__file__).read_text(encoding="utf-8")), []
+    mine, found = function_lines(read(module.__file__)), []
     for path in map(Path(__file__).resolve().parent.joinpath, LESSONS):
         if path.is_file() and path != Path(module.__file__).resolve():
-            theirs = function_lines(path.read_text(encoding="utf-8"))
-            equal = sum(theirs.get(name, {}).keys() == lines.keys() for name, lines in mine.items())
+            theirs = function_lines(read(path))
+            equal = sum([t for t, _ in theirs.get(name, [])] == [t for t, _ in lines] for name, lines in mine.items())
             found.append((equal, len(mine.keys() & theirs.keys()), path, theirs))
     *_, path, theirs = max(found, default=(0, 0, None, {}), key=lambda item: item[:2])
     return path, mine, theirs
 
 
-def lesson_lines(module, names):
-    """Where these functions of a typed copy differ from the lesson that is most like it -> lines, numbered."""
+def lesson_lines(module, names, most=6):
+    """Where these functions of a typed copy differ from the lesson that is most like it -> lines, numbered. The name
+    "" stands for what is between the functions, where only what differs counts, not what is missing."""
     path, mine, theirs = closest_lesson(module)
     lines = []
     for name in names:
         if name in mine and name in theirs:
-            for line in difflib.ndiff(list(mine[name]), list(theirs[name])):
-                text = line[2:]
-                if line[0] in "-+":
-                    whose = f"yours, line {mine[name][text]}" if line[0] == "-" else f"{path.name}, {name}"
-                    lines.append(f"{whose}: {text}")
-    return lines
+            left, right = ([text for text, _ in side[name]] for side in (mine, theirs))
+            for what, i, ii, j, jj in difflib.SequenceMatcher(None, left, right, False).get_opcodes():
+                if what == "equal" or name == "" and what != "replace":
+                    continue
+                yours = [f"yours, line {number}: {text}" for text, number in mine[name][i:ii]]
+                right_ones = [f"{path.name}, {name or 'between the functions'}: {text}" for text in right[j:jj]]
+                lines += [line for pair in itertools.zip_longest(yours, right_ones) for line in pair if line]
+    return [shorten(line) for line in lines[:most]] + ["..."] * (len(lines) > most)
+
+
+def shorten(line):
+    """A line that is not longer than a screen is wide."""
+    return line if len(line) <= 170 else line[:167] + "..."
+
+
+def called_by(module, names):
+    """The functions of the file that these functions name."""
+    known = [n.name for n in module.tree.body if isinstance(n, ast.FunctionDef)]
+    used = {n.id for name in names for n in ast.walk(function_tree(module, name) or ast.Module([]))
+            if isinstance(n, ast.Name)}
+    return [name for name in known if name in used and name not in names]
 
 
 def other_values(module, names):
@@ -768,7 +784,7 @@ def other_values(module, names):
     path, notes, other = closest_lesson(module)[0], [], []
     if path is None:
         return notes
-    lesson = make_module(path, ast.parse(path.read_text(encoding="utf-8")))
+    lesson = make_module(path, ast.parse(read(path)))
     for name in names:
         known = name + "_forward" in vars(lesson) and not any(part in other for part in uses(module, name))
         for case in cases_of(module, name) if known else ():
@@ -779,8 +795,7 @@ def other_values(module, names):
                 if not all_close(yours, theirs):
                     other.append(name)
                     notes.append([f"{name}_forward gives other values than {path.name}'s on the same inputs",
-                                  *(lesson_lines(module, [name + "_forward"])[:4] or [
-                                      "its lines are the lesson's; so look at what it uses: a constant, a function"])])
+                                  *found_lines(module, [name + "_forward"])])
                     break
     for text, cfg in variants(lesson.Config) if "loss_and_grads" in vars(module) else ():
         if not notes:
@@ -789,37 +804,46 @@ def other_values(module, names):
     return notes
 
 
+def found_lines(module, names):
+    """Where these functions differ from the lesson's; if nowhere, those that they call, or the constants."""
+    return (lesson_lines(module, names) or lesson_lines(module, called_by(module, names)) or lesson_lines(module, [""])
+            or ["its lines are the lesson's; so look at what it uses"])
+
+
 def other_model(module, lesson, text, values):
     """Does a typed copy, in this variant, begin with other parameters or batches, or reach another loss? -> notes."""
     notes, whose, both, made = [], Path(lesson.__file__).name, (module, lesson), ("init_params", "make_batch")
-    cfgs = [m.Config(**values) for m in both]
+    cfgs = [m.Config(**{f.name: values[f.name] for f in fields(m.Config) if f.name in values}) for m in both]
     pairs = [[getattr(m, what)(cfg, np.random.default_rng(0), np.float64) for m, cfg in zip(both, cfgs)]
              for what in made]
     for what, pair in zip(made, pairs):
         if not all_close(*pair):
             notes.append([f"{what}, {text}: other numbers than {whose}'s from the same seed",
-                          *lesson_lines(module, [what])[:4]])
+                          *found_lines(module, [what])])
     (_, params), (_, batch) = pairs
     for p in params.values():
         p += 0.3 * np.random.default_rng(1).standard_normal(p.shape)
     yours, theirs = (float(m.loss_and_grads(params, batch, cfg)[0]) for m, cfg in zip(both, cfgs))
     if not all_close(yours, theirs):
         notes.append([f"the loss, {text}: yours {yours:.6g}, {whose}'s {theirs:.6g}, with equal parameters and batch",
-                      *lesson_lines(module, list(vars(lesson)))[:6]])
+                      *(lesson_lines(module, list(vars(lesson))) or lesson_lines(module, [""]))])
     return notes
 
 
 def function_lines(source):
-    """The top-level functions of a file -> {name: {a line of it, without comments and indentation: its number}}."""
+    """The top-level functions of a file -> {name: [(a line of it, without comments and indentation, its number)]}; and
+    under the name "" the assignments between them."""
     functions, name, words = {}, None, []
     with contextlib.suppress(tokenize.TokenError, SyntaxError):             # a file that breaks off: as far as it goes
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
             if token.type == tokenize.NEWLINE:
                 if words[0].start[1] == 0:
                     name = words[1].string if words[0].string == "def" else None
-                elif name and not (len(words) == 1 and words[0].type == tokenize.STRING):      # a docstring
+                    if len(words) > 1 and words[1].string == "=":
+                        name = ""
+                if name is not None and not (len(words) == 1 and words[0].type == tokenize.STRING):     # a docstring
                     text = "".join(" " * (a.end != b.start) + b.string for a, b in zip(words[:1] + words, words))
-                    functions.setdefault(name, {}).setdefault(text.strip(), words[0].start[0])
+                    functions.setdefault(name, []).append((text.strip(), words[0].start[0]))
                 words = []
             elif token.type in (tokenize.NAME, tokenize.NUMBER, tokenize.STRING, tokenize.OP):
                 words.append(token)
@@ -874,6 +898,11 @@ def teeth(module):
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
+def read(path):
+    """The text of a file of Python."""
+    return Path(path).read_text(encoding="utf-8-sig")
+
+
 def parse(source):
     """A file that ends in the middle, or has a slip in it, is worth checking up to there -> syntax tree of as much as
     can be read, and in a list, what is wrong with the rest."""
@@ -888,10 +917,17 @@ def parse(source):
     return ast.parse(""), [wrong]
 
 
+def require(ok, what, expected, found):
+    """As in the lessons."""
+    if not ok:
+        raise ValueError(f"{what}: expected {expected}, found {found!r}")
+
+
 def make_module(path, tree):
     """Run a syntax tree as a module of its own."""
     module = types.ModuleType("checked")
     module.__file__, module.tree = str(path), tree
+    module.InputError, module.require = ValueError, require         # of the plumbing, which few will type
     sys.modules["checked"] = module
     exec(compile(tree, str(path), "exec"), module.__dict__)
     return module
@@ -905,7 +941,10 @@ def operations(module):
 
 def uses(module, name, above=()):
     """The operations that op_backward is built of, directly or not, each after those that it is built of itself."""
-    found = [n.id[:-9] for n in ast.walk(function_tree(module, name + "_backward") or ast.Module([]))
+    tree = function_tree(module, name + "_backward") or ast.Module([])
+    tables = {getattr(n.targets[0], "id", ""): n for n in module.tree.body if isinstance(n, ast.Assign)}
+    parts = [tree, *(tables[n.id] for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in tables)]
+    found = [n.id[:-9] for part in parts for n in ast.walk(part)
              if isinstance(n, ast.Name) and n.id.endswith("_backward")]
     found = [other for other in found if other not in (name, *above) and function_tree(module, other + "_backward")]
     return [deep for other in found for deep in [*uses(module, other, (*above, name)), other]]
@@ -915,12 +954,21 @@ def check_file(path):
     """Check every operation of a file, then its models -> number of checks that passed, that failed."""
     print(f"{path}")
     try:
-        tree, broken = parse(Path(path).read_text(encoding="utf-8"))
+        tree, broken = parse(read(path))
         module = make_module(path, tree)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         print(f"  FAIL  it does not run: {type(error).__name__}: {error}")
+        if isinstance(error, SystemExit):
+            print('        does it lack the line  if __name__ == "__main__":  above the call that starts it?')
+        return 0, 1
+    if not isinstance(getattr(module, "GRADCHECK", {}), dict):
+        print("  FAIL  GRADCHECK: expected a dict, of functions of rng that return the inputs by name, in a dict")
         return 0, 1
     names, passed, failed, called = operations(module), 0, broken, set()
+    typed = Path(path).resolve() not in map(Path(__file__).resolve().parent.joinpath, LESSONS)
+    if typed:                                           # whatever goes wrong in it shall be said by the report alone
+        np.seterr(all="ignore")
+        warnings.simplefilter("ignore")
     if broken:
         print(f"  FAIL  {broken[0]}" + "\n        checked is what stands above it" * bool(names))
     for name in set(getattr(module, "GRADCHECK", {})) - set(names):
@@ -949,9 +997,10 @@ def check_file(path):
                     wrong = [other for other in failed if other != name and other in uses(module, name)]
                     if wrong:
                         raise Failure(error.args[0], ["mend first: " + ", ".join(wrong)]) from error
-                    lines = lesson_lines(module, [name + "_forward", name + "_backward"])
+                    both = [name + "_forward", name + "_backward"]
+                    lines = lesson_lines(module, both, 4) or lesson_lines(module, called_by(module, both), 4)
                     if len(lines) > 4:                  # another way of writing it, so look for the slip itself
-                        lines = repair(module, name, case) or lines[:4]
+                        lines = repair(module, name, case) or lines
                     known = [hint for hint in error.args[1] if not (lines and hint.startswith("computed in "))]
                     raise Failure(error.args[0], known + (lines or repair(module, name, case))) from error
             if TWINS.get(name) in names:
@@ -962,7 +1011,6 @@ def check_file(path):
         else:
             passed += 1
             print(f"  ok    {name:24s} {len(cases)} case(s), worst relative error {worst:.0e}{twins}")
-    typed = Path(path).resolve() not in map(Path(__file__).resolve().parent.joinpath, LESSONS)
     for lines in other_values(module, [name for name in names if name not in failed]) if typed else ():
         print("\n        ".join(["  note  " + lines[0], *lines[1:]]))
     missing = [n for n in ("Config", "init_params", "make_batch", "loss_and_grads") if not hasattr(module, n)]
@@ -972,26 +1020,35 @@ def check_file(path):
         return passed, len(failed)
     for name in modelled:
         setattr(module, name + "_backward", watched(getattr(module, name + "_backward"), called))
-    found = variants(module.Config)
+    found = []
     try:
+        try:
+            found = variants(module.Config)
+        except Exception as error:
+            raise Failure(f"Config: {type(error).__name__}: {error}", []) from error
         count = sum(check_model(module, text, cfg) for text, cfg in found)
         for name in modelled:
             if name + "_backward" not in called:
                 raise Failure(f"{name}_backward is never called by loss_and_grads", [])
-    except Failure as error:
+    except Exception as error:
+        if not isinstance(error, Failure):
+            error = Failure(f"loss_and_grads: {type(error).__name__}: {error}",
+                            ["expected: init_params -> dict of arrays, loss_and_grads -> number, dict of arrays"])
         wrong = [name for name in failed if name in names]
         whole = ["loss_and_grads", *(name + end for name in modelled for end in ("_forward", "_backward"))]
         failed.append("loss_and_grads")
         print(f"  FAIL  {error.args[0]}" + "".join(f"\n        {hint}" for hint in error.args[1] if not wrong))
-        print("        mend first: " + ", ".join(wrong) if wrong else "\n".join(" " * 8 + line for line in (
-            "the operations are right, so look at how the model puts them together",
-            *lesson_lines(module, whole)[:6])))
+        lines = ["mend first: " + ", ".join(wrong)] if wrong else lesson_lines(module, whole)
+        if not wrong and names and not any(word in error.args[0] for word in (" is float", "raises")):
+            lines = ["the operations are right, those that were checked, so look at how the model puts them together",
+                     *lines]
+        print("".join(f"        {line}\n" for line in lines), end="")
     else:
         passed += 1 + len(modelled)
         print(f"  ok    {'end to end':24s} " + ", ".join([f"{len(found)} variants", f"{count} parameters", *modelled]))
     if typed:
         steps = [name for name in vars(module) if name.endswith("_update") or name in STEPS]
-        lines = lesson_lines(module, steps)[:6]
+        lines = lesson_lines(module, steps)
         note = ("not checked, as no derivatives, but unlike the lesson's:" if lines else
                 "not checked, as no derivatives: optimizers, training, pictures")
         print("\n        ".join(["  note  " + note, *lines]))
@@ -1021,7 +1078,11 @@ def main():
     start, passed, failed = time.perf_counter(), 0, 0
     for path in files:
         if options.teeth:
-            planted, caught, survivors = teeth(make_module(path, ast.parse(Path(path).read_text(encoding="utf-8"))))
+            tree, broken = parse(read(path))
+            if broken:
+                print(f"gradcheck.py: {path}: {broken[0]}", file=sys.stderr)
+                sys.exit(2)
+            planted, caught, survivors = teeth(make_module(path, tree))
             print(f"{path}: caught {caught} / {planted} planted" + "".join(f"\n  survived: {s}" for s in survivors))
             passed, failed = passed + caught, failed + len(survivors)
         else:

@@ -77,7 +77,8 @@ def test_diagnosis(lesson, right, wrong, words, tmp_path):
 VALUES = [  # right derivatives of a wrong forward pass: lesson, changes, what the note must say
     ("mlp.py", [("np.maximum(x, 0), x", "np.maximum(x, 0.1), x"), ("return dout * (x > 0)", "return dout * (x > 0.1)")],
      ["relu_forward gives other values", "yours, line ", "mlp.py, relu_forward: return np.maximum(x, 0), x"]),
-    ("mlp.py", [("GELU_C = (2 / math.pi)", "GELU_C = (1 / math.pi)")], ["gelu_forward gives other values", "constant"]),
+    ("mlp.py", [("GELU_C = (2 / math.pi)", "GELU_C = (1 / math.pi)")],
+     ["gelu_forward gives other values", "mlp.py, between the functions: GELU_C = (2 / math.pi)"]),
     ("transformer.py", [("causal & (distance < 0)", "causal & (distance < -1)")],
      ["the loss, ", "transformer.py, where_to_look: mask = np.where(causal & (distance < 0)"]),
     ("lstm.py", [("def init_params(cfg, rng, dtype=np.float32):",
@@ -120,6 +121,29 @@ def test_unfinished_copy(tmp_path):
     done = check(copy)
     assert done.returncode == 1 and "SyntaxError" in done.stdout and "ok    linear" in done.stdout, done.stdout
     assert check(tmp_path / "missing.py").returncode == 2
+
+
+ODD = [    # in perceptron.py: what is replaced, by what; the exit status; what the report must say
+    ("# ---- plumbing", None, 0, ["4 passed, 0 failed"]),                      # it ends there, as the lesson allows
+    ("0.5 * np.tanh(0.5 * z)", "0.5 * np.tanh(z)", 1, ["perceptron.py, sigmoid: return 0.5 * np.tanh(0.5 * z) + 0.5"]),
+    ("    y += b\n", "    y += b\n    y += b\n", 1, ["yours, line ", ": y += b", "mend first: linear"]),
+    ("@dataclass\nclass Config", "class Config", 1, ["Config: TypeError"]),
+    ("return loss, {\"W\": dW, \"b\": db}", "return loss, (dW, db)", 1, ["expected: init_params -> dict"]),
+    ("SHADES =", "sys.exit()\nSHADES =", 1, ["it does not run: SystemExit", "__main__"]),
+    ("# /// script", "\ufeff# /// script", 0, ["4 passed, 0 failed"]),
+]
+
+
+@pytest.mark.parametrize("right, wrong, status, words", ODD, ids=[odd[0][:20] for odd in ODD])
+def test_odd_copies(right, wrong, status, words, tmp_path):
+    source = (ROOT / "perceptron.py").read_text(encoding="utf-8")
+    assert source.count(right) == 1
+    copy = tmp_path / "my_copy.py"
+    copy.write_text(source[:source.index(right)] if wrong is None else source.replace(right, wrong), encoding="utf-8")
+    done = check(copy)
+    assert done.returncode == status and not done.stderr, done.stdout + done.stderr
+    for word in words:
+        assert word in done.stdout, done.stdout
 
 
 OWN = """
