@@ -800,7 +800,8 @@ def other_values(module, names):
     for text, cfg in variants(lesson.Config) if "loss_and_grads" in vars(module) else ():
         if not notes:
             with contextlib.suppress(Exception):        # another model
-                notes += other_model(module, lesson, text, {f.name: getattr(cfg, f.name) for f in fields(cfg)})
+                values = {field.name: getattr(cfg, field.name) for field in fields(cfg)}
+                notes += other_model(module, lesson, text, values, [name for name in names if cases_of(module, name)])
     return notes
 
 
@@ -810,8 +811,9 @@ def found_lines(module, names):
             or ["its lines are the lesson's; so look at what it uses"])
 
 
-def other_model(module, lesson, text, values):
-    """Does a typed copy, in this variant, begin with other parameters or batches, or reach another loss? -> notes."""
+def other_model(module, lesson, text, values, compared):
+    """Does a typed copy, in this variant, begin with other parameters or batches, or reach another loss? (Operations
+    that have been compared are not to blame.) -> notes."""
     notes, whose, both, made = [], Path(lesson.__file__).name, (module, lesson), ("init_params", "make_batch")
     cfgs = [m.Config(**{f.name: values[f.name] for f in fields(m.Config) if f.name in values}) for m in both]
     pairs = [[getattr(m, what)(cfg, np.random.default_rng(0), np.float64) for m, cfg in zip(both, cfgs)]
@@ -825,8 +827,13 @@ def other_model(module, lesson, text, values):
         p += 0.3 * np.random.default_rng(1).standard_normal(p.shape)
     yours, theirs = (float(m.loss_and_grads(params, batch, cfg)[0]) for m, cfg in zip(both, cfgs))
     if not all_close(yours, theirs):
+        reached = ["loss_and_grads"]
+        for name in reached:                            # it grows on the way
+            reached += [other for other in called_by(module, [name]) if other not in reached]
+        reached = [name for name in reached if name.rsplit("_", 1)[0] not in compared]
         notes.append([f"the loss, {text}: yours {yours:.6g}, {whose}'s {theirs:.6g}, with equal parameters and batch",
-                      *(lesson_lines(module, list(vars(lesson))) or lesson_lines(module, [""]))])
+                      *(lesson_lines(module, reached) or lesson_lines(module, list(vars(lesson)))
+                        or lesson_lines(module, [""]))])
     return notes
 
 
