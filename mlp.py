@@ -1,131 +1,333 @@
+"""mlp.py: layers on layers, trained by backpropagation.
+
+One layer separates two classes by a line. A hidden layer with a nonlinearity bends the line. But
+no data say what a hidden neuron should output. Backpropagation finds out by the chain rule: from
+loss to input, each operation turns the gradient of its output into the gradients of its inputs.
+
+Forward, layer by layer:   z = x W + b   a = tanh(z), the x of the next layer   loss = L(last z)
+Backward, in reverse order; dz, dW, da, ... are the derivatives of the loss by z, W, a, ...
+    dz = (sigmoid(z) - y) / size   at the last layer: binary cross-entropy of targets y
+    dW = x^T dz         z[n, m] = ... + x[n, d] W[d, m] for every row n, so dW sums over the rows
+    db = sum_n dz       b[m] is added to every row
+    dx = dz W^T         x[n, d] enters z[n, m] for every m, so dx sums over the outputs
+    dz = da (1 - a^2)   for a = tanh(z), entry by entry; da is the dx of the layer after it
+
+Run    python mlp.py      (XOR, then two spirals; python mlp.py --help lists the other tasks)
+Papers: Rumelhart et al. 1986 (backpropagation), Glorot and Bengio 2010, Kingma and Ba 2015 (Adam).
+"""
+
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["numpy"]
 # ///
-"""mlp.py: layers on layers, trained by backpropagation.
 
-One layer can only draw a line. A second layer, fed with the outputs of the first, can bend it, if there is a
-nonlinearity in between. What was missing until 1986 was a way to tell the inner weights what to do, because no one
-knows what an inner neuron should have said. Backpropagation tells them: it is the chain rule, applied from the loss
-back to the input, each operation passing on the slope that it was handed.
+import math
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass, fields, replace
+from typing import Literal
 
-Forward, layer by layer:     z = x W + b     a = f(z), the input of the next layer     loss = L(z of the last layer)
-Backward, in reverse. Call da, dz, dW, ... the derivatives of the loss by a, z, W, ...
-    dz = da f'(z)            each entry of a depends on the same entry of z only
-    dW = x^T dz              W[d, m] reaches the loss through z[n, m] = ... + x[n, d] W[d, m], for every n
-    db = sum_n dz            b[m] is added to every row
-    dx = dz W^T              x[n, d] feeds every z[n, m]; this dx is the da of the layer before
-Slopes f'(z):   relu 1 or 0    sigmoid s (1 - s)    tanh 1 - a^2    silu s + z s (1 - s)    gelu: see below
-Slopes of L:    mse 2 (z - y) / size    binary cross-entropy (s(z) - y) / size    softmax ... (p - onehot y) / N
-BatchNorm:      xhat = (x - mean) / std over the batch,  y = gamma xhat + beta. Each x moves mean and std too, and so
-                dx = gamma / std (dy - mean(dy) - xhat mean(dy xhat)): dy without its part along 1 and along xhat
+for library in ("OPENBLAS", "MKL", "OMP"):  # the matrices are small: one BLAS thread is fastest
+    os.environ.setdefault(library + "_NUM_THREADS", "1")
+import numpy as np
 
-Run
-    python mlp.py                                         XOR, two spirals, initialisations, optimizers
-    python mlp.py --task spirals --activation relu --init he --optimizer momentum --lr 0.1
-    python mlp.py --task gates --hidden 4
-    python mlp.py --task mnist --data mnist               digits; mnist is a folder with the four files
+
+@dataclass
+class Config:
+    """Learn XOR, then the points of --points."""
+    points: Literal["xor", "spirals"] = "spirals"  # points in the plane, of two classes
+    hidden: str = "32,32"   # widths of the hidden layers
+    batch_size: int = 128   # points per step (XOR: always its four)
+    steps: int = 3000       # optimizer steps
+    lr: float = 0.01        # learning rate
+    seed: int = 0           # random seed
+
+
+# ---- layers: N rows, D inputs, M outputs ---------------------------------------------------------
+
+def linear_forward(x, W, b):
+    """y = x W + b.   x (N, D), W (D, M), b (M,) -> y (N, M)."""
+    return x @ W + b, (x, W)
+
+
+def linear_backward(dout, cache):
+    """dx = dout W^T, dW = x^T dout, db = sum_n dout: b is added to every row."""
+    x, W = cache
+    return dout @ W.T, x.T @ dout, dout.sum(axis=0)
+
+
+def tanh_forward(x):
+    """y = tanh(x), entry by entry."""
+    y = np.tanh(x)
+    return y, y
+
+
+def tanh_backward(dout, cache):
+    """dx = dout (1 - y^2)."""
+    y = cache
+    return dout * (1 - y * y)
+
+
+def sigmoid(z):
+    """1 / (1 + e^-z), computed as (1 + tanh(z / 2)) / 2, which cannot overflow."""
+    return 0.5 + 0.5 * np.tanh(0.5 * z)
+
+
+def binary_cross_entropy_forward(logits, targets):
+    """mean(log(1 + e^z) - t z), z logits and t targets (0 or 1), both (N, M) -> scalar."""
+    return (np.logaddexp(0, logits) - targets * logits).mean(), (logits, targets)
+
+
+def binary_cross_entropy_backward(dout, cache):
+    """dlogits = (sigmoid(logits) - targets) / size."""
+    logits, targets = cache
+    return (sigmoid(logits) - targets) * (dout / logits.size)
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+def xor_points(rng, n):
+    """The corners of a square, whatever n is; class 1 where the signs differ.   -> x, labels."""
+    corners = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)])
+    return corners, corners[:, 0] != corners[:, 1]
+
+
+def spiral_points(rng, n):
+    """Two spiral arms, one per class, one and a half turns long.   -> x (n, 2), labels (n,)."""
+    labels = np.arange(n) % 2
+    angle = 3 * np.pi * np.sqrt(rng.random(n))          # sqrt: equally dense everywhere
+    turned = angle + np.pi * labels                     # one arm is opposite the other
+    x = angle[:, None] / 2 * np.stack([np.cos(turned), np.sin(turned)], axis=1)
+    return x + 0.1 * rng.standard_normal((n, 2)), labels
+
+
+def make_batch(cfg, step, dtype=np.float32):
+    """Fresh points at every step.   -> x (N, 2), targets (N, 1) of 0 or 1."""
+    rng = np.random.default_rng((cfg.seed, step))
+    draw_points = {"xor": xor_points, "spirals": spiral_points}[cfg.points]
+    x, labels = draw_points(rng, cfg.batch_size)
+    return x.astype(dtype), labels[:, None].astype(dtype)
+
+
+# ---- model: linear, tanh, linear, tanh, ..., linear ----------------------------------------------
+
+def init_params(cfg, rng, dtype=np.float32):
+    """W0, b0, W1, b1, ...; W (D, M) with standard deviation sqrt(2 / (D + M)) (Glorot 2010)."""
+    sizes = [2, *map(int, cfg.hidden.split(",")), 1]
+    params = {}
+    for i, (D, M) in enumerate(zip(sizes, sizes[1:])):
+        params[f"W{i}"] = rng.standard_normal((D, M)) * (2 / (D + M)) ** 0.5
+        params[f"b{i}"] = np.zeros(M)
+    return {name: value.astype(dtype) for name, value in params.items()}
+
+
+def mlp_forward(params, x):
+    """x (N, 2) -> logits (N, 1)."""
+    caches = []
+    last = len(params) // 2 - 1
+    for i in range(last):
+        x, linear = linear_forward(x, params[f"W{i}"], params[f"b{i}"])
+        x, tanh = tanh_forward(x)
+        caches.append((linear, tanh))
+    logits, linear = linear_forward(x, params[f"W{last}"], params[f"b{last}"])
+    return logits, (caches, linear)
+
+
+def mlp_backward(dout, cache):
+    """mlp_forward from bottom to top -> gradients under the keys of params."""
+    (caches, linear), grads = cache, {}
+    last = len(caches)
+    dx, grads[f"W{last}"], grads[f"b{last}"] = linear_backward(dout, linear)
+    for i in reversed(range(last)):
+        linear, tanh = caches[i]
+        dx = tanh_backward(dx, tanh)
+        dx, grads[f"W{i}"], grads[f"b{i}"] = linear_backward(dx, linear)
+    return grads
+
+
+def loss_and_grads(params, batch, cfg):
+    """One forward and one backward pass -> loss, gradients under the keys of params."""
+    x, targets = batch
+    logits, cache = mlp_forward(params, x)
+    loss, loss_cache = binary_cross_entropy_forward(logits, targets)
+    dlogits = binary_cross_entropy_backward(1.0, loss_cache)
+    return loss, mlp_backward(dlogits, cache)
+
+
+# ---- training and demo ---------------------------------------------------------------------------
+
+def adam_update(params, grads, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
+    """m, v: moving averages of g and g^2, divided by 1 - beta^t to correct for their start at 0;
+    w <- w - lr m / (sqrt(v) + eps)."""
+    t = state["t"] = state.get("t", 0) + 1
+    for name, g in grads.items():
+        m = state["m " + name] = beta1 * state.get("m " + name, 0) + (1 - beta1) * g
+        v = state["v " + name] = beta2 * state.get("v " + name, 0) + (1 - beta2) * g * g
+        m = m / (1 - beta1 ** t)
+        v = v / (1 - beta2 ** t)
+        params[name] -= lr * m / (np.sqrt(v) + eps)
+
+
+def check_finite(loss, params=None):
+    """Raise FloatingPointError unless the loss and all parameters are finite."""
+    if not all(np.isfinite(value).all() for value in (loss, *(params or {}).values())):
+        raise FloatingPointError(f"training diverged (loss {loss:.4g}); try a smaller --lr")
+
+
+def progress(steps, losses, note=lambda: ""):
+    """for step in progress(steps, losses): ... losses.append(loss).   Prints ten lines, or one per
+    minute: the mean loss since the line before, note(), the time left. Ctrl-C ends the loop after
+    the step at hand, a second Ctrl-C the program. A loss that is not finite raises an error."""
+    stopped = []
+
+    def stop(*signal_and_frame):
+        stopped.append(True)
+        signal.signal(signal.SIGINT, previous)          # the next Ctrl-C ends the program
+    main_thread = threading.current_thread() is threading.main_thread()
+    previous = main_thread and signal.signal(signal.SIGINT, stop)
+    start = printed = time.perf_counter()
+    first = before = len(losses)
+    try:
+        for step in range(first + 1, steps + 1):
+            yield step
+            check_finite(losses[-1])
+            now = time.perf_counter()
+            due = step % math.ceil(steps / 10) == 0 or step == steps or now > printed + 60
+            if due or stopped:
+                mean = sum(losses[before:]) / (step - before)
+                left = (now - start) / (step - first) * (steps - step)
+                print(f"step {step:6d}/{steps}  mean loss {mean:#.4g}{note()}  |  "
+                      f"{now - start:.1f} s  ({left:.0f} s left)", flush=True)
+                printed, before = now, step
+            if stopped:
+                print(f"stopped after step {step}; this is what has been learned so far")
+                break
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGINT, previous)
+
+
+def train(params, cfg, make_batch=make_batch, loss_and_grads=loss_and_grads, update=adam_update,
+          rate=lambda step, cfg: cfg.lr, note=lambda: ""):
+    """Train params in place -> losses. The later parts of the file pass their own functions."""
+    state, losses = {}, []
+    for step in progress(cfg.steps, losses, note):
+        loss, grads = loss_and_grads(params, make_batch(cfg, step), cfg)
+        update(params, grads, state, rate(step, cfg))
+        losses.append(float(loss))
+    check_finite(losses[-1], params)
+    return losses
+
+
+def shade(values):
+    """Numbers from 0 to 1 -> characters from blank (0) to @ (1), in an array of the same shape."""
+    shades = np.array(list(" .:-=+*#%@"))
+    return shades[(np.clip(values, 0, 1) * 9.99).astype(int)]
+
+
+def draw_regions(prob, points, labels, cols=48, rows=24):
+    """A classifier in the plane: dark where prob is near 1; points of class 0 are o, of class 1 x.
+    prob (N, 2) -> (N,), points (P, 2), labels (P,) -> list of lines."""
+    edge = 1.1 * np.abs(points).max()
+    x1, x2 = np.meshgrid(np.linspace(-edge, edge, cols), np.linspace(edge, -edge, rows))
+    grid = np.stack([x1.ravel(), x2.ravel()], axis=1)
+    picture = shade(prob(grid).reshape(rows, cols))
+    col = ((1 + points[:, 0] / edge) / 2 * (cols - 1)).round().astype(int)
+    row = ((1 - points[:, 1] / edge) / 2 * (rows - 1)).round().astype(int)
+    picture[row, col] = np.where(labels > 0, "x", "o")
+    return ["".join(line) for line in picture]
+
+
+def print_result(task, cfg, **metrics):
+    """The last line of a run, for comparing runs: task, changed fields and seed, metrics."""
+    changed = {f.name: getattr(cfg, f.name) for f in fields(cfg)
+               if f.name == "seed" or getattr(cfg, f.name) != f.default}
+    line = f"result: task={task}"
+    for name, value in {**changed, **metrics}.items():
+        text = f"{value:#.4g}" if isinstance(value, float) else str(value)
+        line += f" {name}={text.replace(' ', '_')}"
+    print(line)
+
+
+def main(cfg):
+    """Learn XOR, then the points of the configuration; draw what the net outputs in the plane."""
+    start, metrics = time.perf_counter(), {}
+    for points in dict.fromkeys(["xor", cfg.points]):
+        part = replace(cfg, points=points)
+        params = init_params(part, np.random.default_rng(cfg.seed))
+        size = sum(p.size for p in params.values())
+        print(f"\n{points}: layers 2,{cfg.hidden},1, {size} parameters, lr {cfg.lr}")
+        print(f"chance level: loss {math.log(2):.3f}")
+        losses = train(params, part)
+        x, targets = make_batch(replace(part, batch_size=2000), cfg.steps + 1)      # fresh points
+        logits, _ = mlp_forward(params, x)
+        loss, _ = binary_cross_entropy_forward(logits, targets)
+        check_finite(loss, params)
+        accuracy = ((logits > 0) == targets).mean()
+        print(f"{accuracy:.2%} of {len(x)} points right, loss {loss:.3g}. The picture is dark where"
+              "\nthe net outputs class x, blank where it outputs class o; some points are marked")
+        print(*draw_regions(lambda grid: sigmoid(mlp_forward(params, grid)[0]),
+                            x[:200], targets[:200, 0]), sep="\n")
+        metrics.update({f"{points}_accuracy": float(accuracy), f"{points}_loss": float(loss)})
+        if len(losses) < cfg.steps:                     # Ctrl-C
+            break
+    print("\nNext: python mlp.py net --activation relu      python mlp.py inits")
+    metrics.update(params=size, steps=len(losses), seconds=time.perf_counter() - start)
+    print_result("points", cfg, **metrics)
+
+
+# ==== A complete program ends here. Typing along? End it with  main(Config())  and run it. ====
+# ==== The rest adds to it: activations, losses, BatchNorm, optimizers; names; digits; flags. ==
+
+MORE = """
+Break it (what to change, and what comes of it)
+    tanh_forward: return x, 0 * x               XOR 50 %, spirals 65 %: linear layers make a line
+    init_params: 0 * rng.standard_normal        50 %: hidden neurons start equal and stay equal
+    tanh_backward: return dout                  XOR 75 %, spirals 65 %: it learns, but not well, so
+                                                check gradients instead of looking at the loss
+    python mlp.py net --hidden 16,16,16,16,16,16,16,16,16,16 --init small     50 %: the signal fades
+    python mlp.py net --hidden 16,16,16,16,16,16,16,16,16,16 --init small --norm batch        99 %
+    python mlp.py net --points xor --hidden 2 --seed 1      stuck at 50 %; seed 2 reaches 100 %
+    python mlp.py net --loss mse --optimizer sgd --lr 30    diverges within a few steps
+
+Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
+    1. python mlp.py net --points xor --hidden 2 for ten seeds: how many succeed? And with 3, 4, 8?
+    2. Derive and add leaky ReLU: y = x where x > 0, else 0.1 x (leaky_relu_forward, _backward).
+    3. Derive and add the Huber loss: e^2 / 2 where |e| < 1, else |e| - 1/2, for e = y - targets.
+
+Data
+    names.txt: curl -O https://raw.githubusercontent.com/karpathy/makemore/master/names.txt
+    mnist, a folder with four files:
         for f in train-images-idx3 train-labels-idx1 t10k-images-idx3 t10k-labels-idx1; do
-        curl --create-dirs -o mnist/$f-ubyte.gz https://ossci-datasets.s3.amazonaws.com/mnist/$f-ubyte.gz; done
-    python mlp.py --task names --data names.txt           the next letter from the last eight
-        curl -O https://raw.githubusercontent.com/karpathy/makemore/master/names.txt
-    python mlp.py --task names --data names.txt --group 2     joins neighbours level by level, as WaveNet does
+        curl --create-dirs -o mnist/$f-ubyte.gz \\
+            https://ossci-datasets.s3.amazonaws.com/mnist/$f-ubyte.gz; done
 
-Break it
-    act_forward(x) -> (x, act_forward(x)[1]) in mlp_forward, --task xor: layers of lines are a line, loss 0.693, 50 %
-    rng.standard_normal -> 0 * rng.standard_normal for W in init_params, --task xor: loss 0.693, 50 %; neurons that
-        begin alike get the same gradient for ever
-    dout * (1 - y * y) -> dout in tanh_backward, --task spirals: 62 %. It still learns something! So check gradients
-    --task spirals --hidden 16,16,16,16,16,16,16,16,16,16 --init small: loss 0.693, chance, the signal dies in ten
-        layers; with --batchnorm as well: 99.9 %
-    --task xor --hidden 2 --seed 1: 50 %, stuck; seed 0 gets through. More neurons than needed make luck unnecessary
-    --task spirals --loss mse --optimizer sgd --lr 30: the loss is inf after a dozen steps
-
-Papers: Rumelhart, Hinton, Williams 1986 (backpropagation); Bengio et al. 2003 (a neural probabilistic language model);
-Glorot, Bengio 2010 and He et al. 2015 (initialisation); Ioffe, Szegedy 2015 (BatchNorm); Kingma, Ba 2015 (Adam);
-Hendrycks, Gimpel 2016 (gelu); van den Oord et al. 2016 (WaveNet); Loshchilov, Hutter 2017 and 2019 (cosine, AdamW).
+Papers of these parts: Bengio et al. 2003 (neural language model), He et al. 2015 (initialisation),
+Ioffe and Szegedy 2015 (BatchNorm), Hendrycks and Gimpel 2016 (GELU), van den Oord et al. 2016
+(WaveNet), Elfwing et al. 2017 (SiLU), Loshchilov and Hutter 2017, 2019 (cosine, AdamW).
 """
+
 import argparse
 import contextlib
 import ctypes
 import functools
 import gzip
 import inspect
-import math
 import re
-import signal
 import sys
-import time
 import zlib
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import NamedTuple, get_args
 
-import numpy as np
-
-
-@dataclass
-class Config:
-    """Hyperparameters. Edit a line, or pass its name as a flag: --lr 0.1"""
-    task: Literal["demo", "xor", "gates", "spirals", "names", "mnist"] = "demo"  # what to learn; demo: xor, spirals
-    experiment: Literal["none", "init", "optimizers"] = "none"  # instead: compare initialisations or optimizers
-    hidden: str = "32,32"   # width of every hidden layer
-    activation: Literal["relu", "sigmoid", "tanh", "gelu", "silu"] = "tanh"  # what follows every hidden layer
-    init: Literal["he", "xavier", "normal", "small"] = "xavier"  # spread of the first weights; normal is 1, small 0.01
-    loss: Literal["auto", "mse", "binary", "softmax"] = "auto"  # auto: binary for xor and gates, else softmax
-    batchnorm: bool = False  # normalise what enters every activation
-    l1: float = 0.0         # penalty on sum |W|
-    l2: float = 0.0         # penalty on sum W^2 / 2
-    optimizer: Literal["sgd", "momentum", "adam", "adamw"] = "adam"  # how a gradient becomes a step
-    lr: float = 0.01        # learning rate at its height
-    decay: float = 0.01     # adamw: share of every matrix that is taken off, times lr
-    schedule: Literal["constant", "step", "cosine"] = "cosine"  # course of the learning rate
-    warmup: int = 50        # steps in which it rises from 0
-    steps: int = 2000       # updates
-    batch: int = 128        # examples an update; xor and gates are always all four rows
-    context: int = 8        # names: letters that the next one is guessed from
-    embed: int = 24         # names: numbers that stand for a letter
-    group: int = 0          # names: neighbours that a layer joins; 0: the first layer joins all
-    data: str = ""          # names: a text with a word a line; mnist: the folder of MNIST
-    seed: int = 0           # of every random draw
-
-    def __post_init__(self):
-        widths = re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.hidden)
-        require(widths, "--hidden", "widths above 0, such as 64,32", self.hidden)
-        for name in ("steps", "batch", "context", "embed"):
-            require(getattr(self, name) >= 1, "--" + name, "1 or more", getattr(self, name))
-        for name in ("l1", "l2", "decay", "warmup", "seed"):
-            require(0 <= getattr(self, name) < math.inf, "--" + name, "0 or more", getattr(self, name))
-        require(0 < self.lr < math.inf, "--lr", "a number above 0", self.lr)
-        require(not self.data or self.task in ("names", "mnist"), "--data", "--task names or mnist with it", self.task)
-        require((self.task, self.loss) != ("gates", "softmax"), "--loss", "binary or mse for yes or no", self.loss)
-        joined = self.group ** (self.hidden.count(",") + 2)
-        require(self.group == 0 or self.group > 1 and joined % self.context == 0, "--group",
-                f"a number whose powers reach --context {self.context} within the layers", self.group)
+with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse freed memory, which
+    libc = ctypes.CDLL(None)                                    # makes a step up to 3 times faster
+    libc.mallopt(-3, 1 << 30)
+    libc.mallopt(-1, -1)
 
 
-PRESETS = {     # what a task changes above, unless a flag says otherwise
-    "names": dict(hidden="128,128,128", activation="gelu", batchnorm=True, lr=0.003, optimizer="adamw", decay=1.0,
-                  steps=20000, batch=256),
-    "mnist": dict(hidden="512,256", activation="relu", init="he", batchnorm=True, lr=0.003, optimizer="adamw",
-                  steps=8000),
-}
-
-
-# ---- layers: N rows, D inputs, M outputs, K classes ------------------------------------------------------------------
-
-def linear_forward(x, W, b):
-    """y = x W + b.   x (N, D), W (D, K), b (K,) -> y (N, K)."""
-    y = x @ W
-    y += b
-    return y, (x, W)
-
-
-def linear_backward(dout, cache):
-    """dx = dout W^T, dW = x^T dout, db = sum_n dout.   dout (N, K) -> dx (N, D), dW (D, K), db (K,)."""
-    x, W = cache
-    return dout @ W.T, x.T @ dout, dout.sum(axis=0)     # b was broadcast over N, so sum over N
-
+# ---- choices: activations, BatchNorm, losses, penalties ------------------------------------------
 
 def relu_forward(x):
     """y = max(x, 0), entry by entry."""
@@ -138,13 +340,8 @@ def relu_backward(dout, cache):
     return dout * (x > 0)
 
 
-def sigmoid(z):
-    """1 / (1 + e^-z), written with tanh, which cannot overflow."""
-    return 0.5 * np.tanh(0.5 * z) + 0.5
-
-
 def sigmoid_forward(x):
-    """y = 1 / (1 + e^-x)."""
+    """y = 1 / (1 + e^-x), entry by entry."""
     y = sigmoid(x)
     return y, y
 
@@ -155,16 +352,20 @@ def sigmoid_backward(dout, cache):
     return dout * y * (1 - y)
 
 
-def tanh_forward(x):
-    """y = tanh x."""
-    y = np.tanh(x)
-    return y, y
+def gelu_forward(x):
+    """y = x h, h = (1 + tanh(c (x + 0.044715 x^3))) / 2, c = sqrt(2 / pi): nearly x times the
+    cumulative normal distribution at x."""
+    c = (2 / math.pi) ** 0.5
+    h = 0.5 + 0.5 * np.tanh(c * (x + 0.044715 * x * x * x))
+    return x * h, (x, h)
 
 
-def tanh_backward(dout, cache):
-    """dx = dout (1 - y^2)."""
-    y = cache
-    return dout * (1 - y * y)
+def gelu_backward(dout, cache):
+    """dx = dout (h + x h'), h' = 2 h (1 - h) c (1 + 3 0.044715 x^2)."""
+    x, h = cache
+    c = (2 / math.pi) ** 0.5
+    dh = 2 * h * (1 - h) * c * (1 + 3 * 0.044715 * x * x)
+    return dout * (h + x * dh)
 
 
 def silu_forward(x):
@@ -174,213 +375,226 @@ def silu_forward(x):
 
 
 def silu_backward(dout, cache):
-    """dx = dout (s + x s (1 - s)), the product rule."""
+    """dx = dout (s + x s (1 - s)): the product rule."""
     x, s = cache
     return dout * (s + x * s * (1 - s))
 
 
-GELU_C = (2 / math.pi) ** 0.5
-
-
-def gelu_forward(x):
-    """y = x h, h = 1/2 + tanh(c (x + 0.044715 x^3)) / 2, c = sqrt(2 / pi): x times the normal distribution, nearly."""
-    h = x * x                                           # in place: passes over memory are what takes the time
-    h *= GELU_C * 0.044715
-    h += GELU_C
-    h *= x
-    np.tanh(h, out=h)
-    h *= 0.5
-    h += 0.5
-    return x * h, (x, h)
-
-
-def gelu_backward(dout, cache):
-    """dx = dout (h + x h'), and h' = 2 h (1 - h) c (1 + 3 0.044715 x^2), as for a sigmoid.   The order of the lines is
-    dx = (((6 0.044715 c x^2 + 2 c) x (1 - h)) + 1) h dout."""
-    x, h = cache
-    dx = x * x
-    dx *= 6 * 0.044715 * GELU_C
-    dx += 2 * GELU_C
-    dx *= x
-    dx *= 1 - h
-    dx += 1
-    dx *= h
-    dx *= dout
-    return dx
-
-
 def batchnorm_forward(x, gamma, beta, running=None, eps=1e-5):
-    """y = gamma xhat + beta, xhat = (x - mean) / sqrt(var + eps), over the rows of x, or in evaluation by the running
-    (mean, var) from training.   x (N, D), gamma, beta, mean, var (D,) -> y (N, D)."""
-    mean = x.mean(axis=0) if running is None else running[0]
-    xhat = x - mean
-    var = (xhat * xhat).mean(axis=0) if running is None else running[1]
+    """y = gamma xhat + beta, xhat = (x - mean) / sqrt(var + eps), mean and var over the rows of x;
+    in evaluation running = (mean, var) of the training data.   x (N, D), gamma, beta (D,)."""
+    mean, var = running or (x.mean(axis=0), x.var(axis=0))
     inv_std = (var + eps) ** -0.5
-    xhat *= inv_std
-    return gamma * xhat + beta, (xhat, gamma, inv_std, running is None, mean, var)
+    xhat = (x - mean) * inv_std
+    return gamma * xhat + beta, (xhat, gamma, inv_std, running)
 
 
 def batchnorm_backward(dout, cache):
-    """dgamma = sum_n dout xhat, dbeta = sum_n dout, dx as derived above; in evaluation mean and std are constants."""
-    xhat, gamma, inv_std, training, _, _ = cache
-    dgamma, dbeta = (dout * xhat).sum(axis=0), dout.sum(axis=0)
-    if not training:
-        return dout * (gamma * inv_std), dgamma, dbeta
-    return (dout - (dbeta + xhat * dgamma) / len(dout)) * (gamma * inv_std), dgamma, dbeta
+    """g = gamma dout, dx = (g - mean(g) - xhat mean(g xhat)) / std, since every x moves mean and
+    std, too; in evaluation they are constants. dgamma = sum_n dout xhat, dbeta = sum_n dout."""
+    xhat, gamma, inv_std, running = cache
+    g = gamma * dout
+    if running is None:
+        g = g - g.mean(axis=0) - xhat * (g * xhat).mean(axis=0)
+    return g * inv_std, (dout * xhat).sum(axis=0), dout.sum(axis=0)
 
 
-def embedding_forward(ids, E):
-    """The row of E that each number names.   ids (...) integers, E (V, D) -> (..., D)."""
-    return E[ids], (ids, E.shape)
-
-
-def embedding_backward(dout, cache):
-    """A row of E gets the sum of dout over the places where it stands: a product with a (V, places) table of 0, 1."""
-    ids, shape = cache
-    stands = np.arange(shape[0])[:, None] == ids.ravel()
-    return stands.astype(dout.dtype) @ dout.reshape(-1, shape[1])
-
-
-def mse_forward(z, targets):
-    """mean[(z - y)^2].   z (N, K), targets (N, K) -> scalar."""
-    return ((z - targets) ** 2).mean(), (z, targets)
+def mse_forward(y, targets):
+    """mean((y - targets)^2).   y, targets (N, M) -> scalar."""
+    return ((y - targets) ** 2).mean(), (y, targets)
 
 
 def mse_backward(dout, cache):
-    """dz = 2 (z - y) / size.   dout scalar -> dz (N, K)."""
-    z, targets = cache
-    return (z - targets) * (2 * dout / z.size)
+    """dy = 2 (y - targets) / size."""
+    y, targets = cache
+    return (y - targets) * (2 * dout / y.size)
 
 
-def binary_cross_entropy_forward(z, targets):
-    """mean[log(1 + e^z) - y z], cross-entropy of y and sigmoid(z).   z (N, K), targets (N, K) of 0 or 1 -> scalar."""
-    return (np.logaddexp(0, z) - targets * z).mean(), (z, targets)
-
-
-def binary_cross_entropy_backward(dout, cache):
-    """dz = (sigmoid(z) - y) / size.   dout scalar -> dz (N, K)."""
-    z, targets = cache
-    return (sigmoid(z) - targets) * (dout / z.size)     # the mean is over all N K entries
-
-
-def softmax_cross_entropy_forward(z, targets):
-    """-mean_n log p[n, y_n], p = softmax of each row.   z (N, K), targets (N,) class numbers -> scalar."""
-    z = z - z.max(axis=1, keepdims=True)                # the same p, and e^z cannot overflow
-    log_p = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
-    return -log_p[np.arange(len(targets)), targets].mean(), (log_p, targets)
+def softmax_cross_entropy_forward(logits, targets):
+    """-mean_n log softmax(logits)[n, targets_n].   logits (N, V), targets (N,) ids -> scalar."""
+    logits = logits - logits.max(axis=1, keepdims=True)     # the same softmax, without overflow
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    loss = -log_p[np.arange(len(targets)), targets].mean()
+    return loss, (log_p, targets)
 
 
 def softmax_cross_entropy_backward(dout, cache):
-    """dz = (p - onehot(y)) / N.   dout scalar -> dz (N, K)."""
+    """dlogits = (p - onehot(targets)) / N."""
     log_p, targets = cache
-    dz = np.exp(log_p)
-    dz[np.arange(len(targets)), targets] -= 1
-    return dz * (dout / len(targets))
+    dlogits = np.exp(log_p)
+    dlogits[np.arange(len(targets)), targets] -= 1
+    return dlogits * (dout / len(targets))
 
 
 def penalty_forward(W, l1, l2):
-    """l1 sum |W| + l2 / 2 sum W^2: large weights cost.   W (D, M), l1 and l2 numbers -> scalar."""
+    """l1 sum |W| + l2 / 2 sum W^2: large weights cost.   W (D, M), numbers l1, l2 -> scalar."""
     return l1 * np.abs(W).sum() + 0.5 * l2 * (W * W).sum(), (W, l1, l2)
 
 
 def penalty_backward(dout, cache):
-    """dW = dout (l1 sign W + l2 W)."""
+    """dW = dout (l1 sign(W) + l2 W)."""
     W, l1, l2 = cache
     return dout * (l1 * np.sign(W) + l2 * W)
 
 
-ACTIVATIONS = {"relu": (relu_forward, relu_backward), "sigmoid": (sigmoid_forward, sigmoid_backward),
-               "tanh": (tanh_forward, tanh_backward), "gelu": (gelu_forward, gelu_backward),
-               "silu": (silu_forward, silu_backward)}
+ACTIVATIONS = {"relu": (relu_forward, relu_backward), "tanh": (tanh_forward, tanh_backward),
+               "sigmoid": (sigmoid_forward, sigmoid_backward),
+               "gelu": (gelu_forward, gelu_backward), "silu": (silu_forward, silu_backward)}
 LOSSES = {"mse": (mse_forward, mse_backward),
           "binary": (binary_cross_entropy_forward, binary_cross_entropy_backward),
           "softmax": (softmax_cross_entropy_forward, softmax_cross_entropy_backward)}
-INITS = {"he": lambda D, M: (2 / D) ** 0.5, "xavier": lambda D, M: (2 / (D + M)) ** 0.5,
-         "normal": lambda D, M: 1.0, "small": lambda D, M: 0.01}                # standard deviation of W (D, M)
 
 
-# ---- model: L hidden layers, then a linear one -----------------------------------------------------------------------
+# ---- a net with choices: python mlp.py net --activation relu --norm batch ------------------------
+# A hidden layer is act(x W + b) or act(batchnorm(x W)): a bias before BatchNorm would be subtracted
+# with the mean.
 
-def loss_name(cfg):
-    """The loss that auto stands for."""
-    return cfg.loss if cfg.loss != "auto" else "binary" if cfg.task in ("demo", "xor", "gates") else "softmax"
+@dataclass
+class Net(Config):
+    """Any net, on points in the plane."""
+    points: Literal["spirals", "xor", "gates"] = "spirals"  # points and their classes
+    hidden: str = "32,32"   # widths of the hidden layers
+    activation: Literal["relu", "sigmoid", "tanh", "gelu", "silu"] = "tanh"  # nonlinearity
+    init: Literal["he", "xavier", "normal", "small"] = "xavier"  # scale of the first weights
+    norm: Literal["none", "batch"] = "none"  # normalisation before each nonlinearity
+    loss: Literal["binary", "softmax", "mse"] = "binary"  # loss function
+    l1: float = 0.0         # penalty on sum |W|
+    l2: float = 0.0         # penalty on sum W^2 / 2
+    optimizer: Literal["sgd", "momentum", "adam", "adamw"] = "adam"  # update rule
+    weight_decay: float = 0.01  # weight decay of adamw
+    schedule: Literal["constant", "step", "cosine"] = "cosine"  # learning rate over the steps
+    warmup: int = 50        # steps of linear warmup
+    steps: int = 2000       # optimizer steps
 
 
-def init_params(cfg, rng, dtype=np.float32):
-    """W0, b0, W1, b1, ...; under BatchNorm gamma and beta in place of b; E, the embedding of the letters, for names."""
-    D, K = task_sizes(cfg)
-    params, left = {}, cfg.context if cfg.task == "names" else 1            # left: positions still to be joined
-    if cfg.task == "names":
-        params["E"], D = rng.standard_normal((K, cfg.embed)), cfg.embed
-    widths = [int(w) for w in cfg.hidden.split(",")]
-    for i, M in enumerate([*widths, 1 if K == 2 and loss_name(cfg) != "softmax" else K]):
-        join = min(cfg.group or left, left)
-        params[f"W{i}"] = rng.standard_normal((join * D, M)) * INITS[cfg.init](join * D, M)
-        if cfg.batchnorm and i < len(widths):
+@dataclass
+class Gates(Net):
+    """AND, OR, NAND and XOR, four outputs of one net."""
+    points: Literal["spirals", "xor", "gates"] = "gates"  # points and their classes
+    hidden: str = "4"       # widths of the hidden layers
+
+
+GATES = {"AND": (0, 0, 0, 1), "OR": (0, 1, 1, 1), "NAND": (1, 1, 1, 0), "XOR": (0, 1, 1, 0)}
+
+
+def gate_points(rng, n):
+    """The corners of a square, whatever n is; a column for each gate.   -> x, labels (4, 4)."""
+    return xor_points(rng, n)[0], np.array(list(GATES.values())).T
+
+
+POINTS = {"spirals": spiral_points, "xor": xor_points, "gates": gate_points}
+
+
+def net_batch(cfg, step, dtype=np.float32):
+    """-> x (N, 2), targets: classes (N,) for softmax, else columns (N, K) of 0 and 1."""
+    rng = np.random.default_rng((cfg.seed, step))
+    x, labels = POINTS[cfg.points](rng, cfg.batch_size)
+    if cfg.loss == "softmax":
+        return x.astype(dtype), labels.astype(int)
+    return x.astype(dtype), labels.reshape(len(x), -1).astype(dtype)
+
+
+def init_layers(sizes, init, norm, rng, dtype):
+    """W0, b0, W1, b1, ...; under BatchNorm gamma and beta in place of b, except in the last."""
+    params = {}
+    for i, (D, M) in enumerate(zip(sizes, sizes[1:])):
+        std = {"he": (2 / D) ** 0.5, "xavier": (2 / (D + M)) ** 0.5, "normal": 1.0, "small": 0.01}
+        params[f"W{i}"] = rng.standard_normal((D, M)) * std[init]
+        if norm == "batch" and i < len(sizes) - 2:
             params[f"gamma{i}"], params[f"beta{i}"] = np.ones(M), np.zeros(M)
         else:
             params[f"b{i}"] = np.zeros(M)
-        D, left = M, left // join
     return {name: value.astype(dtype) for name, value in params.items()}
 
 
-def mlp_forward(params, x, cfg, running=None):
-    """x (N, D), or for names letters (N, context) -> z (N, K). With running, the BatchNorm statistics, it evaluates."""
-    layers, ids_cache, depth = [], None, cfg.hidden.count(",") + 1
-    act_forward, _ = ACTIVATIONS[cfg.activation]
-    if "E" in params:
-        x, ids_cache = embedding_forward(x, params["E"])
-    for i in range(depth + 1):
-        shape, W = x.shape, params[f"W{i}"]
-        x = x.reshape(-1, len(W))       # names: the rows of neighbouring letters become one row; elsewhere no change
-        norm_cache = act_cache = None
-        x, linear_cache = linear_forward(x, W, params.get(f"b{i}", 0.0))
-        if f"gamma{i}" in params:       # it takes the mean away, and any bias with it, so there is none
-            x, norm_cache = batchnorm_forward(x, params[f"gamma{i}"], params[f"beta{i}"], running and running[i])
-        if i < depth:
-            x, act_cache = act_forward(x)
-        layers.append((shape, linear_cache, norm_cache, act_cache))
-    return x, (ids_cache, layers, cfg)
+def init_net(cfg, rng, dtype=np.float32):
+    """-> the parameters of init_layers."""
+    outputs = {"gates": 4}.get(cfg.points, 1 + (cfg.loss == "softmax"))
+    sizes = [2, *map(int, cfg.hidden.split(",")), outputs]
+    return init_layers(sizes, cfg.init, cfg.norm, rng, dtype)
 
 
-def mlp_backward(dout, cache):
-    """mlp_forward from bottom to top -> gradients under the keys of params."""
-    (ids_cache, layers, cfg), grads = cache, {}
-    _, act_backward = ACTIVATIONS[cfg.activation]
-    for i, (shape, linear_cache, norm_cache, act_cache) in reversed(list(enumerate(layers))):
-        if i < len(layers) - 1:
-            dout = act_backward(dout, act_cache)
-        if norm_cache is not None:
-            dout, grads[f"gamma{i}"], grads[f"beta{i}"] = batchnorm_backward(dout, norm_cache)
-        dout, grads[f"W{i}"], db = linear_backward(dout, linear_cache)
-        if norm_cache is None:
-            grads[f"b{i}"] = db
-        dout = dout.reshape(shape)
-    if ids_cache is not None:
-        grads["E"] = embedding_backward(dout, ids_cache)
-    return grads
+def layer_params(params, i):
+    """The parameters of layer i, without the i in their names."""
+    names = [name for name in ("W", "b", "gamma", "beta") if f"{name}{i}" in params]
+    return {name: params[f"{name}{i}"] for name in names}
 
 
-def loss_and_grads(params, batch, cfg, running=None):
-    """One forward and one backward pass -> loss, gradients under the keys of params. If given, running, a list of
-    BatchNorm's (mean, var) by layer, moves a tenth of the way to the statistics of this batch."""
+def hidden_layer_forward(x, p, activation, running=None):
+    """act(x W + b), or act(batchnorm(x W)) if p has gamma.   x (N, D) -> (N, M)."""
+    y, linear = linear_forward(x, p["W"], p.get("b", 0.0))
+    norm = None
+    if "gamma" in p:
+        y, norm = batchnorm_forward(y, p["gamma"], p["beta"], running)
+    y, act = ACTIVATIONS[activation][0](y)
+    return y, (linear, norm, act, activation)
+
+
+def hidden_layer_backward(dout, cache):
+    """hidden_layer_forward from bottom to top -> dx, gradients under the keys of p."""
+    linear, norm, act, activation = cache
+    dy, g = ACTIVATIONS[activation][1](dout, act), {}
+    if norm is not None:
+        dy, g["gamma"], g["beta"] = batchnorm_backward(dy, norm)
+    dx, g["W"], db = linear_backward(dy, linear)
+    if norm is None:
+        g["b"] = db
+    return dx, g
+
+
+def net_forward(params, x, activation, running=None):
+    """x (N, D) -> logits (N, K). In evaluation running has mean and var of every BatchNorm."""
+    last = sum(name[0] == "W" for name in params) - 1
+    caches = []
+    for i in range(last):
+        p, shape = layer_params(params, i), x.shape
+        x = x.reshape(-1, len(p["W"]))                  # names: neighbours join; else no change
+        x, cache = hidden_layer_forward(x, p, activation, running and running[i])
+        caches.append((shape, cache))
+    logits, linear = linear_forward(x, params[f"W{last}"], params[f"b{last}"])
+    return logits, (caches, linear)
+
+
+def net_backward(dout, cache):
+    """net_forward from bottom to top -> dx, gradients under the keys of params."""
+    (caches, linear), grads = cache, {}
+    last = len(caches)
+    dx, grads[f"W{last}"], grads[f"b{last}"] = linear_backward(dout, linear)
+    for i in reversed(range(last)):
+        shape, hidden = caches[i]
+        dx, g = hidden_layer_backward(dx, hidden)
+        grads.update({f"{name}{i}": value for name, value in g.items()})
+        dx = dx.reshape(shape)
+    return dx, grads
+
+
+def net_loss_and_grads(params, batch, cfg):
+    """One forward and one backward pass -> loss with penalties, gradients."""
     x, targets = batch
-    loss_forward, loss_backward = LOSSES[loss_name(cfg)]
-    z, cache = mlp_forward(params, x, cfg)
-    loss, loss_cache = loss_forward(z, targets)
-    grads = mlp_backward(loss_backward(1.0, loss_cache), cache)
-    for name, W in params.items():
-        if name[0] == "W" and (cfg.l1 or cfg.l2):
-            cost, penalty_cache = penalty_forward(W, cfg.l1, cfg.l2)
-            loss = loss + cost
-            grads[name] = grads[name] + penalty_backward(1.0, penalty_cache)    # W is used twice, so gradients add
-    if running is not None:
-        for i, (_, _, norm_cache, _) in enumerate(cache[1][:len(running)]):
-            running[i] = tuple(0.9 * old + 0.1 * new for old, new in zip(running[i], norm_cache[-2:]))
+    loss_forward, loss_backward = LOSSES[cfg.loss]
+    logits, cache = net_forward(params, x, cfg.activation)
+    loss, loss_cache = loss_forward(logits, targets)
+    _, grads = net_backward(loss_backward(1.0, loss_cache), cache)
+    for name in params:
+        if name[0] == "W":                              # W is used twice, so two gradients add
+            penalty, penalty_cache = penalty_forward(params[name], cfg.l1, cfg.l2)
+            loss = loss + penalty
+            grads[name] = grads[name] + penalty_backward(1.0, penalty_cache)
     return loss, grads
 
 
-# ---- optimizers: how a gradient becomes a step -----------------------------------------------------------------------
+def batch_statistics(params, x, activation):
+    """Mean and var of every x W over the training data x, for evaluation (Ioffe and Szegedy 2015,
+    algorithm 2).   -> a list of pairs, or None without BatchNorm."""
+    running = []
+    for i in range(sum(name[:5] == "gamma" for name in params)):
+        p = layer_params(params, i)
+        x = x.reshape(-1, len(p["W"]))
+        y = x @ p["W"]
+        running.append((y.mean(axis=0), y.var(axis=0)))
+        x, _ = hidden_layer_forward(x, p, activation)
+    return running or None
+
 
 def sgd_update(params, grads, state, lr):
     """w <- w - lr g."""
@@ -389,397 +603,498 @@ def sgd_update(params, grads, state, lr):
 
 
 def momentum_update(params, grads, state, lr, mu=0.9):
-    """s <- mu s + g,  w <- w - lr s: a ball that keeps rolling."""
+    """s <- mu s + g,  w <- w - lr s: a running sum of gradients, the older the less."""
     for name, g in grads.items():
-        s = state[name] = mu * state.get(name, 0.0) + g
+        s = state[name] = mu * state.get(name, 0) + g
         params[name] -= lr * s
 
 
-def adam_update(params, grads, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
-    """m, v: running means of g and g^2, over 1 - beta^t since they start at 0;  w <- w - lr m / (sqrt v + eps)."""
+def adamw_update(params, grads, state, lr, weight_decay, beta1=0.9, beta2=0.999, eps=1e-8):
+    """m, v: moving averages of g and g^2, divided by 1 - beta^t to correct for their start at 0;
+    w <- w - lr (m / (sqrt(v) + eps) + weight_decay w), the last term for matrices only."""
     t = state["t"] = state.get("t", 0) + 1
-    step, scale = lr / (1 - beta1 ** t), (1 - beta2 ** t) ** -0.5
     for name, g in grads.items():
-        if "m " + name not in state:
-            state["m " + name], state["v " + name] = np.zeros_like(g), np.zeros_like(g)
-        m, v = state["m " + name], state["v " + name]
-        m += (1 - beta1) * (g - m)
-        v += (1 - beta2) * (g * g - v)
-        params[name] -= step * m / (np.sqrt(v) * scale + eps)
-
-
-def adamw_update(params, grads, state, lr, decay=0.01):
-    """Adam, and every matrix shrinks by lr decay, whatever its gradient was."""
-    for W in params.values():
-        if W.ndim > 1:
-            W *= 1 - lr * decay
-    adam_update(params, grads, state, lr)
-
-
-UPDATES = {"sgd": sgd_update, "momentum": momentum_update, "adam": adam_update, "adamw": adamw_update}
+        m = state["m " + name] = beta1 * state.get("m " + name, 0) + (1 - beta1) * g
+        v = state["v " + name] = beta2 * state.get("v " + name, 0) + (1 - beta2) * g * g
+        m = m / (1 - beta1 ** t)
+        v = v / (1 - beta2 ** t)
+        direction = m / (np.sqrt(v) + eps)
+        if g.ndim > 1:
+            direction += weight_decay * params[name]
+        params[name] -= lr * direction
 
 
 def learning_rate(step, cfg):
-    """lr at a step: up from 0 in warmup steps; then constant, or a tenth from 60 % and a hundredth from 85 % on (step),
-    or down a half cosine to 0."""
-    rise, done = min(1, step / max(cfg.warmup, 1)), step / cfg.steps
-    course = {"constant": 1, "step": 1 if done < 0.6 else 0.1 if done < 0.85 else 0.01,
+    """Linear warmup times half a cosine, from step 1 on; the last step is small, not 0."""
+    warmup = min(1, step / max(1, cfg.warmup))
+    return cfg.lr * warmup * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / cfg.steps))
+
+
+def update_rule(cfg):
+    """The update function of cfg.optimizer."""
+    return {"sgd": sgd_update, "momentum": momentum_update, "adam": adam_update,
+            "adamw": functools.partial(adamw_update, weight_decay=cfg.weight_decay)}[cfg.optimizer]
+
+
+def scheduled_rate(step, cfg):
+    """Linear warmup, times 1 (constant), or 1, then 0.1 from 60 % and 0.01 from 85 % of the steps
+    (step), or half a cosine (cosine)."""
+    done = (step - 1) / cfg.steps
+    factor = {"constant": 1.0, "step": 1.0 if done < 0.6 else 0.1 if done < 0.85 else 0.01,
               "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
-    return cfg.lr * rise * course[cfg.schedule]
+    return cfg.lr * min(1, step / max(1, cfg.warmup)) * factor[cfg.schedule]
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------
+def side_by_side(titles, pictures, gap="   "):
+    """Print several pictures, each a list of lines, next to each other under their titles."""
+    columns = [[title, *lines] for title, lines in zip(titles, pictures)]
+    widths = [max(map(len, column)) for column in columns]
+    for row in zip(*columns):
+        print(gap.join(map(str.ljust, row, widths)).rstrip())
 
-GATES = {"AND": (0, 0, 0, 1), "OR": (0, 1, 1, 1), "NAND": (1, 1, 1, 0), "XOR": (0, 1, 1, 0)}
-ROWS = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)])
+
+def loss_curve(losses, width=60):
+    """Losses from first to last as one line of text, dark where high, on a logarithmic scale."""
+    parts = np.array_split(losses, min(width, len(losses)))
+    logs = np.log([np.mean(part) + 1e-12 for part in parts])
+    return "".join(shade((logs - logs.min()) / (np.ptp(logs) + 1e-12)))
+
+
+def class_probability(logits, loss):
+    """Logits -> (N, K), near 1 where the net outputs class 1."""
+    return {"mse": logits, "binary": sigmoid(logits),
+            "softmax": sigmoid(logits[:, -1:] - logits[:, :1])}[loss]   # softmax of two classes
+
+
+def train_net(cfg):
+    """-> params, running statistics of BatchNorm, losses, test loss, test accuracy."""
+    params = init_net(cfg, np.random.default_rng(cfg.seed))
+    losses = train(params, cfg, net_batch, net_loss_and_grads, update_rule(cfg), scheduled_rate)
+    x, targets = net_batch(replace(cfg, batch_size=2000), cfg.steps + 1)        # fresh points
+    running = batch_statistics(params, x, cfg.activation)
+    logits, _ = net_forward(params, x, cfg.activation, running)
+    loss = LOSSES[cfg.loss][0](logits, targets)[0]
+    check_finite(loss, params)
+    right = (class_probability(logits, cfg.loss) > 0.5) == targets.reshape(len(x), -1)
+    return params, running, losses, float(loss), float(right.mean())
+
+
+def run_net(cfg):
+    """Train a net with the choices of the configuration; draw every output in the plane."""
+    start = time.perf_counter()
+    size = sum(p.size for p in init_net(cfg, np.random.default_rng(0)).values())
+    print(f"{cfg.points}: hidden layers {cfg.hidden}, {cfg.activation}, init {cfg.init}, "
+          f"norm {cfg.norm}, {cfg.optimizer}, lr {cfg.lr}, {size} parameters")
+    print(f"chance level: loss {0.25 if cfg.loss == 'mse' else math.log(2):.3f}")
+    params, running, losses, loss, accuracy = train_net(cfg)
+    x, targets = net_batch(replace(cfg, batch_size=200), cfg.steps + 2)
+    labels = targets.reshape(len(x), -1)
+
+    def output(k):
+        return lambda grid: class_probability(
+            net_forward(params, grid, cfg.activation, running)[0], cfg.loss)[:, k]
+    titles = list(GATES) if cfg.points == "gates" else [cfg.points]
+    cols, rows = (48, 24) if len(titles) == 1 else (21, 11)
+    print("The plane: dark where an output is near 1 (class x), blank where it is near 0 (class o)")
+    side_by_side(titles, [draw_regions(output(k), x, labels[:, k], cols, rows)
+                          for k in range(len(titles))])
+    print(f"test loss {loss:.3g}, {accuracy:.2%} right on "
+          + ("2000 fresh points" if cfg.points == "spirals" else "the four points"))
+    print("\nNext: python mlp.py inits      python mlp.py optimizers      python vanilla_rnn.py")
+    task = "gates" if type(cfg) is Gates else "net"
+    print_result(task, cfg, accuracy=accuracy, test_loss=loss, params=size, steps=len(losses),
+                 seconds=time.perf_counter() - start)
+
+
+# ---- why initialisation matters: python mlp.py inits ---------------------------------------------
+
+@dataclass
+class Inits:
+    """Spread of activations and gradients by layer, before training."""
+    layers: int = 8         # hidden layers
+    dim: int = 100          # width of each
+    batch_size: int = 128   # rows of noise
+    seed: int = 0           # random seed
+
+
+def run_inits(cfg):
+    """A table: for every activation and initialisation the standard deviation of activations and
+    weight gradients in each layer."""
+    start, metrics = time.perf_counter(), {}
+    rng = np.random.default_rng(cfg.seed)
+    x = rng.standard_normal((cfg.batch_size, 784)).astype(np.float32)
+    targets = np.arange(cfg.batch_size) % 10
+    print(f"{cfg.layers} layers of width {cfg.dim} before training, on noise. Standard deviation\n"
+          "of the activations (a) and of the gradients of W (dW) in each layer: it should neither\n"
+          "grow nor vanish, from left to right (a) or from right to left (dW).")
+    print(f"{'':20s}" + "".join(f"{f'layer {i}':>9s}" for i in range(1, cfg.layers + 1)))
+    sizes = [784] + cfg.layers * [cfg.dim] + [10]
+    for activation in ("tanh", "relu"):
+        for init in ("he", "xavier", "normal", "small"):
+            params = init_layers(sizes, init, "none", np.random.default_rng(cfg.seed), np.float32)
+            logits, (caches, linear) = net_forward(params, x, activation)
+            _, loss_cache = softmax_cross_entropy_forward(logits, targets)
+            dlogits = softmax_cross_entropy_backward(1.0, loss_cache)
+            _, grads = net_backward(dlogits, (caches, linear))
+            outputs = [linear_cache[0] for _, (linear_cache, *_) in caches[1:]] + [linear[0]]
+            a = [float(output.std()) for output in outputs]
+            dW = [float(grads[f"W{i}"].std()) for i in range(cfg.layers)]
+            for name, values in (("a", a), ("dW", dW)):
+                print(f"{activation:>6s} {init:>8s} {name:>3s} "
+                      + "".join(f"{value:9.1e}" for value in values))
+            metrics[f"{activation}_{init}"] = a[-1] / a[0]
+    print("In the result line: spread of the last layer's activations over that of the first.")
+    print("\nNext: python mlp.py net --hidden 16,16,16,16,16,16,16,16,16,16 --init small")
+    print_result("inits", cfg, **metrics, seconds=time.perf_counter() - start)
+
+
+# ---- optimizers side by side: python mlp.py optimizers -------------------------------------------
+
+@dataclass
+class Optimizers:
+    """Two spirals by sgd, momentum, adam and adamw from the same start."""
+    hidden: str = "32,32"   # widths of the hidden layers
+    batch_size: int = 128   # points per step
+    steps: int = 2000       # optimizer steps
+    schedule: Literal["constant", "step", "cosine"] = "cosine"  # learning rate over the steps
+    warmup: int = 50        # steps of linear warmup
+    seed: int = 0           # random seed
+
+
+def run_optimizers(cfg):
+    """Train the same net with every optimizer; show the losses from first to last."""
+    start, metrics, lines = time.perf_counter(), {}, []
+    for name, lr in (("sgd", 0.5), ("momentum", 0.1), ("adam", 0.01), ("adamw", 0.01)):
+        print(f"\n{name}, lr {lr}; chance level: loss {math.log(2):.3f}")
+        _, _, losses, loss, accuracy = train_net(Net(optimizer=name, lr=lr, **vars(cfg)))
+        curve = loss_curve(losses, 50)
+        lines.append(f"{name:>8s}  lr {lr:<5}|{curve}|  {loss:.4f}  {accuracy:.2%}")
+        metrics[name] = accuracy
+        if len(losses) < cfg.steps:
+            break
+    print("\nTraining loss from first to last step (dark is high; logarithmic shades); then loss"
+          "\nand accuracy on 2000 fresh points:")
+    print("\n".join(lines))
+    print("\nNext: python mlp.py net --optimizer sgd --lr 0.05      python vanilla_rnn.py")
+    print_result("optimizers", cfg, **metrics, seconds=time.perf_counter() - start)
+
+
+# ---- names: python mlp.py names --data names.txt -------------------------------------------------
+# The next character of a name from the characters before it (Bengio et al. 2003): each is a row of
+# E, the rows are joined and go through a net. With --fuse 2 the first layer joins only pairs of
+# neighbours, the second layer pairs of pairs, and so on (WaveNet).
+
+@dataclass
+class Names:
+    """The next character of a name."""
+    hidden: str = "128,128,128"  # widths of the hidden layers
+    context: int = 8        # characters before the next one
+    embed_dim: int = 24     # embedding dimension of a character
+    fuse: int = 0           # neighbours that a layer joins; 0: the first layer joins all
+    batch_size: int = 256   # characters per step
+    steps: int = 20000      # optimizer steps at most
+    epochs: int = 28        # passes over the data at most
+    lr: float = 0.003       # peak learning rate
+    warmup: int = 50        # steps of linear warmup
+    weight_decay: float = 1.0  # AdamW weight decay
+    data: str = ""          # text file with one name per line; none: the built-in names
+    seed: int = 0           # random seed
+
 
 NAMES = """
-aaron abigail adam adrian agnes aidan alan albert alexander alice alma amanda amber amelia amy andrea andrew angela
-ann anna anthony antonia april arthur audrey austin barbara beatrice benjamin bernard beth bianca blake brandon brenda
-brian bridget bruce bruno caleb calvin cameron carl carla carmen caroline cecilia charles charlotte chloe christian
-christina clara claire clement colin connor cora craig cynthia daisy damian daniel daphne david deborah dennis derek
-diana dominic donald dora dorothy douglas duncan dylan edgar edith edmund edward eleanor elena elias elizabeth ella
-ellen elliot eloise elsa emily emma eric erica erin ernest esther ethan eva evan evelyn fabian faith felix fiona flora
-florence frances frank frederick gabriel gareth gemma george gerald gilbert gloria gordon grace graham grant gregory
-greta hannah harold harriet harry hazel heather hector helen henry herbert holly hope howard hugh hugo ian ida ingrid
-irene iris isaac isabel ivan ivy jack jacob james jane janet jasmine jason jasper jean jeffrey jenna jennifer jeremy
-jesse jessica joan joel johanna john jonas jonathan jordan joseph joshua joyce judith julia julian june justin karen
-karl kate katherine keith kelly kenneth kevin kyle lara laura lauren lawrence leah lena leo leonard leslie lewis liam
-lilian lily linda lisa logan lorna louis louise lucas lucy luke lydia mabel madeline marcus margaret maria marian
-marina mark martha martin mary mason matilda matthew maud maurice max megan melanie melissa michael mildred miles
-miranda miriam molly monica morgan muriel myra nancy naomi natalie nathan neil nelson nicholas nicole nigel nina noah
-nora norman olga olive oliver olivia oscar owen pamela patricia patrick paul paula penelope peter philip phoebe
-phyllis quentin rachel ralph raymond rebecca regina richard rita robert robin roger roland rosa rose rowan roy ruby
-rupert russell ruth ryan sabrina sally samantha samuel sandra sara scott sean sebastian selina sharon sheila sidney
-silvia simon sonia sophia spencer stanley stella stephen steven stuart susan sybil sylvester tamara tanya tara teresa
-thelma theodore thomas timothy tobias tracy trevor tristan ursula valerie vanessa vera veronica victor victoria
-vincent viola violet virginia vivian walter wanda warren wendy wesley wilfred william winifred yvonne zachary zara
-zoe""".split()
+aaron adrian alan alice amber andrea ann antonia audrey beatrice beth brandon bridget caleb carl
+caroline charlotte christina clement cora daisy daphne dennis dominic dorothy dylan edmund elena
+ella eloise emma erin ethan evelyn felix florence frederick gemma gilbert grace gregory harold
+hazel helen holly hugh ida iris ivan jacob janet jasper jenna jesse joel jonas joseph judith june
+karl keith kevin laura leah leonard liam linda lorna lucas lydia marcus marian martha mason maud
+megan michael miranda monica myra natalie nelson nigel nora olive oscar patricia paula philip
+quentin raymond richard robin rosa roy russell sabrina samuel scott selina sidney sonia stanley
+steven sybil tanya thelma timothy trevor valerie veronica vincent virginia wanda wesley winifred
+zara""".split()
 
 
-def task_sizes(cfg):
-    """Inputs and classes; of gates, yes-or-no answers; of names, letters twice."""
-    if cfg.task == "names":
-        V = len(load_windows(cfg.data, cfg.context)["chars"])
-        return V, V
-    return {"gates": (2, 4), "mnist": (784, 10)}.get(cfg.task, (2, 2))
+def embedding_forward(ids, E):
+    """Row ids of E.   ids (...) integers, E (V, D) -> (..., D)."""
+    return E[ids], (ids, E.shape)
 
 
-def make_batch(cfg, rng, dtype=np.float32):
-    """The four rows, fresh points on two spirals, or a random batch of the training data -> x, targets."""
-    if cfg.task in ("names", "mnist"):
-        x, labels = load_split(cfg, "train")
-        pick = rng.integers(0, len(x), cfg.batch)
-        return encode(x[pick], labels[pick], cfg, dtype)
-    if cfg.task == "spirals":
-        labels = np.arange(cfg.batch) % 2
-        turn = 3 * np.pi * np.sqrt(rng.random(cfg.batch))
-        x = turn / 2 * np.array([np.cos(turn + np.pi * labels), np.sin(turn + np.pi * labels)])
-        return encode(x.T + 0.1 * rng.standard_normal((cfg.batch, 2)), labels, cfg, dtype)
-    return encode(ROWS, np.array(list(GATES.values())).T if cfg.task == "gates" else np.array(GATES["XOR"]), cfg, dtype)
-
-
-def encode(x, labels, cfg, dtype=np.float32):
-    """Inputs in dtype, but letters as they are; class numbers for softmax, columns of 0 and 1 for the other losses."""
-    if loss_name(cfg) != "softmax":
-        K = task_sizes(cfg)[1]
-        labels = (labels if labels.ndim == 2 else labels[:, None] if K == 2 else np.eye(K)[labels]).astype(dtype)
-    return x if cfg.task == "names" else x.astype(dtype, copy=False), labels
-
-
-def load_split(cfg, split):
-    """train, validation or test of a task with a data set -> x, labels."""
-    return (load_mnist(cfg.data) if cfg.task == "mnist" else load_windows(cfg.data, cfg.context))[split]
-
-
-@functools.lru_cache
-def load_windows(path, context):
-    """Every letter of the names, and the letters before it -> {"chars": ..., "train": (x, y), "validation", "test"}."""
-    words = read_words(path)
-    chars = "." + "".join(sorted(set("".join(words))))      # . stands before and behind every word
-    index, data = {c: i for i, c in enumerate(chars[1:], 1)}, {"chars": chars}
-    for split, part in zip(("train", "validation", "test"), split_words(words)):
-        stream, real = [], []
-        for word in part:
-            stream += [0] * context + [index[c] for c in word] + [0]
-            real += [False] * context + [True] * (len(word) + 1)
-        windows = np.lib.stride_tricks.sliding_window_view(stream, context + 1)[np.array(real[context:])]
-        data[split] = windows[:, :-1].copy(), windows[:, -1].copy()
-    return data
+def embedding_backward(dout, cache):
+    """Row v of dE is the sum of dout over all positions whose id is v."""
+    ids, shape = cache
+    dE = np.zeros(shape, dout.dtype)
+    np.add.at(dE, ids, dout)                            # unlike dE[ids] += dout, adds repeated ids
+    return dE
 
 
 def read_text(path):
-    """The text of a UTF-8 file."""
+    """The text of a UTF-8 file, without a byte order mark.   Raises InputError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        require(False, path, "text in UTF-8", f"byte {error.object[error.start]:#x} at {error.start}")
-    except OSError as error:
-        require(False, path, "a text file", error.strerror)
+        found = f"byte {error.object[error.start]:#x} at {error.start}"
+        raise InputError(f"{path}: expected UTF-8 text, found {found}") from None
+    except (OSError, ValueError) as error:
+        found = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: expected a text file, found: {found}") from None
     require(text.strip(), path, "some text", "an empty file")
     return text
 
 
 def read_words(path):
-    """A text with a word a line, or the built-in names -> list of words."""
-    words = [line.strip() for line in read_text(path).splitlines() if line.strip()] if path else NAMES
-    require(len(words) >= 20, f"--data {path}", "20 words or more, one a line", len(words))
+    """One word per line of a text file, or the built-in names.   -> list.   Raises InputError."""
+    lines = read_text(path).splitlines() if path else NAMES
+    words = [line.strip() for line in lines if line.strip()]
+    require(len(words) >= 20, f"--data {path}", "20 words or more, one per line", len(words))
     return words
 
 
 def split_words(words):
-    """Always the same 80 / 10 / 10 % of the words, in random order, for training, validation and test."""
+    """80 / 10 / 10 % of the words for training, validation and test, the same in every run."""
     order = np.random.default_rng(0).permutation(len(words))
     parts = np.split(order, [int(0.8 * len(words)), int(0.9 * len(words))])
     return [[words[i] for i in part] for part in parts]
 
 
+@functools.lru_cache
+def load_windows(path, context):
+    """Every character of the names with the characters before it.   -> dict: chars; train,
+    validation, test, each ids (N, context), targets (N,)."""
+    words = read_words(path)
+    chars = "." + "".join(sorted(set("".join(words)) - {"."}))      # . begins and ends every name
+    index, data = {c: i for i, c in enumerate(chars)}, {"chars": chars}
+    for split, part in zip(("train", "validation", "test"), split_words(words)):
+        ids, targets = [], []
+        for word in part:
+            name = [0] * context + [index[c] for c in word] + [0]
+            for t in range(context, len(name)):
+                ids.append(name[t - context:t])
+                targets.append(name[t])
+        data[split] = np.array(ids), np.array(targets)
+    return data
+
+
+def names_batch(cfg, step, dtype=np.float32):
+    """-> ids (N, context), targets (N,)."""
+    rng = np.random.default_rng((cfg.seed, step))
+    ids, targets = load_windows(cfg.data, cfg.context)["train"]
+    rows = rng.integers(0, len(ids), cfg.batch_size)
+    return ids[rows], targets[rows]
+
+
+def init_names(cfg, rng, dtype=np.float32):
+    """E (V, D) and the layers of init_layers; a layer that joins n rows has W (n D, M)."""
+    V, D, left = len(load_windows(cfg.data, cfg.context)["chars"]), cfg.embed_dim, cfg.context
+    params = {"E": rng.standard_normal((V, D)).astype(dtype)}
+    widths = list(map(int, cfg.hidden.split(",")))
+    for i, M in enumerate([*widths, V]):
+        joined = min(cfg.fuse or left, left)
+        norm = "batch" if i < len(widths) else "none"
+        layer = init_layers([joined * D, M, 1], "xavier", norm, rng, dtype)
+        del layer["W1"], layer["b1"]
+        params.update({f"{name[:-1]}{i}": value for name, value in layer.items()})
+        D, left = M, left // joined
+    return params
+
+
+def names_forward(params, ids, running=None):
+    """ids (N, context) -> logits (N, V)."""
+    layers = {name: value for name, value in params.items() if name != "E"}
+    x, embedding = embedding_forward(ids, params["E"])      # (N, context, D)
+    logits, net = net_forward(layers, x, "gelu", running)
+    return logits, (embedding, net)
+
+
+def names_backward(dout, cache):
+    """names_forward from bottom to top -> gradients under the keys of params."""
+    embedding, net = cache
+    dx, grads = net_backward(dout, net)
+    return {**grads, "E": embedding_backward(dx, embedding)}
+
+
+def names_loss_and_grads(params, batch, cfg):
+    """One forward and one backward pass -> loss, gradients under the keys of params."""
+    ids, targets = batch
+    logits, cache = names_forward(params, ids)
+    loss, loss_cache = softmax_cross_entropy_forward(logits, targets)
+    return loss, names_backward(softmax_cross_entropy_backward(1.0, loss_cache), cache)
+
+
+def evaluate(forward, x, targets):
+    """-> mean cross-entropy, accuracy of forward(x) -> logits, 2,000 rows at a time."""
+    parts = np.array_split(x, math.ceil(len(x) / 2000))
+    logits = np.concatenate([forward(part) for part in parts])
+    loss, _ = softmax_cross_entropy_forward(logits, targets)
+    return float(loss), float((logits.argmax(axis=1) == targets).mean())
+
+
+def run_names(cfg):
+    """Learn names, invent some, report the test loss."""
+    start, rng = time.perf_counter(), np.random.default_rng(cfg.seed)
+    data = load_windows(cfg.data, cfg.context)
+    chars, (ids, _) = data["chars"], data["train"]
+    epoch = math.ceil(len(ids) / cfg.batch_size)        # steps of one pass over the data
+    cfg = replace(cfg, steps=min(cfg.steps, cfg.epochs * epoch))
+    params = init_names(cfg, rng)
+    size = sum(p.size for p in params.values())
+    print(f"{cfg.data or 'the built-in names'}: {len(ids)} characters to predict, each from the "
+          f"{cfg.context} before it,\n{len(chars)} different ones; hidden layers {cfg.hidden}, "
+          f"{size} parameters, {cfg.steps} steps")
+    print(f"chance level: loss {math.log(len(chars)):.3f}")
+    sample = ids[np.random.default_rng(0).permutation(len(ids))[:10000]]
+
+    def measure(split):
+        x = params["E"][sample]
+        running = batch_statistics(params, x, "gelu")
+        return evaluate(lambda part: names_forward(params, part, running)[0], *data[split])
+
+    def note():
+        return f"  validation {measure('validation')[0]:.4f}"
+    update = functools.partial(adamw_update, weight_decay=cfg.weight_decay)
+    losses = train(params, cfg, names_batch, names_loss_and_grads, update, learning_rate, note)
+    loss, accuracy = measure("test")
+    check_finite(loss, params)
+    E = params["E"] / np.linalg.norm(params["E"], axis=1, keepdims=True)
+    nearest = (E @ E.T - 2 * np.eye(len(E))).argmax(axis=1)
+    print("every character and the one with the nearest embedding: "
+          + " ".join(a + chars[b] for a, b in zip(chars, nearest[:40])))
+    running, names = batch_statistics(params, params["E"][sample], "gelu"), []
+    for _ in range(10):
+        name = [0] * cfg.context
+        while len(name) == cfg.context or name[-1] and len(name) < cfg.context + 20:
+            logits, _ = names_forward(params, np.array([name[-cfg.context:]]), running)
+            p = np.exp(logits[0].astype(float) - logits.max())
+            name.append(rng.choice(len(p), p=p / p.sum()))
+        names.append("".join(chars[i] for i in name[cfg.context:] if i))
+    print("invented:", ", ".join(names))
+    expected = f"   (expected on names.txt: {2.0 if cfg.fuse == 0 else 1.97})" if cfg.data else ""
+    print(f"test loss {loss:.4f} nats per character{expected}")
+    print("\nNext: python mlp.py names --fuse 2      python vanilla_rnn.py")
+    print_result("names", cfg, test_loss=loss, accuracy=accuracy, params=size, steps=len(losses),
+                 seconds=time.perf_counter() - start)
+
+
+# ---- handwritten digits: python mlp.py mnist --data mnist ----------------------------------------
+
+@dataclass
+class Mnist:
+    """Handwritten digits: ReLU, He initialisation, BatchNorm, AdamW."""
+    hidden: str = "512,256"  # widths of the hidden layers
+    batch_size: int = 128   # images per step
+    steps: int = 8000       # optimizer steps
+    lr: float = 0.003       # peak learning rate
+    warmup: int = 50        # steps of linear warmup
+    weight_decay: float = 0.01  # AdamW weight decay
+    data: str = ""          # folder with the four files of MNIST
+    seed: int = 0           # random seed
+
+
 def read_idx(path):
-    """An IDX file of bytes, gzipped or not: 0 0 8 ndim, the sizes as big-endian uint32, the bytes -> array."""
+    """An IDX file of bytes, gzipped or not: 0 0 8 ndim, sizes as big-endian uint32, the bytes.
+    -> array of uint8.   Raises InputError."""
     try:
         raw = path.read_bytes()
-        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     except (OSError, EOFError, zlib.error) as error:
-        require(False, path, "a whole gzip file", str(error))
-    whole = raw[:3] == b"\0\0\x08" and len(raw) >= 4 + 4 * raw[3]
-    require(whole, path, "an IDX file of bytes (0 0 8) with its sizes", raw[:8])
+        raise InputError(f"{path}: expected a whole gzip file, found: {error}") from None
+    known = raw[:3] == b"\0\0\x08" and len(raw) > 3 and len(raw) >= 4 + 4 * raw[3]
+    require(known, path, "an IDX file of bytes (0 0 8) with its sizes, gzip or not", raw[:8])
     sizes = np.frombuffer(raw[4:4 + 4 * raw[3]], ">u4").tolist()
     body = np.frombuffer(raw[4 + 4 * raw[3]:], np.uint8)
-    require(len(body) == np.prod(sizes), path, f"{' x '.join(map(str, sizes))} bytes after the header", len(body))
+    expected = f"{' x '.join(map(str, sizes))} bytes after the header"
+    require(len(body) == math.prod(sizes), path, expected, len(body))
     return body.reshape(sizes)
 
 
 @functools.lru_cache
 def load_mnist(folder):
-    """The four files of MNIST -> {"train": (x, y), "validation" (the last 5,000 training pictures), "test"}; x (N, 784)
-    with mean 0, variance 1, y (N,). With no folder, noise in the same shape: enough to check gradients and speed on."""
+    """The four files of MNIST, or of a data set in its format, gzipped or not.   -> dict: train,
+    validation (the last 5,000 training images, or a tenth of fewer), test; each images (N, 784)
+    with mean 0 and variance 1, labels (N,).   Without a folder noise, for gradient checks.
+    Raises InputError."""
     if not folder:
         noise = np.random.default_rng(0).standard_normal((1000, 784)).astype(np.float32)
-        return {"train": (noise, np.arange(1000) % 10)}
-    parts = {}
+        return dict.fromkeys(("train", "validation", "test"), (noise, np.arange(1000) % 10))
+    flag, parts = f"--data {folder}", {}
     for prefix in ("train", "t10k"):
-        for kind in ("images-idx3", "labels-idx1"):
-            name = f"{prefix}-{kind}-ubyte"
-            paths = [path for path in (Path(folder) / f"{name}.gz", Path(folder) / name) if path.is_file()]
-            require(paths, f"--data {folder}", f"a folder with {name}.gz", "no such file")
-            parts[prefix, kind[:6]] = read_idx(paths[0])
-        x, y = parts[prefix, "images"], parts[prefix, "labels"]
-        require(x.shape == (len(y), 28, 28) and y.max(initial=0) < 10, f"--data {folder}",
-                f"{prefix}: as many 28 x 28 pictures as labels from 0 to 9", f"{x.shape} and {y.shape}")
-        x = (x.reshape(len(x), 784) * np.float32(1 / 255) - np.float32(0.1307)) * np.float32(1 / 0.3081)
-        parts[prefix] = x, y.astype(int)
+        for kind, ndim in (("images", 3), ("labels", 1)):       # mirrors name them .idx3-ubyte, too
+            paths = sorted(Path(folder).glob(f"{prefix}-{kind}?idx{ndim}-ubyte*"))
+            expected = f"a folder with {prefix}-{kind}-idx{ndim}-ubyte.gz"
+            require(paths, flag, expected, "no such file")
+            parts[kind] = read_idx(paths[0])
+        images, labels = parts["images"], parts["labels"]
+        require(images.shape[1:] == (28, 28) and labels.shape == images.shape[:1], flag,
+                f"{prefix}: images of 28 x 28 pixels and as many labels",
+                (images.shape, labels.shape))
+        require(len(images) >= 20, flag, f"{prefix}: 20 images or more", len(images))
+        require(labels.max() < 10, flag, f"{prefix}: labels from 0 to 9",
+                f"labels from {labels.min()} to {labels.max()}")
+        x = images.reshape(len(images), 784) * np.float32(1 / 255)
+        parts[prefix] = (x - np.float32(0.1307)) * np.float32(1 / 0.3081), labels.astype(int)
     x, y = parts["train"]
-    return {"train": (x[:-5000], y[:-5000]), "validation": (x[-5000:], y[-5000:]), "test": parts["t10k"]}
+    n = min(5000, len(x) // 10)
+    return {"train": (x[:-n], y[:-n]), "validation": (x[-n:], y[-n:]), "test": parts["t10k"]}
 
 
-# ---- pictures in text ------------------------------------------------------------------------------------------------
-
-SHADES = np.array(list(" .:-=+*#%@"))
-
-
-def shade(values):
-    """Numbers from 0 to 1 -> characters from blank to dark, in an array of the same shape."""
-    return SHADES[(np.clip(values, 0, 1) * 9.99).astype(int)]
+def mnist_batch(cfg, step, dtype=np.float32):
+    """Random training images.   -> x (N, 784), labels (N,)."""
+    rng = np.random.default_rng((cfg.seed, step))
+    x, labels = load_mnist(cfg.data)["train"]
+    rows = rng.integers(0, len(x), cfg.batch_size)
+    return x[rows].astype(dtype, copy=False), labels[rows]
 
 
-def loss_curve(losses, width=60):
-    """The losses from first to last in one line of text, dark where high (the scale is logarithmic)."""
-    means = np.log([np.mean(part) + 1e-12 for part in np.array_split(losses, min(width, len(losses)))])
-    return "".join(shade((means - means.min()) / (np.ptp(means) + 1e-12)))
+def init_mnist(cfg, rng, dtype=np.float32):
+    """-> the parameters of init_layers."""
+    sizes = [784, *map(int, cfg.hidden.split(",")), 10]
+    return init_layers(sizes, "he", "batch", rng, dtype)
 
 
-def draw_regions(prob, points, labels, cols=48, rows=24):
-    """What a classifier says in the plane, dark where class 1 is likely, and its points as o and x -> lines of text.
-    prob: a function (N, 2) -> (N,); points (P, 2); labels (P,)."""
-    edge = 1.1 * np.abs(points).max()
-    grid = np.stack(np.meshgrid(np.linspace(-edge, edge, cols), np.linspace(edge, -edge, rows)), axis=-1)
-    picture = shade(prob(grid.reshape(-1, 2)).reshape(rows, cols))
-    column = ((points[:, 0] / edge + 1) / 2 * (cols - 1)).round().astype(int)
-    row = ((1 - points[:, 1] / edge) / 2 * (rows - 1)).round().astype(int)
-    picture[row, column] = np.where(labels > 0, "x", "o")
-    return ["".join(line) for line in picture]
+def mnist_loss_and_grads(params, batch, cfg):
+    """One forward and one backward pass -> loss, gradients under the keys of params."""
+    x, labels = batch
+    logits, cache = net_forward(params, x, "relu")
+    loss, loss_cache = softmax_cross_entropy_forward(logits, labels)
+    return loss, net_backward(softmax_cross_entropy_backward(1.0, loss_cache), cache)[1]
 
 
-def side_by_side(titles, pictures, gap="   "):
-    """Several pictures of equal height, each a list of lines, next to each other under their titles -> text."""
-    columns = [[title, *lines] for title, lines in zip(titles, pictures)]
-    widths = [max(map(len, column)) for column in columns]
-    return "\n".join(gap.join(map(str.ljust, row, widths)).rstrip() for row in zip(*columns))
-
-
-# ---- training and demo -----------------------------------------------------------------------------------------------
-
-def train_mlp(cfg, rng, quiet=False):
-    """-> params, running statistics of BatchNorm (or None), progress."""
-    params, state = init_params(cfg, rng), {}
-    running = [(0 * params[name], params[name]) for name in params if name[:5] == "gamma"] or None     # mean 0, var 1
-    update = functools.partial(adamw_update, decay=cfg.decay) if cfg.optimizer == "adamw" else UPDATES[cfg.optimizer]
-    progress = Progress(cfg.steps, quiet=quiet)
-    for step in progress:
-        loss, grads = loss_and_grads(params, make_batch(cfg, rng), cfg, running)
-        update(params, grads, state, learning_rate(step, cfg))
-        progress.report(loss, lambda: "  validation {:.4f}, {:.2%} right".format(
-            *evaluate(params, running, cfg, "validation")) if cfg.task in ("names", "mnist") else "")
-    return params, running, progress
-
-
-def evaluate(params, running, cfg, split):
-    """Loss without penalty, share of right answers: on the rows of xor, gates; fresh points of spirals; a split."""
-    if cfg.task in ("names", "mnist"):
-        x, targets = encode(*load_split(cfg, split), cfg)
-    else:
-        x, targets = make_batch(replace(cfg, batch=2000), np.random.default_rng(cfg.seed + 1000))
-    z = np.concatenate([mlp_forward(params, part, cfg, running)[0] for part in np.array_split(x, -(-len(x) // 2000))])
-    loss = LOSSES[loss_name(cfg)][0](z, targets)[0]
-    if targets.ndim == 1:
-        right = z.argmax(axis=1) == targets
-    elif cfg.task in ("names", "mnist"):
-        right = z.argmax(axis=1) == targets.argmax(axis=1)
-    else:
-        right = (z > (0.5 if loss_name(cfg) == "mse" else 0)) == targets
-    return float(loss), float(right.mean())
-
-
-def announce(cfg, params, text):
-    """What is being learned, and by what."""
-    print(f"\n{text}: hidden {cfg.hidden}, {cfg.activation}, init {cfg.init}, batchnorm {cfg.batchnorm}, "
-          f"{cfg.optimizer}, lr {cfg.lr}, {sum(p.size for p in params.values())} parameters")
-    K = task_sizes(cfg)[1]
-    share = 1 / K if cfg.task in ("names", "mnist") else 1 / 2                  # of 1 among the targets
-    chance = {"softmax": math.log(K), "binary": math.log(2), "mse": share * (1 - share)}
-    print(f"chance level: loss {chance[loss_name(cfg)]:.3f}")
-
-
-def learn_plane(cfg, rng):
-    """xor, gates or spirals, with a picture of what every output says in the plane."""
-    text = {"xor": "XOR", "gates": "Four gates at once", "spirals": "Two spirals"}[cfg.task]
-    announce(cfg, init_params(cfg, rng), text)
-    params, running, progress = train_mlp(cfg, rng)
-    loss, right = evaluate(params, running, cfg, "test")
-    print("loss", loss_curve(progress.losses))
-
-    def prob(k):
-        def of_points(points):
-            z, _ = mlp_forward(params, points.astype(np.float32), cfg, running)
-            if loss_name(cfg) == "softmax":
-                return sigmoid(z[:, 1] - z[:, 0])           # softmax of two classes is a sigmoid
-            return sigmoid(z[:, k]) if loss_name(cfg) == "binary" else z[:, k]
-        return of_points
-    x, targets = make_batch(replace(cfg, batch=200), rng)
-    targets = targets.reshape(len(x), -1).T
-    size = (64, 32) if cfg.task == "spirals" else (24, 12)
-    print(side_by_side(list(GATES) if cfg.task == "gates" else ["dark: the net says x"],
-                       [draw_regions(prob(k), x, y, *size) for k, y in enumerate(targets)]))
-    fresh = "2000 fresh points" if cfg.task == "spirals" else "the four rows"
-    print(f"loss {loss:.6f}, {right:.2%} right on {fresh}")
-    return {"accuracy": right, "loss": loss}, params, progress
-
-
-def learn_letters(cfg, rng):
-    """The next letter of a name, from the letters before it."""
-    data = load_windows(cfg.data, cfg.context)
-    chars = data["chars"]
-    announce(cfg, init_params(cfg, rng), f"Names, {len(data['train'][0])} letters to guess from {cfg.context} before, "
-             + (f"joined {cfg.group} at a time" if cfg.group else "joined at once"))
-    params, running, progress = train_mlp(cfg, rng)
-    print("loss", loss_curve(progress.losses))
-    E = params["E"] / np.linalg.norm(params["E"], axis=1, keepdims=True)
-    near = (E @ E.T - 2 * np.eye(len(E))).argmax(axis=1)
-    print("nearest in the embedding:", " ".join(f"{a}-{chars[b]}" for a, b in zip(chars, near)))
-    names = []
-    for _ in range(10):
-        letters = [0] * cfg.context
-        while len(letters) == cfg.context or letters[-1] and len(letters) < cfg.context + 20:
-            z, _ = mlp_forward(params, np.array([letters[-cfg.context:]]), cfg, running)
-            p = np.exp(z[0].astype(float) - z.max())
-            letters.append(rng.choice(len(p), p=p / p.sum()))
-        names.append("".join(chars[i] for i in letters[cfg.context:] if i))
-    print("invented:", ", ".join(names))
-    loss, right = evaluate(params, running, cfg, "test")
-    expected = f"   (expected on names.txt: {2.0 if cfg.group else 2.1})" if cfg.data else ""
-    print(f"test loss {loss:.4f} nats a letter{expected}")
-    return {"loss": loss, "accuracy": right}, params, progress
-
-
-def learn_digits_deep(cfg, rng):
-    """Handwritten digits."""
+def run_mnist(cfg):
+    """Learn to read digits; show some that the net gets wrong."""
     require(cfg.data, "--data", "the folder of MNIST (--help says where to get it)", cfg.data)
-    x, y = load_split(cfg, "test")
-    announce(cfg, init_params(cfg, rng), f"Digits, {len(load_split(cfg, 'train')[0])} pictures of 28 x 28 pixels")
-    params, running, progress = train_mlp(cfg, rng)
-    print("loss", loss_curve(progress.losses))
-    guess = mlp_forward(params, x, cfg, running)[0].argmax(axis=1)
-    wrong = np.flatnonzero(guess != y)[:5]
-    ink = (x[wrong].reshape(-1, 14, 2, 28).mean(axis=2) + 0.4) / 3              # half the rows: letters are tall
-    print(side_by_side([f"a {y[n]} read as {guess[n]}" for n in wrong],
-                       [["".join(row) for row in shade(picture)] for picture in ink]))
-    loss, right = evaluate(params, running, cfg, "test")
-    print(f"test accuracy {right:.4f} on {len(y)} pictures (expected 0.984)")
-    return {"accuracy": right, "loss": loss}, params, progress
+    start, data = time.perf_counter(), load_mnist(cfg.data)
+    params = init_mnist(cfg, np.random.default_rng(cfg.seed))
+    size = sum(p.size for p in params.values())
+    print(f"{len(data['train'][0])} images of 28 x 28 pixels: hidden layers {cfg.hidden}, "
+          f"{size} parameters")
+    print("chance level: loss 2.303")
+
+    def forward(x):
+        return net_forward(params, x, "relu", batch_statistics(params, sample, "relu"))[0]
+
+    def note():
+        loss, accuracy = evaluate(forward, *data["validation"])
+        return f"  validation {loss:.4f}, {accuracy:.2%} right"
+    sample = data["train"][0][:10000]
+    update = functools.partial(adamw_update, weight_decay=cfg.weight_decay)
+    losses = train(params, cfg, mnist_batch, mnist_loss_and_grads, update, learning_rate, note)
+    x, labels = data["test"]
+    loss, accuracy = evaluate(forward, x, labels)
+    check_finite(loss, params)
+    outputs = forward(x[:2000]).argmax(axis=1)
+    wrong = np.flatnonzero(outputs != labels[:2000])[:5]
+    ink = (x[wrong].reshape(-1, 14, 2, 28).mean(axis=2) + 0.4) / 3      # characters are tall
+    print("Test images that the net gets wrong (two rows of pixels per line):")
+    side_by_side([f"{labels[n]} taken for {outputs[n]}"[:17] for n in wrong],
+                 [["".join(row) for row in shade(image)] for image in ink[:3]])
+    print(f"test accuracy {accuracy:.2%} of {len(x)} images (expected on MNIST: 98.5 %)")
+    print("\nNext: python mlp.py mnist --data DIR --hidden 1000      python vanilla_rnn.py")
+    print_result("mnist", cfg, accuracy=accuracy, test_loss=loss, params=size, steps=len(losses),
+                 seconds=time.perf_counter() - start)
 
 
-def compare_inits(cfg, rng):
-    """Spread of activations and of weight gradients, layer by layer, before any training."""
-    print("\nWhy initialisation matters: 8 layers of 100 before training, standard deviation of activations (a) and\n"
-          "of the gradients of W (dW) by layer. It should neither grow nor vanish from left to right (a), "
-          "right to left (dW).")
-    print(f"{'':26s}" + "".join(f"{f'layer {i}':>9s}" for i in range(1, 9)))
-    for activation in ("tanh", "relu"):
-        for init in INITS:
-            part = replace(cfg, task="mnist", data="", hidden="100" + ",100" * 7, activation=activation, init=init)
-            params, batch = init_params(part, rng), make_batch(part, rng)
-            _, (_, layers, _) = mlp_forward(params, batch[0], part)
-            _, grads = loss_and_grads(params, batch, part)
-            spread = {"a": [layer[1][0].std() for layer in layers[1:]], "dW": [grads[f"W{i}"].std() for i in range(8)]}
-            for name, values in spread.items():
-                print(f"{activation:>8s} {init:>12s} {name:>4s}" + "".join(f"{v:9.1e}" for v in values))
-    return {}
-
-
-def compare_optimizers(cfg, rng):
-    """The same net on the same problem from the same start, once with every optimizer."""
-    print(f"\nEvery optimizer on two spirals, {cfg.steps} steps from the same start; loss from first to last:")
-    figures = {}
-    for name, lr in (("sgd", 0.5), ("momentum", 0.1), ("adam", 0.01), ("adamw", 0.01)):
-        part = replace(cfg, task="spirals", optimizer=name, lr=lr)
-        params, running, progress = train_mlp(part, np.random.default_rng(cfg.seed), quiet=True)
-        if progress.stopped:
-            break
-        loss, right = evaluate(params, running, part, "test")
-        curve = loss_curve(progress.losses, 50)
-        print(f"{name:>8s}  lr {lr:<5}|{curve}|  loss {loss:.4f}  {right:.2%} right on fresh points")
-        figures[name] = right
-    return figures
-
-
-def main(cfg):
-    """Run one task or experiment, or all parts of the demo."""
-    start, rng, figures = time.perf_counter(), np.random.default_rng(cfg.seed), {}
-    learn = {"names": learn_letters, "mnist": learn_digits_deep}
-    examples, seconds, size, steps, demo = 0, 0.0, 0, 0, False
-    print("mlp.py: layers on layers, trained by backpropagation")
-    if cfg.experiment == "none":
-        for task in ("xor", "spirals") if cfg.task == "demo" else (cfg.task,):
-            found, params, progress = learn.get(task, learn_plane)(replace(cfg, task=task), rng)
-            figures.update({f"{task}_{name}" if cfg.task == "demo" else name: value for name, value in found.items()})
-            examples += progress.step * (4 if task in ("xor", "gates") else cfg.batch)
-            seconds, steps = seconds + progress.seconds, steps + progress.step
-            size, demo = sum(p.size for p in params.values()), cfg.task == "demo" and not progress.stopped
-            if progress.stopped:
-                break
-    if cfg.experiment == "init" or demo:
-        figures.update(compare_inits(cfg, rng))
-    if cfg.experiment == "optimizers" or demo:
-        figures.update(compare_optimizers(cfg, rng))
-    print("\nNext: python mlp.py --hidden 2      python mlp.py --task spirals --activation relu --lr 0.003")
-    print_result(task=cfg.task, **figures, params=size, steps=steps, seconds=time.perf_counter() - start,
-                 examples_per_s=int(examples / max(seconds, 1e-9)))
-
-
-# ---- plumbing: the same in every lesson; whoever types along may stop here -------------------------------------------
+# ---- flags and errors: the same in every lesson --------------------------------------------------
 
 class InputError(ValueError):
-    """A flag, value or file that cannot be used; the program ends with its text in one line and exit status 2."""
+    """A flag, value or file that cannot be used: the program ends with one line, exit status 2."""
 
 
 def require(ok, what, expected, found):
@@ -788,40 +1103,87 @@ def require(ok, what, expected, found):
         raise InputError(f"{what}: expected {expected}, found {found!r}")
 
 
-def read_flags(argv=None):
-    """Every field of Config is a flag, its comment the help text -> Config."""
+class Task(NamedTuple):
+    """What a command runs; gradcheck.py drives the same functions."""
+    config: type
+    init_params: object
+    make_batch: object
+    loss_and_grads: object
+    main: object
+
+
+MAY_BE_ZERO = ("seed", "warmup", "top_k", "crop", "window", "fuse", "patch")    # other int: >= 1
+ABOVE_ZERO = ("lr", "temperature")                                              # other float: >= 0
+
+
+def check(cfg):
+    """Raise InputError unless every value has the type of its field, is one of its choices, is
+    finite and in range, and CONSTRAINTS of this kind of Config hold."""
+    for f in fields(cfg):
+        flag, value = "--" + f.name.replace("_", "-"), getattr(cfg, f.name)
+        if get_args(f.type):
+            choices = get_args(f.type)
+            require(value in choices, flag, " or ".join(map(str, choices)), value)
+        elif f.type in (str, bool):
+            require(isinstance(value, f.type), flag, f.type.__name__, value)
+        elif f.type is int:
+            least = 0 if f.name in MAY_BE_ZERO else 1
+            require(type(value) is int, flag, "a whole number", value)
+            require(least <= value < 2 ** 31, flag, f"{least} or more, below 2^31", value)
+        else:
+            require(type(value) in (int, float), flag, "a number", value)
+            above = value > 0 if f.name in ABOVE_ZERO else value >= 0
+            least = "above 0" if f.name in ABOVE_ZERO else "0 or more"
+            require(above and value < math.inf, flag, f"a number {least}, and finite", value)
+    for ok, what, expected, found in CONSTRAINTS.get(type(cfg), lambda cfg: [])(cfg):
+        require(ok, what, expected, found)
+
+
+def read_flags(tasks, argv):
+    """-> the name of the task that argv begins with (else of the first), its Config: every field is
+    a flag, its comment the help text."""
     def fail(message):
-        raise InputError(f"{message} (--help lists the flags)")
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+        hint = "; tasks are commands: python FILE TASK" if "--task" in message else ""
+        raise InputError(f"{message} (--help lists the flags{hint})")
+
+    parser = argparse.ArgumentParser(description=__doc__ + MORE, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
-    for field in fields(Config):
-        kind = dict(type=field.type, metavar=field.name.upper())
-        if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif get_args(field.type):
-            kind = dict(choices=get_args(field.type))
-        text = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
-        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=text, **kind)
-    known = parser.parse_known_args(argv)[0]
-    data, experiment = (getattr(known, name, "") for name in ("data", "experiment"))
-    for key in (known.task, f"{known.task} --data" if data else "", experiment):
-        parser.set_defaults(**PRESETS.get(key, {}))
-    return Config(**vars(parser.parse_args(argv)))
+    parser.error, commands = fail, parser.add_subparsers(dest="task", metavar="task")
+    for name, task in tasks.items():
+        command = commands.add_parser(name, help=task.config.__doc__, allow_abbrev=False,
+                                      description=task.config.__doc__)
+        command.error, comments = fail, {}
+        with contextlib.suppress(OSError, TypeError):   # no source text in a notebook cell
+            for c in reversed(task.config.__mro__[:-1]):
+                comments.update(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(c), re.M))
+        for f in fields(task.config):
+            kind = dict(type=f.type, metavar=f.name.upper())
+            if f.type is bool:
+                kind = dict(action=argparse.BooleanOptionalAction)
+            elif get_args(f.type):
+                kind = dict(choices=get_args(f.type))
+            text = f"{comments.get(f.name, '')} (default: {f.default!r})".replace("%", "%%")
+            flag = "--" + f.name.replace("_", "-")
+            command.add_argument(flag, default=f.default, help=text, **kind)
+    named = argv and (argv[0] in ("-h", "--help") or not argv[0].startswith("-"))
+    flags = vars(parser.parse_args(argv if named else [next(iter(tasks)), *argv]))
+    name = flags.pop("task")
+    cfg = tasks[name].config(**flags)
+    check(cfg)
+    return name, cfg
 
 
-def run(main):
-    """Call main with the Config of the flags; what is not a bug ends in one line, not in a traceback."""
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")      # each line at once, on any console
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)                           # `| head` ends the program quietly
-    np.seterr(over="ignore", invalid="ignore")          # a run that diverges shows in its loss, which Progress checks
-    with contextlib.suppress(AttributeError, OSError, TypeError):               # Linux: keep freed memory for reuse
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30), libc.mallopt(-1, -1)
+def run(tasks):
+    """Run what the command line asks for; user errors end in one line, without a traceback."""
+    if sys.stdout and sys.stdout is sys.__stdout__:     # a console, not a notebook
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+        with contextlib.suppress(AttributeError, ValueError):   # Windows; not the main thread
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends it quietly
+    np.seterr(over="ignore", invalid="ignore")          # divergence: see progress and check_finite
+    pasted = "ipykernel" in sys.argv[0]                 # into a notebook cell: argv is not ours
     try:
-        main(read_flags())
+        name, cfg = read_flags(tasks, [] if pasted else sys.argv[1:])
+        tasks[name].main(cfg)
     except (InputError, FloatingPointError, MemoryError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
@@ -829,50 +1191,51 @@ def run(main):
         sys.exit(130)
 
 
-class Progress:
-    """for step in progress: ... progress.report(loss).   Prints about ten lines with the time left. Ctrl-C ends the
-    loop after the step at hand, a second one quits. A loss that is not finite raises FloatingPointError."""
-
-    def __init__(self, steps, first=1, quiet=False, lines=10):
-        self.steps, self.first, self.quiet, self.lines = steps, first, quiet, lines
-        self.step, self.losses, self.printed, self.stopped = first - 1, [], 0, False
-        self.start, self.seconds = time.perf_counter(), 0.0
-
-    def __iter__(self):
-        previous = signal.signal(signal.SIGINT, self.interrupt)
-        try:
-            while self.step < self.steps and not self.stopped:
-                self.step += 1
-                yield self.step
-        finally:
-            signal.signal(signal.SIGINT, previous)
-        if self.stopped:
-            print(f"stopped after step {self.step}; this is what has been learned so far")
-
-    def interrupt(self, signum, frame):
-        """Called on Ctrl-C."""
-        if self.stopped:
-            raise KeyboardInterrupt
-        self.stopped = True
-
-    def report(self, loss, note=lambda: ""):
-        """Keep the loss of this step; if a line is due, print it, with what note() says."""
-        if not np.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {self.step}: training diverged; try a smaller --lr")
-        self.losses.append(float(loss))
-        self.seconds = time.perf_counter() - self.start
-        if not self.quiet and (self.step % -(-self.steps // self.lines) == 0 or self.step == self.steps):
-            recent = self.losses[self.printed:]
-            self.printed = len(self.losses)
-            left = self.seconds / len(self.losses) * (self.steps - self.step)
-            print(f"step {self.step:6d}/{self.steps}  loss {sum(recent) / len(recent):.4f}{note()}  |  "
-                  f"{self.seconds:.1f} s  ({left:.0f} s left)")
+def layer_cases(rng):
+    """Inputs of hidden_layer_forward for gradcheck.py: with a bias, with BatchNorm."""
+    x, W = rng.standard_normal((6, 3)), rng.standard_normal((3, 5))
+    norm = {"W": W, "gamma": rng.standard_normal(5), "beta": rng.standard_normal(5)}
+    return [dict(x=x, p={"W": W, "b": rng.standard_normal(5)}, activation="tanh"),
+            dict(x=x, p=norm, activation="gelu")]
 
 
-def print_result(**figures):
-    """The last line of a run, for comparing runs."""
-    print("result: " + " ".join(f"{k}={v:#.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items()))
+GRADCHECK = {"hidden_layer": layer_cases}
 
+
+def widths_are_right(cfg):
+    """The constraint on --hidden."""
+    ok = re.fullmatch(r"[1-9]\d{0,6}(,[1-9]\d{0,6})*", cfg.hidden)
+    return ok, "--hidden", "widths above 0, such as 64,32", cfg.hidden
+
+
+def loss_fits(cfg):
+    """The constraint on --loss: four gates are no classes of which only one is right."""
+    ok = (cfg.points, cfg.loss) != ("gates", "softmax")
+    return ok, "--loss", "binary or mse for gates", cfg.loss
+
+
+def fuse_fits(cfg):
+    """The constraint on --fuse: after some hidden layers all characters are joined."""
+    layers = cfg.hidden.count(",") + 1
+    ok = cfg.fuse == 0 or cfg.context in [cfg.fuse ** (k + 1) for k in range(layers)]
+    expected = f"0, or a number with --context {cfg.context} among its first {layers} powers"
+    return ok, "--fuse", expected, cfg.fuse
+
+
+CONSTRAINTS = {Config: lambda cfg: [widths_are_right(cfg)],
+               Net: lambda cfg: [widths_are_right(cfg), loss_fits(cfg)],
+               Gates: lambda cfg: [widths_are_right(cfg), loss_fits(cfg)],
+               Optimizers: lambda cfg: [widths_are_right(cfg)],
+               Names: lambda cfg: [widths_are_right(cfg), fuse_fits(cfg)],
+               Mnist: lambda cfg: [widths_are_right(cfg)]}
+
+TASKS = {"points": Task(Config, init_params, make_batch, loss_and_grads, main),
+         "net": Task(Net, init_net, net_batch, net_loss_and_grads, run_net),
+         "gates": Task(Gates, init_net, net_batch, net_loss_and_grads, run_net),
+         "inits": Task(Inits, None, None, None, run_inits),
+         "optimizers": Task(Optimizers, None, None, None, run_optimizers),
+         "names": Task(Names, init_names, names_batch, names_loss_and_grads, run_names),
+         "mnist": Task(Mnist, init_mnist, mnist_batch, mnist_loss_and_grads, run_mnist)}
 
 if __name__ == "__main__":
-    run(main)
+    run(TASKS)
