@@ -90,8 +90,8 @@ def binary_cross_entropy_backward(dout, cache):
 
 def xor_points(rng, n):
     """The corners of a square, whatever n is; class 1 where the signs differ.   -> x, labels."""
-    corners = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)])
-    return corners, corners[:, 0] != corners[:, 1]
+    x = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)])
+    return x, x[:, 0] != x[:, 1]
 
 
 def spiral_points(rng, n):
@@ -802,15 +802,9 @@ class Names:
 
 
 NAMES = """
-aaron adrian alan alice amber andrea ann antonia audrey beatrice beth brandon bridget caleb carl
-caroline charlotte christina clement cora daisy daphne dennis dominic dorothy dylan edmund elena
-ella eloise emma erin ethan evelyn felix florence frederick gemma gilbert grace gregory harold
-hazel helen holly hugh ida iris ivan jacob janet jasper jenna jesse joel jonas joseph judith june
-karl keith kevin laura leah leonard liam linda lorna lucas lydia marcus marian martha mason maud
-megan michael miranda monica myra natalie nelson nigel nora olive oscar patricia paula philip
-quentin raymond richard robin rosa roy russell sabrina samuel scott selina sidney sonia stanley
-steven sybil tanya thelma timothy trevor valerie veronica vincent virginia wanda wesley winifred
-zara""".split()
+aaron alice ann beatrice bridget caroline clement daphne dorothy elena emma evelyn frederick grace
+hazel hugh ivan jasper joel judith keith leah linda lydia martha megan monica nelson olive paula
+raymond rosa sabrina selina stanley tanya trevor vincent wesley""".split()
 
 
 def embedding_forward(ids, E):
@@ -1154,7 +1148,7 @@ def read_flags(tasks, argv):
                                       description=task.config.__doc__)
         command.error, comments = fail, {}
         with contextlib.suppress(OSError, TypeError):   # no source text in a notebook cell
-            for c in reversed(task.config.__mro__[:-1]):
+            for c in reversed(task.config.__mro__[:-1]) if {"-h", "--help"} & set(argv) else ():
                 comments.update(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(c), re.M))
         for f in fields(task.config):
             kind = dict(type=f.type, metavar=f.name.upper())

@@ -649,7 +649,7 @@ def read_flags(tasks, argv):
                                       description=task.config.__doc__)
         command.error, comments = fail, {}
         with contextlib.suppress(OSError, TypeError):   # no source text in a notebook cell
-            for c in reversed(task.config.__mro__[:-1]):
+            for c in reversed(task.config.__mro__[:-1]) if {"-h", "--help"} & set(argv) else ():
                 comments.update(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(c), re.M))
         for f in fields(task.config):
             kind = dict(type=f.type, metavar=f.name.upper())
