@@ -802,9 +802,15 @@ class Names:
 
 
 NAMES = """
-aaron alice ann beatrice bridget caroline clement daphne dorothy elena emma evelyn frederick grace
-hazel hugh ivan jasper joel judith keith leah linda lydia martha megan monica nelson olive paula
-raymond rosa sabrina selina stanley tanya trevor vincent wesley""".split()
+aaron adrian alan alice amber andrea ann antonia audrey beatrice beth brandon bridget caleb carl
+caroline charlotte christina clement cora daisy daphne dennis dominic dorothy dylan edmund elena
+ella eloise emma erin ethan evelyn felix florence frederick gemma gilbert grace gregory harold
+hazel helen holly hugh ida iris ivan jacob janet jasper jenna jesse joel jonas joseph judith june
+karl keith kevin laura leah leonard liam linda lorna lucas lydia marcus marian martha mason maud
+megan michael miranda monica myra natalie nelson nigel nora olive oscar patricia paula philip
+quentin raymond richard robin rosa roy russell sabrina samuel scott selina sidney sonia stanley
+steven sybil tanya thelma timothy trevor valerie veronica vincent virginia wanda wesley winifred
+zara""".split()
 
 
 def embedding_forward(ids, E):
@@ -921,6 +927,24 @@ def evaluate(forward, x, targets):
     return float(loss), float((logits.argmax(axis=1) == targets).mean())
 
 
+def draw_embedding(E, chars, cols=64, rows=16):
+    """The first 40 characters in the plane of the two principal components of E (V, D); and for
+    each the one with the nearest embedding."""
+    centered = (E - E.mean(axis=0))[:40]
+    _, _, components = np.linalg.svd(centered, full_matrices=False)
+    xy = centered @ components[:2].T                    # (V, 2)
+    xy = (xy - xy.min(axis=0)) / (np.ptp(xy, axis=0) + 1e-9)
+    picture = np.full((rows, cols), " ")
+    for (x, y), char in zip(xy, chars):
+        picture[round(float(y) * (rows - 1)), round(float(x) * (cols - 1))] = char
+    print("Embeddings of the characters, in the plane in which they differ most:")
+    print("\n".join("".join(line) for line in picture))
+    unit = E / np.linalg.norm(E, axis=1, keepdims=True)
+    nearest = (unit @ unit.T - 2 * np.eye(len(unit))).argmax(axis=1)
+    print("Pairs of a character and the one with the nearest embedding:")
+    print(" ".join(a + chars[b] for a, b in zip(chars[:32], nearest)))
+
+
 def run_names(cfg):
     """Learn names, invent some, report the test loss."""
     start, rng = time.perf_counter(), np.random.default_rng(cfg.seed)
@@ -947,10 +971,7 @@ def run_names(cfg):
     losses = train(params, cfg, names_batch, names_loss_and_grads, update, learning_rate, note)
     loss, accuracy = measure("test")
     check_finite(loss, params)
-    E = params["E"] / np.linalg.norm(params["E"], axis=1, keepdims=True)
-    nearest = (E @ E.T - 2 * np.eye(len(E))).argmax(axis=1)
-    print("every character and the one with the nearest embedding: "
-          + " ".join(a + chars[b] for a, b in zip(chars, nearest[:40])))
+    draw_embedding(params["E"], chars)
     running, names = batch_statistics(params, params["E"][sample], "gelu"), []
     for _ in range(10):
         name = [0] * cfg.context
