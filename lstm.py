@@ -1,417 +1,175 @@
+"""lstm.py: a memory that gates protect.
+
+A plain recurrent cell, h' = tanh(x Wx + h Wh + b), rewrites its whole state at every step. So it
+forgets, and so does its gradient: on the way back, each step multiplies it by Wh^T and by slopes
+below 1. The LSTM has a second state, the cell c, which changes by addition only, and three gates
+between 0 and 1. While the forget gate is near 1, c and its gradient pass through unchanged.
+
+Forward, from h, c to h', c' (z = x Wx + b and h Wh have four blocks each; s is the sigmoid):
+    i = s(z_i + h W_i)       input gate: how much is written
+    f = s(z_f + h W_f)       forget gate: how much is kept
+    g = tanh(z_g + h W_g)    what is written
+    o = s(z_o + h W_o)       output gate: how much is shown
+    c' = f c + i g           h' = o tanh(c')
+Backward, from the last step to the first; dh, dc arrive from above and from the step after:
+    dc += dh o (1 - tanh(c')^2)                       c' reaches the loss through h' as well
+    dz_i = dc g i (1 - i)      dz_g = dc i (1 - g^2)
+    dz_f = dc c f (1 - f)      dz_o = dh tanh(c') o (1 - o)
+    dWh = sum_t h_t^T dz_t     and to the step before: dh = dz Wh^T, dc = dc f
+
+Run    python lstm.py      (remember a number through noise; --help lists the other tasks)
+Papers: Hochreiter and Schmidhuber 1997 (LSTM), Gers et al. 2000 (the forget gate).
+"""
+
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["numpy"]
 # ///
-"""lstm.py: a memory that gates protect.
 
-The plain recurrent cell h' = tanh(x Wx + h Wh + b) rewrites its whole state at every step. So it forgets, and so does
-its gradient: on the way back through T steps it is multiplied T times by Wh and by slopes below 1. The LSTM keeps a
-second state, the cell c, which is changed by addition only, and three gates between 0 and 1 that say how much to keep,
-to write and to show. While the forget gate is near 1, both the memory and its gradient go through unchanged.
-
-Forward, one step (a row of z is x Wx + b; s is the sigmoid):      i = s(z_i + h W_i)     input gate: how much to write
-    c' = f c + i g         what is kept and what is new            f = s(z_f + h W_f)     forget gate: how much to keep
-    h' = o tanh c'         what is shown                           g = tanh(z_g + h W_g)  what to write
-                                                                   o = s(z_o + h W_o)     output gate: how much to show
-Backward, from the last step to the first, given dh and dc (from above, and from the step after):
-    dc += dh o (1 - tanh^2 c')                                   dz_i = dc g i (1 - i)     dz_g = dc i (1 - g^2)
-    dc of the step before = dc f                                 dz_f = dc c f (1 - f)     dz_o = dh tanh c' o (1 - o)
-    dh of the step before = dz Wh^T                              dWh = sum_t h_t^T dz_t,   one product at the end
-The GRU (Cho 2014) has no cell; a gate u mixes the old state with a new one, a gate r says how much of h goes into it:
-    n = tanh(z_n + r (h W_n + b_n))      h' = (1 - u) n + u h
-
-What does not depend on h is left out of the loop: x Wx for all steps is one product. If x is a letter, there are only V
-different rows x Wx, so they are computed once a letter and then looked up.
-
-Run
-    python lstm.py                                     remember, reverse, and add, which the plain cell cannot do
-    python lstm.py --task remember                     hold a value for 14 steps, then learn to for a hundred
-    python lstm.py --task add --cell gru
-    python lstm.py --task text                         a nursery rhyme by heart, letter by letter
-    python lstm.py --task text --data tinyshakespeare.txt --save lstm.npz      1.60 nats a letter or less
-        curl -o tinyshakespeare.txt \\
-            https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
-
-Break it
-    --task add --cell rnn: the squared error ends above 0.05 where the LSTM's is below 0.001
-    the forget gate's bias 1 -> -3 in init_params, --task add: 0.03; a cell that begins by forgetting learns late
-    dc = dc_here * f[t] -> 0 * dc_here in lstm_backward, --task add: 0.006, not 0.0008: c no longer carries it back
-    drop "dz_f *= c[:-1]" in lstm_backward, --task add: 0.02; wrong, and yet far below chance (0.167)
-
-Papers: Hochreiter, Schmidhuber 1997 (LSTM, the adding problem); Gers et al. 2000 (the forget gate); Cho et al. 2014
-(GRU); Jozefowicz et al. 2015 (a forget bias of 1).
-"""
-import argparse
-import contextlib
-import ctypes
-import functools
-import inspect
-import json
 import math
 import os
-import re
 import signal
-import sys
+import threading
 import time
-import zipfile
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Literal, get_args
 
+for library in ("OPENBLAS", "MKL", "OMP"):  # the matrices are small: one BLAS thread is fastest
+    os.environ.setdefault(library + "_NUM_THREADS", "1")
 import numpy as np
 
 
 @dataclass
 class Config:
-    """Hyperparameters. Edit a line, or pass its name as a flag: --lr 0.1"""
-    task: Literal["demo", "remember", "reverse", "add", "text"] = "demo"  # what to learn; demo is the first three
-    cell: Literal["lstm", "gru", "rnn"] = "lstm"  # kind of cell; rnn is the plain one
-    hidden: int = 64        # size of a layer's state
-    layers: int = 1         # layers on top of each other
-    embed: int = 32         # numbers that stand for a symbol
-    length: int = 14        # remember: steps of noise; reverse: most symbols; add: numbers; text: letters a window
-    clip: float = 1.0       # largest norm of the gradient; 0: any
-    lr: float = 0.01        # learning rate at its height
-    decay: float = 0.0      # share of every matrix that is taken off, times lr
-    schedule: Literal["constant", "step", "cosine"] = "cosine"  # course of the learning rate
-    warmup: int = 50        # steps in which it rises from 0
-    steps: int = 1500       # updates
-    batch: int = 64         # sequences an update
-    temperature: float = 0.7  # text: of the samples; small is careful, large is wild
-    data: str = ""          # text: a file in UTF-8 (none: a nursery rhyme)
-    save: str = ""          # file (.npz) to keep parameters and state of the training in
-    load: str = ""          # such a file to go on from
-    seed: int = 0           # of every random draw
-
-    def __post_init__(self):
-        for name in ("steps", "batch", "hidden", "layers", "embed"):
-            require(getattr(self, name) >= 1, "--" + name, "1 or more", getattr(self, name))
-        for name in ("clip", "decay", "warmup", "seed"):
-            require(0 <= getattr(self, name) < math.inf, "--" + name, "0 or more", getattr(self, name))
-        for name in ("lr", "temperature"):
-            require(0 < getattr(self, name) < math.inf, "--" + name, "a number above 0", getattr(self, name))
-        require(self.length >= 2, "--length", "2 or more", self.length)
-        require(not self.data or self.task == "text", "--data", "--task text with it", self.task)
-        for name in ("save", "load"):
-            require(not getattr(self, name) or self.task != "demo", "--" + name, "a --task with it", self.task)
+    """Remember the first of many numbers; all others are noise."""
+    length: int = 14        # steps of noise
+    hidden: int = 32        # hidden units
+    batch_size: int = 64    # sequences per step
+    steps: int = 3000       # optimizer steps
+    lr: float = 0.02        # peak learning rate
+    warmup: int = 50        # steps of linear warmup
+    grad_clip: float = 1.0  # largest gradient norm
+    seed: int = 0           # random seed
 
 
-PRESETS = {     # what a task changes above, unless a flag says otherwise
-    "remember": dict(hidden=32, lr=0.02, steps=2300),
-    "reverse": dict(length=5, hidden=128, lr=0.005),
-    "add": dict(length=50, steps=800),
-    "text": dict(length=64, hidden=128, lr=0.01, steps=400, batch=16, clip=5.0),
-    "text --data": dict(hidden=512, embed=64, lr=0.003, decay=0.01, steps=2000, batch=64, clip=5.0),
-}
-
-
-# ---- layers: T steps, N sequences, H hidden, V symbols ---------------------------------------------------------------
+# ---- layers: T steps, N sequences, D inputs, H hidden units, M outputs ---------------------------
 
 def linear_forward(x, W, b):
-    """y = x W + b.   x (N, D), W (D, K), b (K,) -> y (N, K)."""
-    y = x @ W
-    y += b
-    return y, (x, W)
+    """y = x W + b.   x (N, D), W (D, M), b (M,) -> y (N, M)."""
+    return x @ W + b, (x, W)
 
 
 def linear_backward(dout, cache):
-    """dx = dout W^T, dW = x^T dout, db = sum_n dout.   dout (N, K) -> dx (N, D), dW (D, K), db (K,)."""
+    """dx = dout W^T, dW = x^T dout, db = sum_n dout: b is added to every row."""
     x, W = cache
-    return dout @ W.T, x.T @ dout, dout.sum(axis=0)     # b was broadcast over N, so sum over N
-
-
-def embedding_forward(ids, E):
-    """The row of E that each number names.   ids (...) integers, E (V, D) -> (..., D)."""
-    return E[ids], (ids, E.shape)
-
-
-def embedding_backward(dout, cache):
-    """A row of E gets the sum of dout over the places where it stands: a product with a (V, places) table of 0, 1."""
-    ids, shape = cache
-    stands = np.arange(shape[0])[:, None] == ids.ravel()
-    return stands.astype(dout.dtype) @ dout.reshape(-1, shape[1])
-
-
-def rnn_forward(z, h0, Wh, mask=None):
-    """h_t = tanh(z_t + h_{t-1} Wh); where mask is false (padding) the state stays.
-    z = x Wx + b (T, N, H), h0 (N, H), Wh (H, H), mask (T, N, 1) -> h (T, N, H)."""
-    h = np.empty((len(z) + 1, *h0.shape), z.dtype)
-    h[0] = h0
-    for t in range(len(z)):
-        np.tanh(z[t] + h[t] @ Wh, out=h[t + 1])
-        if mask is not None:
-            h[t + 1] = np.where(mask[t], h[t + 1], h[t])
-    return h[1:], (h, Wh, mask)
-
-
-def rnn_backward(dout, cache):
-    """dz_t = dh_t (1 - h_t^2), dh_{t-1} = dout_{t-1} + dz_t Wh^T, dWh = sum_t h_{t-1}^T dz_t.   -> dz, dh0, dWh."""
-    h, Wh, mask = cache
-    dz = 1 - h[1:] * h[1:]
-    dh, WhT = 0, Wh.T.copy()                            # the products in the loop read it row by row
-    for t in reversed(range(len(dz))):
-        dh = dout[t] + dh
-        dz[t] *= dh
-        if mask is None:
-            dh = dz[t] @ WhT
-        else:                                           # padding: the gradient goes past the step, as the state did
-            dz[t] *= mask[t]
-            dh = dz[t] @ WhT + np.where(mask[t], 0, dh)
-    H = len(Wh)
-    return dz, dh, h[:-1].reshape(-1, H).T @ dz.reshape(-1, H)
-
-
-def lstm_forward(z, h0, c0, Wh, mask=None):
-    """An LSTM layer; the gates i, f, g, o are four blocks of H columns; where mask is false the state stays.
-    z = x Wx + b (T, N, 4 H), h0, c0 (N, H), Wh (H, 4 H), mask (T, N, 1) -> h (T, N, H), last c (N, H)."""
-    T, N, H = len(z), *h0.shape
-    scale = np.repeat(np.array([0.5, 0.5, 1, 0.5], z.dtype), H)     # s(a) = tanh(a / 2) / 2 + 1/2: one tanh for all
-    shift, Wh_scaled, y = 1 - scale, Wh * scale, z * scale
-    i, f, g, o = y.reshape(T, N, 4, H).transpose(2, 0, 1, 3)        # views: what becomes of y is seen in them
-    h, c, tanh_c = (np.empty((T + 1, N, H), z.dtype) for _ in range(3))
-    h[0], c[0] = h0, c0
-    for t in range(T):
-        a = y[t]
-        a += h[t] @ Wh_scaled
-        np.tanh(a, out=a)
-        a *= scale
-        a += shift                                      # now i[t], f[t], g[t], o[t] are what the formulas call so
-        np.multiply(f[t], c[t], out=c[t + 1])
-        c[t + 1] += i[t] * g[t]                         # c' = f c + i g
-        np.tanh(c[t + 1], out=tanh_c[t])
-        np.multiply(o[t], tanh_c[t], out=h[t + 1])      # h' = o tanh c'
-        if mask is not None:
-            h[t + 1], c[t + 1] = np.where(mask[t], h[t + 1], h[t]), np.where(mask[t], c[t + 1], c[t])
-    return (h[1:], c[T]), (h, c, y, tanh_c[:T], Wh, mask)
-
-
-def lstm_backward(dh_out, dc, cache):
-    """As derived above.   dh_out (T, N, H), dc of the last c (N, H) -> dz (T, N, 4 H), dh0, dc0, dWh."""
-    h, c, y, tanh_c, Wh, mask = cache
-    T, N, H = tanh_c.shape
-    i, f, g, o = y.reshape(T, N, 4, H).transpose(2, 0, 1, 3)
-    dz = y - y * y                                      # slope of a sigmoid, times what does not depend on dh and dc:
-    by_gate = dz.reshape(T, N, 4, H)
-    dz_i, dz_f, dz_g, dz_o = by_gate.transpose(2, 0, 1, 3)
-    dz_i *= g
-    dz_f *= c[:-1]
-    np.multiply(1 - g * g, i, out=dz_g)
-    dz_o *= tanh_c
-    to_c = o * (1 - tanh_c * tanh_c)
-    dh, WhT, times = 0, Wh.T.copy(), np.empty((N, 4, H), dz.dtype)
-    for t in reversed(range(T)):
-        dh = dout_t = dh_out[t] + dh
-        dc_here = dc + dh * to_c[t]                     # c reaches the loss through h, and through the next c
-        times[:, :3], times[:, 3] = dc_here[:, None], dh        # i, f, g act on c, o on h
-        by_gate[t] *= times
-        if mask is None:
-            dc = dc_here * f[t]
-            dh = dz[t] @ WhT
-        else:                                           # padding: the gradients go past the step, as the states did
-            dz[t] *= mask[t]
-            dc = np.where(mask[t], dc_here * f[t], dc)
-            dh = dz[t] @ WhT + np.where(mask[t], 0, dout_t)
-    return dz, dh, dc, h[:-1].reshape(-1, H).T @ dz.reshape(-1, 4 * H)
-
-
-def gru_forward(z, h0, Wh, bn, mask=None):
-    """A GRU layer; r, u, n are three blocks of H columns; n = tanh(z_n + r (h W_n + bn)), h' = n + u (h - n).
-    z = x Wx + b (T, N, 3 H), h0 (N, H), Wh (H, 3 H), bn (H,), mask (T, N, 1) -> h (T, N, H)."""
-    T, N, H = len(z), *h0.shape
-    h = np.empty((T + 1, N, H), z.dtype)
-    ru, n, q = np.empty((T, N, 2 * H), z.dtype), np.empty((T, N, H), z.dtype), np.empty((T, N, H), z.dtype)
-    h[0] = h0
-    for t in range(T):
-        a = h[t] @ Wh
-        ru[t] = sigmoid(z[t, :, :2 * H] + a[:, :2 * H])
-        np.add(a[:, 2 * H:], bn, out=q[t])
-        np.tanh(z[t, :, 2 * H:] + ru[t, :, :H] * q[t], out=n[t])
-        h[t + 1] = n[t] + ru[t, :, H:] * (h[t] - n[t])
-        if mask is not None:
-            h[t + 1] = np.where(mask[t], h[t + 1], h[t])
-    return h[1:], (h, ru, n, q, Wh, mask)
-
-
-def gru_backward(dout, cache):
-    """dn = dh (1 - u), du = dh (h - n), then slopes; q = h W_n + bn gets dz_n r.   -> dz (T, N, 3 H), dh0, dWh, dbn."""
-    h, ru, n, q, Wh, mask = cache
-    T, N, H = n.shape
-    r, u = ru[:, :, :H], ru[:, :, H:]
-    dz = np.empty((T, N, 3 * H), dout.dtype)            # what does not depend on dh first, as in the LSTM
-    slope = ru - ru * ru
-    np.multiply(1 - u, 1 - n * n, out=dz[:, :, 2 * H:])
-    np.multiply(h[:-1] - n, slope[:, :, H:], out=dz[:, :, H:2 * H])
-    np.multiply(dz[:, :, 2 * H:], q * slope[:, :, :H], out=dz[:, :, :H])
-    da = dz.copy()                                      # the gradient of a = h Wh: as dz, but r stands before h W_n
-    da[:, :, 2 * H:] *= r
-    dh, WhT = 0, Wh.T.copy()
-    for t in reversed(range(T)):
-        dh = dout[t] + dh
-        here = dh if mask is None else dh * mask[t]
-        da[t].reshape(N, 3, H)[...] *= here[:, None]
-        dz[t].reshape(N, 3, H)[...] *= here[:, None]
-        dh = da[t] @ WhT + here * u[t] + (dh - here)
-    da = da.reshape(-1, 3 * H)
-    return dz, dh, h[:-1].reshape(-1, H).T @ da, da[:, 2 * H:].sum(axis=0)
+    return dout @ W.T, x.T @ dout, dout.sum(axis=0)
 
 
 def sigmoid(z):
-    """1 / (1 + e^-z), written with tanh, which cannot overflow."""
-    return 0.5 * np.tanh(0.5 * z) + 0.5
+    """1 / (1 + e^-z), computed as (1 + tanh(z / 2)) / 2, which cannot overflow."""
+    return 0.5 + 0.5 * np.tanh(0.5 * z)
 
 
-def mse_forward(z, targets):
-    """mean[(z - y)^2].   z (N, K), targets (N, K) -> scalar."""
-    return ((z - targets) ** 2).mean(), (z, targets)
+def lstm_forward(z, h0, c0, Wh):
+    """c' = f c + i g, h' = o tanh(c'), as derived in lstm.py; i, f, g, o: four blocks of H columns.
+    z = x Wx + b (T, N, 4 H), h0, c0 (N, H), Wh (H, 4 H) -> every h (T, N, H), the last c (N, H)."""
+    N, H = h0.shape
+    h, c, gates = [h0], [c0], []
+    for t in range(len(z)):
+        a = (z[t] + h[t] @ Wh).reshape(N, 4, H)
+        i, f, g, o = sigmoid(a[:, 0]), sigmoid(a[:, 1]), np.tanh(a[:, 2]), sigmoid(a[:, 3])
+        c.append(f * c[t] + i * g)
+        h.append(o * np.tanh(c[t + 1]))
+        gates.append((i, f, g, o))
+    h, c, gates = np.array(h), np.array(c), np.array(gates)
+    return (h[1:], c[-1]), (h, c, gates, Wh)
+
+
+def lstm_backward(dh_out, dc, cache):
+    """From the last step to the first, as derived in lstm.py.   dh_out (T, N, H), dc (N, H) of the
+    last c -> dz (T, N, 4 H), dh0, dc0, dWh."""
+    h, c, gates, Wh = cache
+    i, f, g, o = gates.swapaxes(0, 1)                       # (T, N, H) each
+    tanh_c = np.tanh(c[1:])
+    di, df = g * i * (1 - i), c[:-1] * f * (1 - f)          # dz_i = dc di, dz_f = dc df,
+    dg, do = i * (1 - g ** 2), tanh_c * o * (1 - o)         # dz_g = dc dg, dz_o = dh do and
+    to_c = o * (1 - tanh_c ** 2)                            # dc += dh to_c, for all steps at once
+    T, N, H = dh_out.shape
+    dz = np.zeros((T, N, 4 * H), dh_out.dtype)
+    dh, WhT = 0, Wh.T.copy()                                # contiguous: faster in the loop
+    for t in reversed(range(T)):
+        dh = dh + dh_out[t]                                 # from the step after, and from above
+        dc = dc + dh * to_c[t]
+        dz[t] = np.concatenate([dc * di[t], dc * df[t], dc * dg[t], dh * do[t]], axis=1)
+        dh = dz[t] @ WhT
+        dc = dc * f[t]
+    dWh = h[:-1].reshape(T * N, H).T @ dz.reshape(T * N, 4 * H)
+    return dz, dh, dc, dWh
+
+
+def mse_forward(y, targets):
+    """mean((y - targets)^2).   y, targets (N, M) -> scalar."""
+    return ((y - targets) ** 2).mean(), (y, targets)
 
 
 def mse_backward(dout, cache):
-    """dz = 2 (z - y) / size.   dout scalar -> dz (N, K)."""
-    z, targets = cache
-    return (z - targets) * (2 * dout / z.size)
+    """dy = 2 (y - targets) / size."""
+    y, targets = cache
+    return (y - targets) * (2 * dout / y.size)
 
 
-def softmax_cross_entropy_forward(z, targets):
-    """-mean_n log p[n, y_n], p = softmax of each row.   z (N, K), targets (N,) class numbers -> scalar."""
-    z = z - z.max(axis=1, keepdims=True)                # the same p, and e^z cannot overflow
-    log_p = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
-    return -log_p[np.arange(len(targets)), targets].mean(), (log_p, targets)
+# ---- data and model: an LSTM layer; the output is read from its last h ---------------------------
 
-
-def softmax_cross_entropy_backward(dout, cache):
-    """dz = (p - onehot(y)) / N.   dout scalar -> dz (N, K)."""
-    log_p, targets = cache
-    dz = np.exp(log_p)
-    dz[np.arange(len(targets)), targets] -= 1
-    return dz * (dout / len(targets))
-
-
-# ---- model: embedding or numbers, recurrent layers, a linear layer on top --------------------------------------------
-
-BLOCKS = {"rnn": 1, "lstm": 4, "gru": 3}                # blocks of H columns in Wx, Wh, b
+def make_batch(cfg, step, dtype=np.float32):
+    """x (T, N, 1): sequences of T = 1 + length numbers; targets (N, 1): the first of each."""
+    rng = np.random.default_rng((cfg.seed, step))
+    x = rng.uniform(-1, 1, (1 + cfg.length, cfg.batch_size, 1)).astype(dtype)
+    return x, x[0]
 
 
 def init_params(cfg, rng, dtype=np.float32):
-    """E for symbols; Wx0, Wh0, b0, ... a layer (GRU: bn0 too); Wo, bo."""
-    H, K, params = cfg.hidden, BLOCKS[cfg.cell], {}
-    D, M = {"remember": (1, 1), "demo": (1, 1), "add": (2, 1)}.get(cfg.task, (cfg.embed, 0))
-    if not M:
-        M = vocabulary_size(cfg)
-        params["E"] = 0.5 * rng.standard_normal((M, D))
-    for k in range(cfg.layers):
-        params[f"Wx{k}"] = rng.standard_normal((D, K * H)) * D ** -0.5
-        params[f"Wh{k}"] = rng.standard_normal((H, K * H)) * H ** -0.5
-        params[f"b{k}"] = np.zeros(K * H)
-        if cfg.cell == "lstm":
-            params[f"b{k}"][H:2 * H] = 1                # the forget gate begins open: remember, until told not to
-        if cfg.cell == "gru":
-            params[f"bn{k}"] = np.zeros(H)
-        D = H
-    params["Wo"], params["bo"] = rng.standard_normal((H, M)) * H ** -0.5, np.zeros(M)
+    """Wx (1, 4 H), Wh (H, 4 H), b; Wo (H, 1), bo. The variance of W (D, M) is 1 / D."""
+    H = cfg.hidden
+    params = {"Wx": rng.standard_normal((1, 4 * H)),
+              "Wh": rng.standard_normal((H, 4 * H)) * H ** -0.5,
+              "b": np.zeros(4 * H),
+              "Wo": rng.standard_normal((H, 1)) * H ** -0.5, "bo": np.zeros(1)}
+    params["b"][H:2 * H] = 1                                # the forget gate begins nearly open
     return {name: value.astype(dtype) for name, value in params.items()}
 
 
-def zero_states(cfg, N, dtype=np.float32):
-    """The states before the first step: of every layer h, and of an LSTM c as well."""
-    return [tuple(np.zeros((N, cfg.hidden), dtype) for _ in range(1 + (cfg.cell == "lstm"))) for _ in range(cfg.layers)]
+def remember_forward(params, x):
+    """The LSTM reads x (T, N, D); y (N, M) is read from its last h."""
+    T, N, D = x.shape
+    zeros = np.zeros((N, len(params["Wh"])), x.dtype)
+    z, project = linear_forward(x.reshape(T * N, D), params["Wx"], params["b"])
+    (h, _), lstm = lstm_forward(z.reshape(T, N, -1), zeros, zeros, params["Wh"])
+    y, readout = linear_forward(h[-1], params["Wo"], params["bo"])
+    return y, (project, lstm, readout, h.shape)
 
 
-def stack_forward(params, x, mask, states, cfg):
-    """x (T, N) symbols or (T, N, D) numbers -> z (T, N, M), last states, cache."""
-    caches, last = [], []
-    for k, state in enumerate(states):
-        Wx, Wh, b = params[f"Wx{k}"], params[f"Wh{k}"], params[f"b{k}"]
-        if k == 0 and "E" in params:                    # V rows x Wx + b, then a look-up, instead of T N rows
-            table, project_cache = linear_forward(params["E"], Wx, b)
-            z, look_cache = embedding_forward(x, table)
-        else:
-            z, project_cache = linear_forward(x.reshape(-1, x.shape[2]), Wx, b)
-            z, look_cache = z.reshape(*x.shape[:2], -1), None
-        if cfg.cell == "lstm":
-            (h, c), cell_cache = lstm_forward(z, *state, Wh, mask)
-        elif cfg.cell == "gru":
-            h, cell_cache = gru_forward(z, *state, Wh, params[f"bn{k}"], mask)
-        else:
-            h, cell_cache = rnn_forward(z, *state, Wh, mask)
-        last.append((h[-1], c) if cfg.cell == "lstm" else (h[-1],))
-        caches.append((project_cache, look_cache, cell_cache))
-        x = h
-    z, out_cache = linear_forward(x.reshape(-1, cfg.hidden), params["Wo"], params["bo"])
-    return z.reshape(*x.shape[:2], -1), (caches, out_cache, last, cfg)
-
-
-def stack_backward(dout, cache):
-    """stack_forward from bottom to top -> gradients under the keys of params."""
-    (caches, out_cache, _, cfg), grads = cache, {}
-    T, N, M = dout.shape
-    dh, grads["Wo"], grads["bo"] = linear_backward(dout.reshape(-1, M), out_cache)
-    for k, (project_cache, look_cache, cell_cache) in reversed(list(enumerate(caches))):
-        dh = dh.reshape(T, N, cfg.hidden)
-        if cfg.cell == "lstm":                          # nothing but h leads on from the last step, so its dc is 0
-            dz, _, _, grads[f"Wh{k}"] = lstm_backward(dh, np.zeros_like(dh[0]), cell_cache)
-        elif cfg.cell == "gru":
-            dz, _, grads[f"Wh{k}"], grads[f"bn{k}"] = gru_backward(dh, cell_cache)
-        else:
-            dz, _, grads[f"Wh{k}"] = rnn_backward(dh, cell_cache)
-        if look_cache is not None:
-            dtable = embedding_backward(dz, look_cache)
-            grads["E"], grads[f"Wx{k}"], grads[f"b{k}"] = linear_backward(dtable, project_cache)
-        else:
-            dh, grads[f"Wx{k}"], grads[f"b{k}"] = linear_backward(dz.reshape(T * N, -1), project_cache)
+def remember_backward(dy, cache):
+    """remember_forward from bottom to top -> gradients under the keys of params."""
+    (project, lstm, readout, (T, N, H)), grads = cache, {}
+    dh = np.zeros((T, N, H), dy.dtype)                      # only the last h is read
+    dh[-1], grads["Wo"], grads["bo"] = linear_backward(dy, readout)
+    dz, _, _, grads["Wh"] = lstm_backward(dh, np.zeros_like(dh[-1]), lstm)
+    _, grads["Wx"], grads["b"] = linear_backward(dz.reshape(T * N, 4 * H), project)
     return grads
 
 
-def loss_and_grads(params, batch, cfg, states=None):
-    """One forward and one backward pass -> loss, gradients under the keys of params. The loss counts where batch says,
-    mse of numbers, cross-entropy of symbols. states, a list: where the batch begins; it gets where the batch ends."""
-    x, mask, places, targets = batch
-    z, cache = stack_forward(params, x, mask, states or zero_states(cfg, x.shape[1], params["bo"].dtype), cfg)
-    rows = z.reshape(-1, z.shape[2])[places]
-    if "E" in params:
-        loss, loss_cache = softmax_cross_entropy_forward(rows, targets)
-        drows = softmax_cross_entropy_backward(1.0, loss_cache)
-    else:
-        loss, loss_cache = mse_forward(rows, targets)
-        drows = mse_backward(1.0, loss_cache)
-    dz = np.zeros_like(z)
-    dz.reshape(-1, z.shape[2])[places] = drows          # elsewhere the output does not matter
-    if states is not None:
-        states[:] = cache[2]
-    return loss, stack_backward(dz, cache)
+def loss_and_grads(params, batch, cfg):
+    """One forward and one backward pass -> loss, gradients under the keys of params."""
+    x, targets = batch
+    y, cache = remember_forward(params, x)
+    loss, loss_cache = mse_forward(y, targets)
+    return loss, remember_backward(mse_backward(1.0, loss_cache), cache)
 
 
-def adam_update(params, grads, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
-    """m, v: running means of g and g^2, over 1 - beta^t since they start at 0;  w <- w - lr m / (sqrt v + eps)."""
-    t = state["t"] = state.get("t", 0) + 1
-    step, scale = lr / (1 - beta1 ** t), (1 - beta2 ** t) ** -0.5
-    for name, g in grads.items():
-        if "m " + name not in state:
-            state["m " + name], state["v " + name] = np.zeros_like(g), np.zeros_like(g)
-        m, v = state["m " + name], state["v " + name]
-        m += (1 - beta1) * (g - m)
-        v += (1 - beta2) * (g * g - v)
-        params[name] -= step * m / (np.sqrt(v) * scale + eps)
-
-
-def adamw_update(params, grads, state, lr, decay=0.01):
-    """Adam, and every matrix shrinks by lr decay, whatever its gradient was."""
-    for W in params.values():
-        if W.ndim > 1:
-            W *= 1 - lr * decay
-    adam_update(params, grads, state, lr)
-
-
-def learning_rate(step, cfg):
-    """lr at a step: up from 0 in warmup steps; then constant, or a tenth from 60 % and a hundredth from 85 % on (step),
-    or down a half cosine to 0."""
-    rise, done = min(1, step / max(cfg.warmup, 1)), step / cfg.steps
-    course = {"constant": 1, "step": 1 if done < 0.6 else 0.1 if done < 0.85 else 0.01,
-              "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
-    return cfg.lr * rise * course[cfg.schedule]
-
+# ---- training and demo ---------------------------------------------------------------------------
 
 def clip_norm(grads, limit):
-    """Scale all gradients so that their common norm is at most limit (Pascanu 2013) -> the norm before."""
+    """Scale all gradients so that their joint norm is at most limit, if limit is not 0 (Pascanu et
+    al. 2013).   -> the norm before."""
     norm = math.sqrt(sum(float((g * g).sum()) for g in grads.values()))
     if norm > limit > 0:
         for g in grads.values():
@@ -419,348 +177,787 @@ def clip_norm(grads, limit):
     return norm
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------
+def adam_update(params, grads, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
+    """m, v: moving averages of g and g^2, divided by 1 - beta^t to correct for their start at 0;
+    w <- w - lr m / (sqrt(v) + eps)."""
+    t = state["t"] = state.get("t", 0) + 1
+    for name, g in grads.items():
+        m = state["m " + name] = beta1 * state.get("m " + name, 0) + (1 - beta1) * g
+        v = state["v " + name] = beta2 * state.get("v " + name, 0) + (1 - beta2) * g * g
+        m = m / (1 - beta1 ** t)
+        v = v / (1 - beta2 ** t)
+        params[name] -= lr * m / (np.sqrt(v) + eps)
 
-VERSES = ["the house that Jack built.", "the malt\nThat lay in", "the rat,\nThat ate", "the cat,\nThat killed",
-          "the dog,\nThat worried", "the cow with the crumpled horn,\nThat tossed",
-          "the maiden all forlorn,\nThat milked", "the man all tattered and torn,\nThat kissed",
+
+def learning_rate(step, cfg):
+    """Linear warmup times half a cosine, from step 1 on; the last step is small, not 0."""
+    warmup = min(1, step / max(1, cfg.warmup))
+    return cfg.lr * warmup * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / cfg.steps))
+
+
+def check_finite(loss, params=None):
+    """Raise FloatingPointError unless the loss and all parameters are finite."""
+    if not all(np.isfinite(value).all() for value in (loss, *(params or {}).values())):
+        raise FloatingPointError(f"training diverged (loss {loss:.4g}); try a smaller --lr")
+
+
+def progress(steps, losses, note=lambda: ""):
+    """for step in progress(steps, losses): ... losses.append(loss).   Prints ten lines, or one per
+    minute: the mean loss since the line before, note(), the time left. Ctrl-C ends the loop after
+    the step at hand, a second Ctrl-C the program. A loss that is not finite raises an error."""
+    stopped = []
+
+    def stop(*signal_and_frame):
+        stopped.append(True)
+        signal.signal(signal.SIGINT, previous)          # the next Ctrl-C ends the program
+    main_thread = threading.current_thread() is threading.main_thread()
+    previous = main_thread and signal.signal(signal.SIGINT, stop)
+    start = printed = time.perf_counter()
+    first = before = len(losses)
+    try:
+        for step in range(first + 1, steps + 1):
+            yield step
+            check_finite(losses[-1])
+            now = time.perf_counter()
+            due = step % math.ceil(steps / 10) == 0 or step == steps or now > printed + 60
+            if due or stopped:
+                mean = sum(losses[before:]) / (step - before)
+                left = (now - start) / (step - first) * (steps - step)
+                print(f"step {step:6d}/{steps}  mean loss {mean:#.4g}{note()}  |  "
+                      f"{now - start:.1f} s  ({left:.0f} s left)", flush=True)
+                printed, before = now, step
+            if stopped:
+                print(f"stopped after step {step}; this is what has been learned so far")
+                break
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGINT, previous)
+
+
+def train(params, cfg, make_batch=make_batch, loss_and_grads=loss_and_grads, state=None,
+          losses=None, note=lambda: ""):
+    """Train params in place -> losses. Later parts pass their own functions, or resume."""
+    state = {} if state is None else state
+    losses = [] if losses is None else losses
+    for step in progress(cfg.steps, losses, note):
+        loss, grads = loss_and_grads(params, make_batch(cfg, step), cfg)
+        clip_norm(grads, cfg.grad_clip)
+        adam_update(params, grads, state, learning_rate(step, cfg))
+        losses.append(float(loss))
+    check_finite(losses[-1], params)
+    return losses
+
+
+def shade(values):
+    """Numbers from 0 to 1 -> characters from blank (0) to @ (1), in an array of the same shape."""
+    shades = np.array(list(" .:-=+*#%@"))
+    return shades[(np.clip(values, 0, 1) * 9.99).astype(int)]
+
+
+def draw_cells(params, x):
+    """Gates and contents of four cells over time, 80 steps at most, for a sequence x (T, 1, 1)."""
+    _, (_, (h, c, gates, _), _, _) = remember_forward(params, x[:80])
+    i, f, g, o = gates[:, :, 0].swapaxes(0, 1)              # (T, H) each
+    tanh_c = np.tanh(c[1:, 0])
+    largest = np.argsort(-np.abs(h[-1, 0] * params["Wo"][:, 0]))[:4]
+    print(f"\nOne sequence: {x[0, 0, 0]:.2f} at step 1, then noise. Columns: steps; rows: the cells"
+          "\nthat matter most for the output. Blank is 0, @ is 1. While f is near 1, c is kept.")
+    for name, values in (("input gate i", i), ("forget gate f", f), ("output gate o", o),
+                         ("|tanh(c)|", np.abs(tanh_c))):
+        for k in largest:
+            print(f"{name:>14s}  cell {k:2d} |{''.join(shade(values[:, k]))}|")
+            name = ""
+
+
+def print_result(task, cfg, **metrics):
+    """The last line of a run, for comparing runs: task, changed fields and seed, metrics."""
+    changed = {f.name: getattr(cfg, f.name) for f in fields(cfg)
+               if f.name == "seed" or getattr(cfg, f.name) != f.default}
+    line = f"result: task={task}"
+    for name, value in {**changed, **metrics}.items():
+        text = f"{value:#.4g}" if isinstance(value, float) else str(value)
+        line += f" {name}={text.replace(' ', '_')}"
+    print(line)
+
+
+def main(cfg):
+    """Train on the task; show the error on fresh sequences, and what the gates do."""
+    start = time.perf_counter()
+    params = init_params(cfg, np.random.default_rng(cfg.seed))
+    size = sum(p.size for p in params.values())
+    print(f"Remember the first of {1 + cfg.length} numbers: LSTM, hidden {cfg.hidden}, "
+          f"lr {cfg.lr}, {size} parameters\nchance level: loss 0.333, mean error 0.5")
+    losses = train(params, cfg)
+    x, targets = make_batch(replace(cfg, batch_size=1000), 0)     # fresh: training starts at 1
+    error = float(np.abs(remember_forward(params, x)[0] - targets).mean())
+    check_finite(error, params)
+    print(f"mean error {error:.4f} on 1000 fresh sequences; the output 0 for all has 0.5")
+    draw_cells(params, x[:, :1])
+    print("\nNext: python lstm.py long      python lstm.py add      python lstm.py gradient")
+    print_result("remember", cfg, error=error, params=size, steps=len(losses),
+                 seconds=time.perf_counter() - start)
+
+
+# ==== A complete program ends here. Typing along? End it with  main(Config())  and run it. ====
+# ==== The rest adds to it: longer gaps, plain cell, GRU, masks, layers; sums, reversal, text. ==
+
+MORE = """
+Break it (what to change, and what comes of it)
+    init_params: a forget bias of -3            mean error 0.49, as for guessing: cells that begin
+                                                by forgetting send no gradient to the first step
+    lstm_backward: dc = 0 * dc                  0.49: no gradient goes back through c
+    lstm_backward: df = f * (1 - f)             0.013, not 0.003: wrong, but it learns all the same,
+                                                so check gradients instead of looking at the loss
+    masked_lstm_forward: always new_h, new_c    reverse: other padding changes logits by 18
+    python lstm.py --length 40                  0.49: too long to begin with (see long)
+
+Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
+    1. Derive and add peepholes (Gers and Schmidhuber 2000): i and f read c, o reads c', each
+       through a vector of weights.
+    2. Derive and add the GRU of Cho et al. 2014: n = tanh(z_n + (r h) W_n).
+    3. python lstm.py reverse --length 10: which lengths go wrong first? And with --layers 2?
+
+Data
+    curl -o tinyshakespeare.txt \\
+        https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
+    python lstm.py text --data tinyshakespeare.txt --hidden 512 --batch-size 64 --steps 2000
+
+Papers of these parts: Elman 1990 (the plain cell), Cho et al. 2014 (GRU), Jozefowicz et al. 2015 (a
+forget bias of 1), Pascanu et al. 2013 (clipping), Williams and Peng 1990 (truncation).
+"""
+
+import argparse
+import contextlib
+import ctypes
+import functools
+import inspect
+import json
+import re
+import sys
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse freed memory, which
+    libc = ctypes.CDLL(None)                                    # makes a step up to 3 times faster
+    libc.mallopt(-3, 1 << 30)
+    libc.mallopt(-1, -1)
+
+
+# ---- longer gaps: python lstm.py long ------------------------------------------------------------
+
+@dataclass
+class Long(Config):
+    """Remember through 14 steps of noise, then, by way of 40, through 100."""
+
+
+def run_long(cfg):
+    """Train with cfg.length steps of noise; with 40, and 100, for a tenth of the steps each."""
+    start, metrics = time.perf_counter(), {}
+    params = init_params(cfg, np.random.default_rng(cfg.seed))
+    later = replace(cfg, steps=math.ceil(cfg.steps / 10), lr=cfg.lr / 3)
+    x, targets = make_batch(replace(cfg, length=100, batch_size=1000), 0)
+    for part in (cfg, replace(later, length=40), replace(later, length=100)):
+        print(f"\nRemember the first of {1 + part.length} numbers: LSTM, hidden {cfg.hidden}, "
+              f"lr {part.lr:.3g}\nchance level: loss 0.333, mean error 0.5")
+        losses = train(params, part)
+        error = float(np.abs(remember_forward(params, x)[0] - targets).mean())
+        check_finite(error, params)
+        metrics[f"error_after_{part.length}"] = error
+        print(f"mean error after 100 steps of noise: {error:.4f}; the output 0 for all has 0.5")
+        if len(losses) < part.steps:                        # Ctrl-C
+            break
+    draw_cells(params, x[:, :1])
+    print("\nNext: python lstm.py add      python lstm.py gradient")
+    print_result("long", cfg, **metrics, seconds=time.perf_counter() - start)
+
+
+# ---- the plain cell and the GRU: their only state is h -------------------------------------------
+
+def rnn_forward(z, h0, Wh):
+    """h_t = tanh(z_t + h_{t-1} Wh), z_t = x_t Wx + b.   z (T, N, H), h0 (N, H) -> h (T, N, H)."""
+    h = [h0]
+    for t in range(len(z)):
+        h.append(np.tanh(z[t] + h[t] @ Wh))
+    h = np.stack(h)                                     # (T + 1, N, H), from h0 on
+    return h[1:], (h, Wh)
+
+
+def rnn_backward(dout, cache):
+    """dh_t = dout_t + dz_{t+1} Wh^T, dz_t = dh_t (1 - h_t^2), dWh = sum_t h_{t-1}^T dz_t."""
+    h, Wh = cache
+    dz = 1 - h[1:] * h[1:]                              # the slopes; times dh in the loop
+    dh = np.zeros_like(h[0])                            # no step comes after the last
+    for t in reversed(range(len(dz))):
+        dz[t] *= dout[t] + dh
+        dh = dz[t] @ Wh.T
+    H = len(Wh)
+    return dz, dh, h[:-1].reshape(-1, H).T @ dz.reshape(-1, H)
+
+
+def gru_forward(z, h0, Wh, bn):
+    """h' = (1 - u) n + u h: gate u = s(z_u + h W_u) mixes the old state with a new one,
+    n = tanh(z_n + r (h W_n + bn)); gate r = s(z_r + h W_r): how much of h goes into n.
+    z = x Wx + b (T, N, 3 H), h0 (N, H), Wh (H, 3 H), bn (H,) -> h (T, N, H)."""
+    N, H = h0.shape
+    h, gates = [h0], []
+    for t in range(len(z)):
+        z_r, z_u, z_n = z[t].reshape(N, 3, H).swapaxes(0, 1)
+        a_r, a_u, a_n = (h[t] @ Wh).reshape(N, 3, H).swapaxes(0, 1)
+        r, u, q = sigmoid(z_r + a_r), sigmoid(z_u + a_u), a_n + bn
+        n = np.tanh(z_n + r * q)
+        h.append((1 - u) * n + u * h[t])
+        gates.append((r, u, n, q))
+    h = np.array(h)
+    return h[1:], (h, np.array(gates), Wh)
+
+
+def gru_backward(dout, cache):
+    """dz_n = dh (1 - u) (1 - n^2), dz_u = dh (h - n) u (1 - u); q = h W_n + bn gets dz_n r, and
+    dz_r = dz_n q r (1 - r); dh of the step before = dh u + (dz_r, dz_u, dz_n r) Wh^T.
+    -> dz (T, N, 3 H), dh0, dWh, dbn."""
+    h, gates, Wh = cache
+    r, u, n, q = gates.swapaxes(0, 1)                       # (T, N, H) each
+    dn, du = (1 - u) * (1 - n ** 2), (h[:-1] - n) * u * (1 - u)
+    dr = dn * q * r * (1 - r)
+    T, N, H = dout.shape
+    dz, da = np.zeros((2, T, N, 3 * H), dout.dtype)         # a = h Wh
+    dh, WhT = 0, Wh.T.copy()
+    for t in reversed(range(T)):
+        dh = dh + dout[t]
+        dz_r, dz_u, dz_n = dh * dr[t], dh * du[t], dh * dn[t]
+        dz[t] = np.concatenate([dz_r, dz_u, dz_n], axis=1)
+        da[t] = np.concatenate([dz_r, dz_u, dz_n * r[t]], axis=1)
+        dh = dh * u[t] + da[t] @ WhT
+    da = da.reshape(T * N, 3 * H)
+    return dz, dh, h[:-1].reshape(T * N, H).T @ da, da[:, 2 * H:].sum(axis=0)
+
+
+# ---- masks: padding in a batch of sequences of different lengths ---------------------------------
+
+def masked_lstm_forward(z, h0, c0, Wh, mask):
+    """lstm_forward; where mask (T, N, 1) is False (padding), h and c stay as they are."""
+    h, c, caches = [h0], [c0], []
+    for t in range(len(z)):
+        (new_h, new_c), cache = lstm_forward(z[t:t + 1], h[t], c[t], Wh)
+        h.append(np.where(mask[t], new_h[0], h[t]))
+        c.append(np.where(mask[t], new_c, c[t]))
+        caches.append(cache)
+    return (np.stack(h[1:]), c[-1]), (caches, mask)
+
+
+def masked_lstm_backward(dh_out, dc, cache):
+    """The gradient goes where the state came from: through the step, or around it.
+    -> dz, dh0, dc0, dWh."""
+    caches, mask = cache
+    dz, dh, dWh = [], 0, 0
+    for t in reversed(range(len(mask))):
+        dh = dh + dh_out[t]
+        dh_new, dc_new = np.where(mask[t], dh, 0), np.where(mask[t], dc, 0)
+        dz_t, dh_old, dc_old, dWh_t = lstm_backward(dh_new[None], dc_new, caches[t])
+        dh = dh_old + np.where(mask[t], 0, dh)
+        dc = dc_old + np.where(mask[t], 0, dc)
+        dWh = dWh + dWh_t
+        dz.insert(0, dz_t[0])
+    return np.stack(dz), dh, dc, dWh
+
+
+# ---- several layers of any cell: each reads the h of the layer below -----------------------------
+
+# kind: (blocks of H columns in Wx, Wh and b; states: h, or h and c; forward, backward)
+CELLS = {"rnn": (1, 1, rnn_forward, rnn_backward),
+         "gru": (3, 1, gru_forward, gru_backward),
+         "lstm": (4, 2, lstm_forward, lstm_backward),
+         "masked_lstm": (4, 2, masked_lstm_forward, masked_lstm_backward)}
+
+
+def embedding_forward(ids, E):
+    """Row ids of E.   ids (...) integers, E (V, D) -> (..., D)."""
+    return E[ids], (ids, E.shape)
+
+
+def embedding_backward(dout, cache):
+    """Row v of dE is the sum of dout over all positions whose id is v."""
+    ids, shape = cache
+    dE = np.zeros(shape, dout.dtype)
+    np.add.at(dE, ids, dout)                            # unlike dE[ids] += dout, adds repeated ids
+    return dE
+
+
+def init_stack(cell, V, D, M, cfg, rng, dtype):
+    """E (V, D) if tokens come in (V > 0), not D numbers; for layer k: Wxk, Whk, bk (GRU: bnk, too);
+    Wo, bo for M outputs."""
+    H, K = cfg.hidden, CELLS[cell][0]
+    params = {"E": 0.5 * rng.standard_normal((V, D))} if V else {}
+    for k in range(cfg.layers):
+        params[f"Wx{k}"] = rng.standard_normal((D, K * H)) * D ** -0.5
+        params[f"Wh{k}"] = rng.standard_normal((H, K * H)) * H ** -0.5
+        params[f"b{k}"] = np.zeros(K * H)
+        if "lstm" in cell:
+            params[f"b{k}"][H:2 * H] = 1
+        if cell == "gru":
+            params[f"bn{k}"] = np.zeros(H)
+        D = H
+    params["Wo"], params["bo"] = rng.standard_normal((H, M)) * H ** -0.5, np.zeros(M)
+    return {name: value.astype(dtype) for name, value in params.items()}
+
+
+def zero_states(params, cell, N):
+    """Where N sequences begin -> (layers, N, 1 or 2, H)."""
+    layers = sum(name.startswith("Wh") for name in params)
+    return np.zeros((layers, N, CELLS[cell][1], len(params["Wo"])), params["Wo"].dtype)
+
+
+def stack_forward(params, x, cell, states, *mask):
+    """x (T, N, D) numbers or (T, N) tokens -> outputs (T, N, M), states after the last step."""
+    T, N = x.shape[:2]
+    _, n_states, forward, _ = CELLS[cell]
+    lookup, layers, last = None, [], []
+    if "E" in params:
+        x, lookup = embedding_forward(x, params["E"])
+    for k, state in enumerate(states):
+        names = [name for name in (f"Wh{k}", f"bn{k}") if name in params]
+        z, project = linear_forward(x.reshape(T * N, -1), params[f"Wx{k}"], params[f"b{k}"])
+        inputs = [z.reshape(T, N, -1), *state.swapaxes(0, 1), *map(params.get, names), *mask]
+        out, cache = forward(*inputs)
+        x, *c = out if n_states == 2 else (out,)
+        last.append(np.stack([x[-1], *c], axis=1))
+        layers.append((project, cache, names))
+    y, readout = linear_forward(x.reshape(T * N, -1), params["Wo"], params["bo"])
+    return (y.reshape(T, N, -1), np.array(last)), (lookup, layers, readout, cell)
+
+
+def stack_backward(dy, cache):
+    """stack_forward from bottom to top -> dx, gradients under the keys of params."""
+    (lookup, layers, readout, cell), grads = cache, {}
+    T, N, M = dy.shape
+    _, n_states, _, backward = CELLS[cell]
+    dx, grads["Wo"], grads["bo"] = linear_backward(dy.reshape(T * N, M), readout)
+    for k in reversed(range(len(layers))):
+        project, cell_cache, names = layers[k]
+        dh = dx.reshape(T, N, -1)
+        dc = [np.zeros_like(dh[0])] * (n_states - 1)        # nothing is read from the last c
+        dz, *rest = backward(dh, *dc, cell_cache)
+        grads.update(zip(names, rest[n_states:]))
+        dx, grads[f"Wx{k}"], grads[f"b{k}"] = linear_backward(dz.reshape(T * N, -1), project)
+    dx = dx.reshape(T, N, -1)
+    if lookup:
+        grads["E"] = embedding_backward(dx, lookup)
+    return dx, grads
+
+
+# ---- sums: python lstm.py add --------------------------------------------------------------------
+
+@dataclass
+class Add(Config):
+    """Add the two marked numbers of a sequence, beside the plain cell (Hochreiter 1997)."""
+    cell: Literal["lstm", "gru", "rnn"] = "lstm"  # kind of cell; rnn is the plain one
+    layers: int = 1         # recurrent layers
+    length: int = 50        # numbers per sequence
+    hidden: int = 64        # hidden units
+    steps: int = 800        # optimizer steps
+    lr: float = 0.02        # peak learning rate
+
+
+def init_add(cfg, rng, dtype=np.float32):
+    """init_stack for two inputs and one output."""
+    return init_stack(cfg.cell, 0, 2, 1, cfg, rng, dtype)
+
+
+def add_batch(cfg, step, dtype=np.float32):
+    """x (T, N, 2): numbers from 0 to 1, and marks: 1 at one step in each half, else 0.
+    -> x, targets (N, 1): the sum of the marked numbers."""
+    rng, T, N = np.random.default_rng((cfg.seed, step)), cfg.length, cfg.batch_size
+    x = np.stack([rng.random((T, N)), np.zeros((T, N))], axis=2)
+    for t in (rng.integers(0, T // 2, N), rng.integers(T // 2, T, N)):
+        x[t, np.arange(N), 1] = 1
+    targets = (x[:, :, :1] * x[:, :, 1:]).sum(axis=0)
+    return x.astype(dtype), targets.astype(dtype)
+
+
+def add_loss_and_grads(params, batch, cfg):
+    """The output of the last step counts -> loss, gradients."""
+    x, targets = batch
+    states = zero_states(params, cfg.cell, x.shape[1])
+    (y, _), cache = stack_forward(params, x, cfg.cell, states)
+    loss, loss_cache = mse_forward(y[-1], targets)
+    dy = np.zeros_like(y)
+    dy[-1] = mse_backward(1.0, loss_cache)
+    return loss, stack_backward(dy, cache)[1]
+
+
+def run_add(cfg):
+    """Train the chosen cell, and beside it the plain one."""
+    start, metrics, curves = time.perf_counter(), {}, []
+    for cell in dict.fromkeys((cfg.cell, "rnn")):
+        part = replace(cfg, cell=cell)
+        params = init_add(part, np.random.default_rng(cfg.seed))
+        size = sum(p.size for p in params.values())
+        print(f"\nAdd the two marked of {cfg.length} numbers: {cell}, layers {cfg.layers}, hidden "
+              f"{cfg.hidden}, lr {cfg.lr}, {size} parameters\nchance level: loss 0.167")
+        losses = train(params, part, add_batch, add_loss_and_grads)
+        mse, _ = add_loss_and_grads(params, add_batch(replace(part, batch_size=1000), 0), part)
+        check_finite(mse, params)
+        metrics[f"{cell}_mse"] = float(mse)
+        print(f"mean squared error {mse:.5f} on 1000 fresh sequences; the output 1 has 0.167")
+        means = [np.mean(chunk) for chunk in np.array_split(losses, min(60, len(losses)))]
+        curves.append(f"{cell:>5s} |{''.join(shade(1 + np.log10(means) / 4))}|")
+        if len(losses) < cfg.steps:                         # Ctrl-C
+            break
+    print("\nTraining loss from the first step to the last: @ is 1, blank is 0.0001 (logarithmic)")
+    print("\n".join(curves))
+    print("\nNext: python lstm.py gradient      python lstm.py reverse")
+    print_result("add", cfg, **metrics, seconds=time.perf_counter() - start)
+
+
+# ---- a gradient on its way back: python lstm.py gradient -----------------------------------------
+
+@dataclass
+class Gradient:
+    """How much of a gradient arrives at earlier steps: plain cell, GRU and LSTM, untrained."""
+    length: int = 50        # numbers per sequence
+    hidden: int = 64        # hidden units
+    layers: int = 1         # recurrent layers
+    batch_size: int = 64    # sequences
+    seed: int = 0           # random seed
+
+
+def run_gradient(cfg):
+    """Print for each cell the norm of d (last output) / d (input) at every step."""
+    start, metrics = time.perf_counter(), {}
+    print(f"The gradient of the last output by the input of every step, before training, hidden "
+          f"{cfg.hidden}.\nColumns: steps. Norm over that of the last step: @ is 1, blank 1e-8.")
+    for cell in ("rnn", "gru", "lstm"):
+        part = Add(cell=cell, **vars(cfg))
+        params = init_add(part, np.random.default_rng(cfg.seed), np.float64)
+        x, _ = add_batch(part, 0, np.float64)
+        (y, _), cache = stack_forward(params, x, cell, zero_states(params, cell, cfg.batch_size))
+        dy = np.zeros_like(y)
+        dy[-1] = 1
+        dx, _ = stack_backward(dy, cache)
+        norm = np.linalg.norm(dx, axis=(1, 2))
+        norm /= norm[-1]
+        picture = "".join(shade(1 + np.log10(norm + 1e-30) / 8))
+        rate = norm[0] ** (1 / (cfg.length - 1))
+        print(f"{cell:>5s} |{picture}| {norm[0]:.0e} at step 1, {rate:.2f} per step")
+        metrics[cell] = float(norm[0])
+    print("Training can open a gate (f of the LSTM, u of the GRU) up to 1: then nothing is lost. "
+          "The\nplain cell has no gate to open.")
+    print("\nNext: python lstm.py add --cell gru      python lstm.py reverse")
+    print_result("gradient", cfg, **metrics, seconds=time.perf_counter() - start)
+
+
+# ---- reversal: python lstm.py reverse ------------------------------------------------------------
+
+BOS, PAD = 8, 9             # tokens; 0 to 7 are the characters A to H
+
+
+@dataclass
+class Reverse(Config):
+    """Read up to 5 characters, then write them in reverse order."""
+    cell = "masked_lstm"    # without a type it is no flag
+    layers: int = 1         # recurrent layers
+    embed_dim: int = 32     # embedding dimension
+    length: int = 5         # most characters
+    hidden: int = 128       # hidden units
+    steps: int = 1500       # optimizer steps
+    lr: float = 0.005       # peak learning rate
+
+
+def init_reverse(cfg, rng, dtype=np.float32):
+    """init_stack for ten tokens."""
+    return init_stack(cfg.cell, 10, cfg.embed_dim, 10, cfg, rng, dtype)
+
+
+def reverse_batch(cfg, step, dtype=np.float32):
+    """-> ids (2 T, N): n characters and T - n PAD, then BOS while the net writes; targets (2 T, N):
+    T times -1, then the characters in reverse and T - n times -1; mask (2 T, N, 1)."""
+    rng, T, N = np.random.default_rng((cfg.seed, step)), cfg.length, cfg.batch_size
+    characters, n = rng.integers(0, 8, (T, N)), rng.integers(1, T + 1, N)
+    t = np.arange(T)[:, None]
+    real = t < n                                            # (T, N)
+    backwards = characters[np.maximum(n - 1 - t, 0), np.arange(N)]
+    ids = np.concatenate([np.where(real, characters, PAD), np.full((T, N), BOS)])
+    targets = np.concatenate([np.full((T, N), -1), np.where(real, backwards, -1)])
+    return ids, targets, np.concatenate([real, real])[:, :, None]
+
+
+def softmax_cross_entropy_forward(logits, targets):
+    """-mean_n log softmax(logits)[n, targets_n].   logits (N, V), targets (N,) ids -> scalar."""
+    logits = logits - logits.max(axis=1, keepdims=True)     # the same softmax, without overflow
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    loss = -log_p[np.arange(len(targets)), targets].mean()
+    return loss, (log_p, targets)
+
+
+def softmax_cross_entropy_backward(dout, cache):
+    """dlogits = (p - onehot(targets)) / N."""
+    log_p, targets = cache
+    dlogits = np.exp(log_p)
+    dlogits[np.arange(len(targets)), targets] -= 1
+    return dlogits * (dout / len(targets))
+
+
+def tokens_loss_and_grads(params, batch, cfg, states=None):
+    """batch: tokens, targets (-1 where nothing counts), and a mask if the cell needs one.
+    -> loss, gradients, states after the last step."""
+    ids, targets, *mask = batch
+    states = zero_states(params, cfg.cell, ids.shape[1]) if states is None else states
+    (logits, states), cache = stack_forward(params, ids, cfg.cell, states, *mask)
+    counts = targets >= 0
+    loss, loss_cache = softmax_cross_entropy_forward(logits[counts], targets[counts])
+    dlogits = np.zeros_like(logits)
+    dlogits[counts] = softmax_cross_entropy_backward(1.0, loss_cache)
+    return loss, stack_backward(dlogits, cache)[1], states
+
+
+def reverse_loss_and_grads(params, batch, cfg):
+    """tokens_loss_and_grads without the states, since every sequence is complete."""
+    return tokens_loss_and_grads(params, batch, cfg)[:2]
+
+
+def run_reverse(cfg):
+    """Train; show some sequences, and that padding has no influence."""
+    start = time.perf_counter()
+    params = init_reverse(cfg, np.random.default_rng(cfg.seed))
+    size = sum(p.size for p in params.values())
+    print(f"Reverse up to {cfg.length} characters: LSTM, layers {cfg.layers}, hidden {cfg.hidden}, "
+          f"lr {cfg.lr}, {size} parameters\nchance level: loss {math.log(8):.3f}")
+    losses = train(params, cfg, reverse_batch, reverse_loss_and_grads)
+    ids, targets, mask = reverse_batch(replace(cfg, batch_size=1000), 0)
+    states = zero_states(params, cfg.cell, 1000)
+    (logits, _), _ = stack_forward(params, ids, cfg.cell, states, mask)
+    other_ids = np.where(mask[:, :, 0], ids, 0)             # A, not PAD, in the padding
+    (other, _), _ = stack_forward(params, other_ids, cfg.cell, states, mask)
+    check_finite(logits.sum(), params)
+    written = logits.argmax(axis=2)
+    exact = float(((written == targets) | (targets < 0)).all(axis=0).mean())
+    padding = float(np.abs(other - logits)[targets >= 0].max())
+    for k in range(4):
+        n = mask[:, k].sum() // 2
+        read = "".join("ABCDEFGH"[i] for i in ids[:n, k])
+        wrote = "".join("ABCDEFGH??"[i] for i in written[cfg.length:cfg.length + n, k])
+        print(f"   reads {read:{cfg.length}s}   writes {wrote}")
+    print(f"{exact:.2%} of 1000 fresh sequences are right in every character. With other tokens in "
+          f"the padding,\nthe largest change of a logit is {padding:.0e}")
+    print("\nNext: python lstm.py text      python seq2seq.py")
+    print_result("reverse", cfg, exact=exact, padding=padding, params=size, steps=len(losses),
+                 seconds=time.perf_counter() - start)
+
+
+# ---- text: python lstm.py text --data tinyshakespeare.txt ----------------------------------------
+# A text is one long sequence, so it is cut into windows. States are carried over from a window to
+# the next, gradients are not: truncated backpropagation through time.
+
+VERSES = ["the house that Jack built.", "the malt\nThat lay in", "the rat,\nThat ate",
+          "the cat,\nThat killed", "the dog,\nThat worried",
+          "the cow with the crumpled horn,\nThat tossed", "the maiden all forlorn,\nThat milked",
+          "the man all tattered and torn,\nThat kissed",
           "the priest all shaven and shorn,\nThat married"]
 RHYME = "\n" + "\n\n".join("This is " + " ".join(VERSES[n::-1]) for n in range(len(VERSES))) + "\n"
-BLANK = 8                                               # reverse: eight symbols, 0 to 7, then these two
-GO = 9
 
 
-def make_batch(cfg, rng, dtype=np.float32, step=None):
-    """-> x (T, N) or (T, N, D), mask (T, N, 1) or None, places that count (numbers t N + n, or all), targets.
-    remember: at the end, say the first number.    add: at the end, say the sum of the two marked numbers.
-    reverse: n symbols, n drawn a sequence, GO, then say them backwards.    text: the next letter, everywhere."""
-    T, N = cfg.length, cfg.batch
-    if cfg.task in ("demo", "remember"):
-        x = rng.uniform(-1, 1, (T + 1, N, 1))
-        return x.astype(dtype), None, np.arange(T * N, T * N + N), x[0].astype(dtype)
-    if cfg.task == "add":
-        x = np.stack([rng.random((T, N)), np.zeros((T, N))], axis=2)
-        marked = rng.integers(0, T // 2, N), rng.integers(T // 2, T, N)     # one in either half
-        for t in marked:
-            x[t, np.arange(N), 1] = 1
-        total = sum(x[t, np.arange(N), 0] for t in marked)[:, None]
-        return x.astype(dtype), None, np.arange((T - 1) * N, T * N), total.astype(dtype)
-    if cfg.task == "reverse":
-        n, t = rng.integers(1, T + 1, N), np.arange(2 * T)[:, None]
-        symbols = rng.integers(0, 8, (T, N))
-        x = np.where(t < n, symbols[np.minimum(t, T - 1), np.arange(N)], np.where(t == n, GO, BLANK))
-        says = (t >= n) & (t < 2 * n)
-        answer = symbols[np.clip(2 * n - 1 - t, 0, T - 1), np.arange(N)]
-        return x, (t < 2 * n)[:, :, None], np.flatnonzero(says), answer[says]
-    ids = load_text(cfg.data, cfg.load)["train"]
-    stream, width = len(ids) // N, min(T, len(ids) // N - 1)
-    start = rng.integers(0, stream - width, N) if step is None else (step - 1) * width % (stream - width)
-    at = np.arange(width + 1)[:, None] + np.arange(N) * stream + start      # N readers, each in its part of the text
-    return ids[at[:-1]], None, slice(None), ids[at[1:]].ravel()
+@dataclass
+class Text(Add):
+    """Predict the next character of a text."""
+    embed_dim: int = 64     # embedding dimension
+    length: int = 64        # characters per window
+    hidden: int = 128       # hidden units
+    batch_size: int = 16    # windows per step
+    steps: int = 400        # optimizer steps
+    lr: float = 0.003       # peak learning rate
+    grad_clip: float = 5.0  # largest gradient norm
+    temperature: float = 0.7  # sampling temperature: logits are divided by it
+    threads: int = 2        # micro-batches, each on a thread of its own
+    data: str = ""          # UTF-8 text file, its last tenth for validation; none: a rhyme
+    save: str = ""          # checkpoint file (.npz), written at every line of progress
+    load: str = ""          # checkpoint file to resume from
 
 
 @functools.lru_cache
-def load_text(path, checkpoint=""):
-    """A text as numbers -> {"chars": ..., "train": its first nine tenths, "validation": the last tenth}. The numbers
-    stand for the text's own characters or, with a checkpoint, for those that it was trained on."""
+def load_characters(path, checkpoint):
+    """-> characters (those of the checkpoint, if there is one), ids for training, for validation
+    (the last tenth).   Raises InputError."""
     text = read_text(path) if path else RHYME
     require(len(text) >= 1000, f"--data {path}", "1000 characters or more", len(text))
-    about = read_checkpoint(checkpoint)[0] if checkpoint else {"chars": "".join(sorted(set(text)))}
-    require("chars" in about, f"--load {checkpoint}", "a training on text", f"task {about.get('task')}")
-    chars = about["chars"]
-    strange = "".join(sorted(set(text) - set(chars)))
-    require(not strange, f"--load {checkpoint}", "a text of the characters it was trained on", strange[:10])
+    chars = "".join(sorted(set(text)))
+    if checkpoint:
+        chars = read_checkpoint(checkpoint)[0].get("chars", chars)
+    unknown = "".join(sorted(set(text) - set(chars)))
+    require(not unknown, f"--load {checkpoint}", "a text of its characters", unknown[:10])
     index = {c: i for i, c in enumerate(chars)}
-    ids, cut = np.array([index[c] for c in text]), len(text) * 9 // 10
-    return {"chars": chars, "train": ids[:cut], "validation": ids[cut:]}
+    ids = np.array([index[c] for c in text])
+    train, validation = np.split(ids, [len(ids) * 9 // 10])
+    return chars, train, validation
 
 
-def vocabulary_size(cfg):
-    """Number of symbols."""
-    return len(load_text(cfg.data, cfg.load)["chars"]) if cfg.task == "text" else 10
+def init_text(cfg, rng, dtype=np.float32):
+    """init_stack for the characters of the text."""
+    V = len(load_characters(cfg.data, cfg.load)[0])
+    return init_stack(cfg.cell, V, cfg.embed_dim, V, cfg, rng, dtype)
+
+
+def cut_text(ids, N):
+    """N equal parts, side by side.   ids (N T and less than N more) -> (T, N)."""
+    return ids[:len(ids) // N * N].reshape(N, -1).T
+
+
+def text_batch(cfg, step, dtype=np.float32):
+    """The next window of N parts of the text -> ids (T, N), targets (T, N): the next characters."""
+    streams = cut_text(load_characters(cfg.data, cfg.load)[1], cfg.batch_size)
+    T = min(cfg.length, len(streams) - 1)
+    start = (step - 1) * T % (len(streams) - T)
+    return streams[start:start + T], streams[start + 1:start + T + 1]
+
+
+def threaded_text_loss_and_grads(pool, state, params, batch, cfg):
+    """Every thread takes a part of the sequences, with their states: NumPy releases the interpreter
+    lock while it computes. Gradients of means are averaged, weighted by the sizes of the parts."""
+    arrays = *batch, state["states"]                        # sequences along axis 1
+    parts = list(zip(*(np.array_split(a, cfg.threads, axis=1) for a in arrays)))
+    shares = [ids.shape[1] / cfg.batch_size for ids, _, _ in parts]
+    results = pool.map(lambda part: tokens_loss_and_grads(params, part[:2], cfg, part[2]), parts)
+    losses, grads, states = zip(*results)
+    state["states"] = np.concatenate(states, axis=1)
+    loss = sum(share * loss for share, loss in zip(shares, losses))
+    return loss, {name: sum(share * g[name] for share, g in zip(shares, grads)) for name in params}
+
+
+def text_validation(params, cfg):
+    """Mean loss over the last tenth of the text, cut into streams, with states carried over."""
+    _, _, ids = load_characters(cfg.data, cfg.load)
+    N = min(20, math.ceil(len(ids) / 200))
+    streams = cut_text(ids, N)
+    states, total = zero_states(params, cfg.cell, N), 0.0
+    for t in range(0, len(streams) - 1, 100):
+        window = streams[t:t + 101]
+        (logits, states), _ = stack_forward(params, window[:-1], cfg.cell, states)
+        rows = logits.reshape(-1, logits.shape[2])
+        total += float(softmax_cross_entropy_forward(rows, window[1:].ravel())[0]) * len(rows)
+    return total / streams[1:].size
+
+
+def continue_text(params, cfg, ids, count, rng):
+    """Append count characters to the list ids, each drawn from softmax(logits / temperature)."""
+    states = zero_states(params, cfg.cell, 1)
+    for _ in range(count):
+        (logits, states), _ = stack_forward(params, np.array([ids[-1:]]), cfg.cell, states)
+        logits = logits[0, 0].astype(float)
+        p = np.exp((logits - logits.max()) / cfg.temperature)
+        ids.append(rng.choice(len(p), p=p / p.sum()))
+    return ids
+
+
+def run_text(cfg):
+    """Train on a text, report the validation loss, write some text."""
+    start, rng = time.perf_counter(), np.random.default_rng(cfg.seed)
+    chars, train_ids, _ = load_characters(cfg.data, cfg.load)
+    most = len(train_ids) // 3
+    require(cfg.batch_size <= most, "--batch-size", f"at most {most} for this text", cfg.batch_size)
+    params, losses = init_text(cfg, rng), []
+    zeros = zero_states(params, cfg.cell, cfg.batch_size)
+    state, meta = {"states": zeros}, dict(task="text", cell=cfg.cell, chars=chars)
+    if cfg.load:
+        load_checkpoint(cfg.load, meta, params, state, losses)
+    if state["states"].shape != zeros.shape:                # --batch-size is another one
+        state["states"] = zeros
+    if cfg.save:
+        save_checkpoint(cfg.save, meta, params, state, losses, dry_run=True)
+    size = sum(p.size for p in params.values())
+    print(f"{cfg.data or 'A rhyme'}: {len(train_ids)} characters to train on, {len(chars)} kinds\n"
+          f"{cfg.cell}, layers {cfg.layers}, hidden {cfg.hidden}, lr {cfg.lr}, {size} parameters\n"
+          f"chance level: loss {math.log(len(chars)):.3f}")
+
+    def note():
+        loss = text_validation(params, cfg)
+        check_finite(loss)
+        if cfg.save:
+            save_checkpoint(cfg.save, meta, params, state, losses)
+        return f"  validation {loss:.4f}"
+
+    with ThreadPoolExecutor(cfg.threads) as pool:
+        step = functools.partial(threaded_text_loss_and_grads, pool, state)
+        train(params, cfg, text_batch, step, state, losses, note)
+    loss = text_validation(params, cfg)
+    check_finite(loss, params)
+    sample = continue_text(params, cfg, [train_ids[0]], 500, rng)
+    print("\n" + "".join(chars[i] for i in sample) + "\n")
+    print(f"validation loss {loss:.4f} nats per character, on the last tenth of the text")
+    print("\nNext: python lstm.py text --cell gru      python seq2seq.py")
+    print_result("text", cfg, validation=loss, params=size, steps=len(losses),
+                 seconds=time.perf_counter() - start)
 
 
 def read_text(path):
-    """The text of a UTF-8 file."""
+    """The text of a UTF-8 file, without a byte order mark.   Raises InputError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        require(False, path, "text in UTF-8", f"byte {error.object[error.start]:#x} at {error.start}")
-    except OSError as error:
-        require(False, path, "a text file", error.strerror)
+        found = f"byte {error.object[error.start]:#x} at {error.start}"
+        raise InputError(f"{path}: expected UTF-8 text, found {found}") from None
+    except (OSError, ValueError) as error:
+        found = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: expected a text file, found: {found}") from None
     require(text.strip(), path, "some text", "an empty file")
     return text
 
 
-# ---- pictures in text ------------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 
-SHADES = np.array(list(" .:-=+*#%@"))
-
-
-def shade(values):
-    """Numbers from 0 to 1 -> characters from blank to dark, in an array of the same shape."""
-    return SHADES[(np.clip(values, 0, 1) * 9.99).astype(int)]
-
-
-def loss_curve(losses, width=60):
-    """The losses from first to last in one line of text, dark where high (the scale is logarithmic)."""
-    means = np.log([np.mean(part) + 1e-12 for part in np.array_split(losses, min(width, len(losses)))])
-    return "".join(shade((means - means.min()) / (np.ptp(means) + 1e-12)))
-
-
-# ---- training and demo -----------------------------------------------------------------------------------------------
-
-def train_cells(cfg, rng, quiet=False, params=None):
-    """Train new parameters, or those given -> params, progress. Text is read on and on: states are carried from window
-    to window, gradients are not."""
-    params, state, first, carried = params or init_params(cfg, rng), {}, 0, None
-    about = dict(task=cfg.task, cell=cfg.cell)
-    if cfg.task == "text":
-        carried = zero_states(cfg, cfg.batch)
-        window = make_batch(cfg, rng, step=1)[0].shape[0]
-        text = load_text(cfg.data, cfg.load)
-        require(window >= 2, "--batch", f"at most {len(text['train']) // 3} for this text", cfg.batch)
-        about["chars"] = text["chars"]
-
-    def parts():
-        held = {f"{k} {j}": s for k, layer in enumerate(carried or ()) for j, s in enumerate(layer)}
-        return {"params": params, "adam": state, "carried": held}
-    if cfg.load:
-        read = parts()
-        first = load_checkpoint(cfg.load, rng, about, read)
-        kept = [tuple(read["carried"][f"{k} {j}"] for j in range(len(layer))) for k, layer in enumerate(carried or ())]
-        if kept and kept[0][0].shape == carried[0][0].shape:                # else --batch is another: begin with zeros
-            carried = kept
-    if cfg.save:
-        save_checkpoint(cfg.save, first, rng, about, parts(), trial=True)    # before the work, not after it
-    progress, clipped = Progress(cfg.steps, first + 1, quiet), 0
-    for step in progress:
-        loss, grads = loss_and_grads(params, make_batch(cfg, rng, step=step), cfg, carried)
-        clipped += clip_norm(grads, cfg.clip) > cfg.clip > 0
-        adamw_update(params, grads, state, learning_rate(step, cfg), cfg.decay)
-        progress.report(loss, lambda: f"  validation {validation_loss(params, cfg):.4f}" if cfg.task == "text" else "")
-        if cfg.save and (step % 1000 == 0 or step == cfg.steps or progress.stopped):
-            save_checkpoint(cfg.save, step, rng, about, parts())
-    if clipped and not quiet:
-        print(f"the gradient was clipped to norm {cfg.clip} in {clipped} of {len(progress.losses)} steps")
-    return params, progress
-
-
-def save_checkpoint(path, step, rng, about, parts, trial=False):
-    """Everything that a training needs to go on, in an .npz file that is either whole or not there. about: what has to
-    be the same when it goes on; parts: {"params": dict of arrays, ...}, dicts of arrays and numbers. trial: only find
-    out whether it can be written, and leave what stands there."""
+def save_checkpoint(path, meta, params, state, losses, dry_run=False):
+    """All that a training needs to go on, in one .npz file; written beside it, then renamed. meta:
+    what must agree on loading. dry_run: only try whether it can be written.   Raises InputError."""
     require(not os.path.isdir(path), f"--save {path}", "a file", "a folder")
-    arrays = {f"{part} {name}": a for part, named in parts.items() for name, a in named.items()}
-    arrays["about"] = np.array(json.dumps({**about, "step": step, "rng": rng.bit_generator.state}))
+    check_finite(0.0, params)                           # never over a good one
+    arrays = {f"params {name}": value for name, value in params.items()}
+    arrays.update({f"state {name}": value for name, value in state.items()})
+    beside = f"{path}.{os.getpid()}"
     try:
-        with open(path + ".tmp", "wb") as file:
-            np.savez(file, **arrays)
-        os.remove(path + ".tmp") if trial else os.replace(path + ".tmp", path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
-        raise InputError(f"--save {path}: expected a place to write to, found: {error.strerror}") from None
+        with open(beside, "wb") as file:
+            np.savez(file, meta=json.dumps(meta), losses=losses, **arrays)
+        os.remove(beside) if dry_run else os.replace(beside, path)
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError):
+            os.remove(beside)
+        raise InputError(f"--save {path}: expected a file to write, found: {error}") from None
 
 
 def read_checkpoint(path):
-    """A file of save_checkpoint -> about, arrays by name."""
+    """A file of save_checkpoint -> meta, losses, arrays by name.   Raises InputError."""
     try:
-        zipfile.ZipFile(path).close()                   # an .npz is a zip file of arrays; np.load takes others, too
+        zipfile.ZipFile(path).close()                   # an .npz is a zip file of arrays
         with np.load(path, allow_pickle=False) as saved:
             arrays = dict(saved)
-        about = json.loads(str(arrays.pop("about")))
-        return {**about, "step": int(about["step"]), "rng": dict(about["rng"])}, arrays
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        found = getattr(error, "strerror", None) or error
-        raise InputError(f"--load {path}: expected a file that --save wrote, found: {found}") from None
+        meta, losses = json.loads(str(arrays.pop("meta"))), arrays.pop("losses").tolist()
+        return dict(meta), list(losses), arrays
+    except (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, zlib.error,
+            zipfile.BadZipFile) as error:
+        raise InputError(f"--load {path}: expected a file of --save, found: {error}") from None
 
 
-def load_checkpoint(path, rng, about, parts):
-    """Fill rng and parts from a file of save_checkpoint; what it is about must be the same -> number of steps done."""
-    found, arrays = read_checkpoint(path)
-    for name, value in about.items():
-        require(found.get(name) == value, f"--load {path}", f"{name} {value}", found.get(name))
-    for part, named in parts.items():
-        held = {name[len(part) + 1:]: a if a.ndim else a.item() for name, a in arrays.items()
-                if name.startswith(part + " ")}
-        for name in sorted(named.keys() | held.keys()) if part == "params" else ():
-            shape, other = (np.shape(d[name]) if name in d else "no such array" for d in (named, held))
-            require(shape == other, f"--load {path}", f"{name} {shape}", other)
-        named.update(held)
-    rng.bit_generator.state = found["rng"]
-    print(f"going on from {path}, after {found['step']} steps")
-    return found["step"]
+def load_checkpoint(path, meta, params, state, losses):
+    """Fill params, state, losses from a file of save_checkpoint; meta and all shapes must agree.
+    Raises InputError."""
+    found, past, arrays = read_checkpoint(path)
+    for name, value in meta.items():
+        require(found.get(name) == value, f"--load {path}", f"{name} {value!r}", found.get(name))
+    saved = {name[7:]: value for name, value in arrays.items() if name.startswith("params ")}
+    for name in sorted(saved.keys() | params.keys()):
+        old, new = (d[name].shape if name in d else "no such array" for d in (saved, params))
+        require(old == new, f"--load {path}", f"{name} {new}", old)
+    params.update(saved)
+    state.update({name[6:]: value if value.ndim else value.item()
+                  for name, value in arrays.items() if name.startswith("state ")})
+    losses.extend(past)
+    print(f"resuming {path} after {len(past)} steps")
 
 
-def validation_loss(params, cfg):
-    """Cross-entropy on the last tenth of the text, nats a letter, read by several readers with their states carried."""
-    ids = load_text(cfg.data, cfg.load)["validation"]
-    N = max(1, min(20, len(ids) // 200))
-    stream = len(ids) // N
-    parts, states, total, count = ids[:N * stream].reshape(N, stream).T, zero_states(cfg, N), 0.0, 0
-    for start in range(0, stream - 1, 100):
-        part = parts[start:start + 101]
-        z, cache = stack_forward(params, part[:-1], None, states, cfg)
-        states, rows = cache[2], z.reshape(-1, z.shape[2])
-        total += float(softmax_cross_entropy_forward(rows, part[1:].ravel())[0]) * len(rows)
-        count += len(rows)
-    return total / count
-
-
-def measure(params, cfg, seed=1000):
-    """On 1000 fresh sequences -> numbers: mean |error|, mean squared error; symbols: share of sequences all right."""
-    cfg = replace(cfg, batch=1000)
-    x, mask, places, targets = make_batch(cfg, np.random.default_rng(seed))
-    z, _ = stack_forward(params, x, mask, zero_states(cfg, 1000), cfg)
-    rows = z.reshape(-1, z.shape[2])[places]
-    if cfg.task != "reverse":
-        return {"error": float(np.abs(rows - targets).mean()), "mse": float(((rows - targets) ** 2).mean())}
-    wrong = np.zeros(1000)
-    np.add.at(wrong, places % 1000, rows.argmax(axis=1) != targets)
-    return {"exact": float((wrong == 0).mean())}
-
-
-def announce_cells(cfg, text, chance):
-    """What is being learned, and by what."""
-    size = sum(p.size for p in init_params(cfg, np.random.default_rng(0)).values())
-    print(f"\n{text}: {cfg.cell}, hidden {cfg.hidden}, {cfg.layers} layer(s), lr {cfg.lr}, batch {cfg.batch}, "
-          f"{size} parameters")
-    print(f"chance level: {chance}")
-
-
-def show_gates(params, cfg, rng):
-    """The first four cells over time on one sequence: gates and contents, dark is 1 (for c: 1 or more, either sign)."""
-    x, mask, _, targets = make_batch(replace(cfg, batch=1), rng)
-    _, (caches, *_) = stack_forward(params, x, mask, zero_states(cfg, 1), cfg)
-    h, c, y = caches[0][2][:3]
-    T, H = len(y), cfg.hidden
-    i, f, g, o = y.reshape(T, 4, H).transpose(1, 0, 2)
-    busy = np.argsort(-np.abs(params["Wo"][:, 0]) * np.abs(c[-1, 0]))[:4]   # those that the answer is read from
-    print(f"One sequence, value {float(targets[0, 0]):.2f} at step 0, then noise. The busiest cells, over time:")
-    for name, rows in (("input gate i", i), ("forget gate f", f), ("output gate o", o), ("cell |c|", np.abs(c[1:, 0]))):
-        for n, k in enumerate(busy):
-            print(f"{name if n == 0 else '':>14s} cell {k:3d} |{''.join(shade(rows[:, k]))}|")
-
-
-def show_gradient(cfg, rng, T=50):
-    """How much of a gradient at the last step arrives at the first: plain cell and LSTM before training."""
-    print(f"\nA gradient of norm 1 at step {T}, on its way back to step 1 (untrained, {cfg.hidden} hidden):")
-    for cell in ("rnn", "gru", "lstm"):
-        part = replace(cfg, cell=cell, task="remember", length=T)
-        params = init_params(part, rng, np.float64)
-        x = make_batch(part, rng, np.float64)[0][:T]
-        z, (caches, *_) = stack_forward(params, x, None, zero_states(part, cfg.batch, np.float64), part)
-        dh = np.zeros((T, cfg.batch, cfg.hidden))
-        dh[-1] = rng.standard_normal(dh[-1].shape)
-        dc = (0 * dh[0],) if cell == "lstm" else ()
-        backward = {"rnn": rnn_backward, "gru": gru_backward, "lstm": lstm_backward}[cell]
-        norm = np.linalg.norm(backward(dh, *dc, caches[0][2])[0], axis=(1, 2))
-        norm /= norm[-1]
-        picture = "".join(shade(1 + np.log10(norm + 1e-30) / 8))
-        print(f"{cell:>5s}  step 1 |{picture}| step {T}   left at step 1: {norm[0]:.0e}")
-    print("       (dark: 1, every shade lighter: six times less. The GRU's u begins at 1/2: 30 % is lost a step;")
-    print("       LSTM's forget gate at 0.73: 10 %. Training can open both. The plain cell has nothing to open.)")
-
-
-def learn_numbers(cfg, rng):
-    """remember or add, by the chosen cell and, beside it, by the plain one."""
-    remember, figures = cfg.task == "remember", {}
-    text = (f"Remember the first of {cfg.length + 1} numbers, the others are noise" if remember else
-            f"Add the two marked ones of {cfg.length} numbers")
-    for cell in dict.fromkeys((cfg.cell, "rnn")):
-        part = cfg if cell == cfg.cell else replace(cfg, cell=cell, save="", load="")
-        announce_cells(part, text, "loss 0.333, mean error 0.5" if remember else "loss 0.167")
-        params, progress = train_cells(part, rng, quiet=cell != cfg.cell)
-        found = measure(params, part)
-        print("loss", loss_curve(progress.losses or [0]))
-        print(f"{cell}: mean error {found['error']:.4f}, squared {found['mse']:.5f}, on 1000 fresh sequences")
-        if cell == cfg.cell:
-            kept, figures = (params, progress), {**found}
-            if progress.stopped:
-                break
-            if remember:
-                long = replace(cfg, length=100, steps=max(1, cfg.steps // 10), lr=cfg.lr / 3, save="", load="")
-                before = measure(params, long)["error"]
-                for length in (40, 100):                # by way of 40: straight to 100 is steep, now and then too steep
-                    train_cells(replace(long, length=length), rng, quiet=True, params=params)
-                figures["error_at_100"] = measure(params, long)["error"]
-                print(f"{cell}: after 100 steps of noise instead of {cfg.length}: {before:.4f}, and after "
-                      f"{2 * long.steps} more updates, with 40 and with 100 steps: {figures['error_at_100']:.4f}")
-                if cell == "lstm":
-                    show_gates(params, replace(cfg, length=60), rng)
-        else:
-            figures["plain_error" if remember else "plain_mse"] = found["error" if remember else "mse"]
-    return figures, *kept
-
-
-def learn_reverse(cfg, rng):
-    """Read up to length symbols, then say them backwards."""
-    announce_cells(cfg, f"Reverse up to {cfg.length} symbols", "loss 2.303")
-    params, progress = train_cells(cfg, rng)
-    print("loss", loss_curve(progress.losses or [0]))
-    x, mask, places, targets = make_batch(replace(cfg, batch=4), rng)
-    z, _ = stack_forward(params, x, mask, zero_states(cfg, 4), cfg)
-    said = z.argmax(axis=2)
-    for k in range(4):
-        t = places[places % 4 == k] // 4
-        read, answer = (" ".join("ABCDEFGH.."[s] for s in symbols) for symbols in (x[:len(t), k], said[t, k]))
-        print(f"  reads {read:{2 * cfg.length}s} says {answer}")
-    found = measure(params, cfg)
-    print(f"{found['exact']:.1%} of 1000 fresh sequences entirely right")
-    return found, params, progress
-
-
-def learn_text(cfg, rng):
-    """The next letter of a text."""
-    data = load_text(cfg.data, cfg.load)
-    V = len(data["chars"])
-    text = f"Text, {len(data['train'])} letters of {V} kinds, windows of {cfg.length}"
-    announce_cells(cfg, text, f"loss {math.log(V):.3f}")
-    params, progress = train_cells(cfg, rng)
-    print("loss", loss_curve(progress.losses or [0]))
-    print("A sample, letter by letter:")
-    states, letter = zero_states(cfg, 1), data["validation"][0]
-    for _ in range(500):
-        print(data["chars"][letter], end="", flush=True)
-        z, cache = stack_forward(params, np.array([[letter]]), None, states, cfg)
-        states, z = cache[2], z[0, 0].astype(float)
-        p = np.exp((z - z.max()) / cfg.temperature)
-        letter = rng.choice(len(p), p=p / p.sum())
-    loss = validation_loss(params, cfg)
-    expected = "   (expected on tinyshakespeare: 1.60)" if cfg.data else ""
-    print(f"\n\nvalidation loss {loss:.4f} nats a letter on the last tenth{expected}")
-    return {"validation": loss}, params, progress
-
-
-def main(cfg):
-    """Run one task, or the three of the demo."""
-    start, rng, figures = time.perf_counter(), np.random.default_rng(cfg.seed), {}
-    learn = {"remember": learn_numbers, "add": learn_numbers, "reverse": learn_reverse, "text": learn_text}
-    examples, seconds, size, steps = 0, 0.0, 0, 0
-    print("lstm.py: a memory that gates protect")
-    if cfg.task == "demo":
-        show_gradient(cfg, rng)
-    for task in ("remember", "reverse", "add") if cfg.task == "demo" else (cfg.task,):
-        part = replace(cfg, task=task)
-        if cfg.task == "demo":                          # its presets, but for flags
-            own = {k: v for k, v in PRESETS.get(task, {}).items() if getattr(cfg, k) == getattr(Config(), k)}
-            part = replace(part, **own)
-        found, params, progress = learn[task](part, rng)
-        figures.update({f"{task}_{name}" if cfg.task == "demo" else name: value for name, value in found.items()})
-        examples, seconds = examples + len(progress.losses) * cfg.batch, seconds + progress.seconds
-        steps, size = steps + progress.step, size + sum(p.size for p in params.values())
-        if progress.stopped:
-            break
-    print("\nNext: python lstm.py --task remember --cell gru      python lstm.py --task text")
-    print_result(task=cfg.task, **figures, params=size, steps=steps, seconds=time.perf_counter() - start,
-                 examples_per_s=int(examples / max(seconds, 1e-9)))
-
-
-# ---- plumbing: the same in every lesson; whoever types along may stop here -------------------------------------------
+# ---- flags and errors: the same in every lesson --------------------------------------------------
 
 class InputError(ValueError):
-    """A flag, value or file that cannot be used; the program ends with its text in one line and exit status 2."""
+    """A flag, value or file that cannot be used: the program ends with one line, exit status 2."""
 
 
 def require(ok, what, expected, found):
@@ -769,40 +966,87 @@ def require(ok, what, expected, found):
         raise InputError(f"{what}: expected {expected}, found {found!r}")
 
 
-def read_flags(argv=None):
-    """Every field of Config is a flag, its comment the help text -> Config."""
+class Task(NamedTuple):
+    """What a command runs; gradcheck.py drives the same functions."""
+    config: type
+    init_params: object
+    make_batch: object
+    loss_and_grads: object
+    main: object
+
+
+MAY_BE_ZERO = ("seed", "warmup", "top_k", "crop", "window", "fuse", "patch")    # other int: >= 1
+ABOVE_ZERO = ("lr", "temperature")                                              # other float: >= 0
+
+
+def check(cfg):
+    """Raise InputError unless every value has the type of its field, is one of its choices, is
+    finite and in range, and CONSTRAINTS of this kind of Config hold."""
+    for f in fields(cfg):
+        flag, value = "--" + f.name.replace("_", "-"), getattr(cfg, f.name)
+        if get_args(f.type):
+            choices = get_args(f.type)
+            require(value in choices, flag, " or ".join(map(str, choices)), value)
+        elif f.type in (str, bool):
+            require(isinstance(value, f.type), flag, f.type.__name__, value)
+        elif f.type is int:
+            least = 0 if f.name in MAY_BE_ZERO else 1
+            require(type(value) is int, flag, "a whole number", value)
+            require(least <= value < 2 ** 31, flag, f"{least} or more, below 2^31", value)
+        else:
+            require(type(value) in (int, float), flag, "a number", value)
+            above = value > 0 if f.name in ABOVE_ZERO else value >= 0
+            least = "above 0" if f.name in ABOVE_ZERO else "0 or more"
+            require(above and value < math.inf, flag, f"a number {least}, and finite", value)
+    for ok, what, expected, found in CONSTRAINTS.get(type(cfg), lambda cfg: [])(cfg):
+        require(ok, what, expected, found)
+
+
+def read_flags(tasks, argv):
+    """-> the name of the task that argv begins with (else of the first), its Config: every field is
+    a flag, its comment the help text."""
     def fail(message):
-        raise InputError(f"{message} (--help lists the flags)")
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+        hint = "; tasks are commands: python FILE TASK" if "--task" in message else ""
+        raise InputError(f"{message} (--help lists the flags{hint})")
+
+    parser = argparse.ArgumentParser(description=__doc__ + MORE, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
-    for field in fields(Config):
-        kind = dict(type=field.type, metavar=field.name.upper())
-        if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif get_args(field.type):
-            kind = dict(choices=get_args(field.type))
-        text = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
-        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=text, **kind)
-    known = parser.parse_known_args(argv)[0]
-    data, experiment = (getattr(known, name, "") for name in ("data", "experiment"))
-    for key in (known.task, f"{known.task} --data" if data else "", experiment):
-        parser.set_defaults(**PRESETS.get(key, {}))
-    return Config(**vars(parser.parse_args(argv)))
+    parser.error, commands = fail, parser.add_subparsers(dest="task", metavar="task")
+    for name, task in tasks.items():
+        command = commands.add_parser(name, help=task.config.__doc__, allow_abbrev=False,
+                                      description=task.config.__doc__)
+        command.error, comments = fail, {}
+        with contextlib.suppress(OSError, TypeError):   # no source text in a notebook cell
+            for c in reversed(task.config.__mro__[:-1]) if {"-h", "--help"} & set(argv) else ():
+                comments.update(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(c), re.M))
+        for f in fields(task.config):
+            kind = dict(type=f.type, metavar=f.name.upper())
+            if f.type is bool:
+                kind = dict(action=argparse.BooleanOptionalAction)
+            elif get_args(f.type):
+                kind = dict(choices=get_args(f.type))
+            text = f"{comments.get(f.name, '')} (default: {f.default!r})".replace("%", "%%")
+            flag = "--" + f.name.replace("_", "-")
+            command.add_argument(flag, default=f.default, help=text, **kind)
+    named = argv and (argv[0] in ("-h", "--help") or not argv[0].startswith("-"))
+    flags = vars(parser.parse_args(argv if named else [next(iter(tasks)), *argv]))
+    name = flags.pop("task")
+    cfg = tasks[name].config(**flags)
+    check(cfg)
+    return name, cfg
 
 
-def run(main):
-    """Call main with the Config of the flags; what is not a bug ends in one line, not in a traceback."""
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")      # each line at once, on any console
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)                           # `| head` ends the program quietly
-    np.seterr(over="ignore", invalid="ignore")          # a run that diverges shows in its loss, which Progress checks
-    with contextlib.suppress(AttributeError, OSError, TypeError):               # Linux: keep freed memory for reuse
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30), libc.mallopt(-1, -1)
+def run(tasks):
+    """Run what the command line asks for; user errors end in one line, without a traceback."""
+    if sys.stdout and sys.stdout is sys.__stdout__:     # a console, not a notebook
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+        with contextlib.suppress(AttributeError, ValueError):   # Windows; not the main thread
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends it quietly
+    np.seterr(over="ignore", invalid="ignore")          # divergence: see progress and check_finite
+    pasted = "ipykernel" in sys.argv[0]                 # into a notebook cell: argv is not ours
     try:
-        main(read_flags())
+        name, cfg = read_flags(tasks, [] if pasted else sys.argv[1:])
+        tasks[name].main(cfg)
     except (InputError, FloatingPointError, MemoryError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
@@ -810,50 +1054,22 @@ def run(main):
         sys.exit(130)
 
 
-class Progress:
-    """for step in progress: ... progress.report(loss).   Prints about ten lines with the time left. Ctrl-C ends the
-    loop after the step at hand, a second one quits. A loss that is not finite raises FloatingPointError."""
+CONSTRAINTS = {Add: lambda cfg: [(cfg.length >= 2, "--length", "2 or more", cfg.length)],
+               Gradient: lambda cfg: [(cfg.length >= 2, "--length", "2 or more", cfg.length)],
+               Text: lambda cfg: [(cfg.threads <= cfg.batch_size, "--threads",
+                                   f"at most --batch-size {cfg.batch_size}", cfg.threads)]}
 
-    def __init__(self, steps, first=1, quiet=False, lines=10):
-        self.steps, self.first, self.quiet, self.lines = steps, first, quiet, lines
-        self.step, self.losses, self.printed, self.stopped = first - 1, [], 0, False
-        self.start, self.seconds = time.perf_counter(), 0.0
+GRADCHECK = {"masked_lstm": lambda rng: dict(
+    z=rng.standard_normal((5, 3, 24)), h0=rng.standard_normal((3, 6)),
+    c0=rng.standard_normal((3, 6)), Wh=rng.standard_normal((6, 24)),
+    mask=np.arange(5)[:, None, None] < np.array([5, 3, 2])[:, None])}
 
-    def __iter__(self):
-        previous = signal.signal(signal.SIGINT, self.interrupt)
-        try:
-            while self.step < self.steps and not self.stopped:
-                self.step += 1
-                yield self.step
-        finally:
-            signal.signal(signal.SIGINT, previous)
-        if self.stopped:
-            print(f"stopped after step {self.step}; this is what has been learned so far")
-
-    def interrupt(self, signum, frame):
-        """Called on Ctrl-C."""
-        if self.stopped:
-            raise KeyboardInterrupt
-        self.stopped = True
-
-    def report(self, loss, note=lambda: ""):
-        """Keep the loss of this step; if a line is due, print it, with what note() says."""
-        if not np.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {self.step}: training diverged; try a smaller --lr")
-        self.losses.append(float(loss))
-        self.seconds = time.perf_counter() - self.start
-        if not self.quiet and (self.step % -(-self.steps // self.lines) == 0 or self.step == self.steps):
-            recent = self.losses[self.printed:]
-            self.printed = len(self.losses)
-            left = self.seconds / len(self.losses) * (self.steps - self.step)
-            print(f"step {self.step:6d}/{self.steps}  loss {sum(recent) / len(recent):.4f}{note()}  |  "
-                  f"{self.seconds:.1f} s  ({left:.0f} s left)")
-
-
-def print_result(**figures):
-    """The last line of a run, for comparing runs."""
-    print("result: " + " ".join(f"{k}={v:#.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items()))
-
+TASKS = {"remember": Task(Config, init_params, make_batch, loss_and_grads, main),
+         "long": Task(Long, init_params, make_batch, loss_and_grads, run_long),
+         "gradient": Task(Gradient, None, None, None, run_gradient),
+         "add": Task(Add, init_add, add_batch, add_loss_and_grads, run_add),
+         "reverse": Task(Reverse, init_reverse, reverse_batch, reverse_loss_and_grads, run_reverse),
+         "text": Task(Text, init_text, text_batch, tokens_loss_and_grads, run_text)}
 
 if __name__ == "__main__":
-    run(main)
+    run(TASKS)
