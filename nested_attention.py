@@ -1,914 +1,1159 @@
+"""nested_attention.py: attention as a memory that is trained while it reads.
+
+Linear attention (no softmax) outputs the sum of all earlier values v_s, each times k_s . q. That
+is M q, where M = sum_s v_s k_s^T is a matrix: a memory. And adding v k^T to M is one step of
+gradient descent on the objective -<M k, v>, "M k should point along v". So attention is learning,
+and its objective, step size and optimizer are choices. Learning happens on two levels:
+    fast: the memory M, zero at the start of every sequence, makes one step per token
+    slow: embeddings k, q, v and step sizes eta are trained by Adam, through all fast steps
+
+Forward, for the tokens t = 1..T of a sequence:
+    y = M q             read before write: token t is not in M yet
+    e = c M k - v       c = 0: Hebb's rule adds v to what M holds for k; objective -<M k, v>
+                        c = 1: the delta rule replaces it by v; objective |M k - v|^2 / 2
+    M' = M - eta e k^T  e k^T is the slope of the objective by M; M' is the M of token t + 1
+Backward, for t = T..1, where A = dM' is the derivative of the loss by M':
+    de = -eta A k       dk = -eta A^T e + c M^T de        deta = -e^T A k
+    dv = -de            dq = M^T dy
+    dM = A + c de k^T + dy q^T      M is used in M', e and y, so three gradients add
+
+Run    python nested_attention.py     (--help lists the other tasks)
+Papers: Behrouz et al. 2025 (Nested Learning), Katharopoulos et al. 2020 (linear attention),
+Schlag et al. 2021 (its memory with the delta rule), Schmidhuber 1992 (fast weights).
+"""
+
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["numpy"]
 # ///
-"""nested_attention.py: attention as learning inside learning.
 
-Linear attention keeps a matrix M, adds v k^T for every token, and answers a query with M q. Now take the objective
--<M k, v>, "M k should point along v". Its slope by M is -v k^T, so M + v k^T is one step of gradient descent on it,
-with step size 1: linear attention is a memory that is trained while the text goes by. Seen so, everything about it can
-be chosen anew: the objective, the optimizer, the step size, what is forgotten, how often it is updated. Nested
-Learning calls such a model levels of optimization. Here are two:
-    fast level: the memory M, new for every sequence, one step of an inner rule a token
-    slow level: embeddings, step sizes, forgetting, momentum, first memory; trained over many sequences by Adam, through
-                the unrolled steps of the fast level, so that it learns how the fast level should learn
-
-Forward, for tokens t = 1..T with key k (length 1), query q, value v; e is the inner error:
-    y = M q                   read, before the write
-    e = M k - v  (l2: the objective is |M k - v|^2 / 2)     or  e = -v  (dot: -<M k, v>);  the slope by M is e k^T
-    hebb, delta   M' = alpha M - eta e k^T                  hebb on dot: linear attention; delta on l2: the delta rule
-    momentum      S' = mu S - eta e k^T,  M' = alpha M + S'
-    adam          M' = alpha M - eta m / sqrt(s + eps)      m, s: running means of e k^T and of its square
-    dgd           M' = alpha M - eta (M k + e) k^T          delta gradient descent
-    continuum     several M_l, y = sum_l w_l M_l k; each gathers w_l e k^T and steps only every C_l tokens
-Backward, for t = T..1, with A = dM', what the later steps want M' to be:
-    dalpha = <A, M>     deta = -e^T A k     de = -eta A k     dk = -eta A^T e     dM = alpha A        (hebb, delta)
-    l2:   dM += de k^T,  dk += M^T de       either:  dv = -de       read:  dM += dy q^T,  dq = M^T dy
-    M was used in up to three places, so three slopes add. Embeddings of keys and values that are only written get no
-    slope but through the later memories: without the way back through M' the slow level could not learn what to store.
-
-The paper's: the view, read-before-write (its Eq. 94), momentum as an inner rule (33), delta gradient descent (56, 57),
-the continuum's gathered updates (71). Ours: the continuum here is heads of one linear memory in the manner of Eq. 74,
-where the paper's are MLPs; Adam as an inner rule, which the paper reads as a memory (App. B) but uses outside only;
-periods such as 1, 4, 16, where it has chunk sizes C^(l) and no fixed ones. Misprints: in Eq. 65 the factor
-(I - eta k k^T) must stand to the right of M, and in Eq. 92 the minus should be a plus for the stated objective; "Adam
-is the optimal memory" is exact only when both of its means have equal weights.
-
-Run
-    python nested_attention.py                            everything, on two seeds
-    python nested_attention.py --task recall --rule hebb --eta fixed      one rule: linear attention
-    python nested_attention.py --task recall --keys 12 --steps 300        more keys than dimensions
-    python nested_attention.py --task stream --periods 1,8                a continuum memory of two levels
-    python nested_attention.py --task identities
-
-Break it
-    return 0 * dk, dasked[..., 0], 0 * dv in memory_backward, --task recall: no slope through what was written. The keys
-        cannot become orthogonal (mean overlap stays 0.31), 94 % right, 56 % at 512 tokens. 0 * dv alone: 100 %
-    dk += 0 * dasked[..., 1] in the same place: a wrong gradient, and still 100 %. Learning proves no derivative right
-    y[t] = mv(M_new, asked[t, :, :, 0]) above M = M_new, the read after the write: the delta rule then answers with the
-        new value, which nobody asked for, 34 %; with the backward to match, 40 %
-    2.5 * np.ones((T, B), ...) for eta in memory_forward, --task recall --eta fixed: 34 %, at 512 tokens 14 %: steps
-        above 2 overshoot, and the error of a key grows at each visit. 2.1: 59 %, 17 %
-    --task recall --rule momentum --mu 0.5, 0.8, 0.95: 99.5 %, 90 %, 79 %; old slopes push for values out of date
-    --task recall --rule adam --beta1 0.5, 0.9: 92 %, 55 %, for the same reason (0: 99.9 %)
-    1 + 0 * due for 1 - due in cms_forward, --task stream: slopes are never emptied, loss 1.05 for 0.83
-    --task recall --keys 12 --steps 300: 96 %, at 512 tokens 86 %; with --rule hebb --alpha token 89 % and 76 %
-
-Papers: Behrouz, Razaviyayn, Zhong, Mirrokni 2025 (Nested Learning: the illusion of deep learning architectures);
-Schmidhuber 1992 (fast weights); Katharopoulos et al. 2020 (linear attention); Schlag, Irie, Schmidhuber 2021 (linear
-transformers are fast weight programmers); Yang et al. 2024 (gated delta networks); Kingma, Ba 2015 (Adam).
-"""
-import argparse
-import contextlib
-import ctypes
-import inspect
 import math
-import re
+import os
 import signal
-import sys
+import threading
 import time
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
+for library in ("OPENBLAS", "MKL", "OMP"):  # the matrices are small: one BLAS thread is fastest
+    os.environ.setdefault(library + "_NUM_THREADS", "1")
 import numpy as np
 
 
 @dataclass
 class Config:
-    """Hyperparameters. Edit a line, or pass its name as a flag: --lr 0.1"""
-    task: Literal["demo", "identities", "recall", "stream", "optimizers"] = "demo"  # which part to run; demo is all
-    rule: Literal["hebb", "delta", "momentum", "adam", "dgd"] = "delta"  # recall: what one token does to the memory
-    objective: Literal["l2", "dot"] = "l2"  # what momentum, adam and dgd descend (hebb is always dot, delta always l2)
-    eta: Literal["fixed", "global", "token"] = "token"  # inner step size: 1, learned, or learned and given by the token
-    alpha: Literal["fixed", "global", "token"] = "fixed"  # the share of the memory that a step keeps: the same choices
-    mu: float = 0.0         # inner momentum; 0 lets the slow level learn it
-    beta1: float = 0.0      # inner Adam: memory of its mean gradient
-    beta2: float = 0.9      # inner Adam: memory of its mean squared gradient
+    """Recall values by Hebb's rule, then by --rule."""
+    rule: Literal["hebb", "delta"] = "delta"  # inner rule: what a token does to the memory
     keys: int = 8           # different keys
     values: int = 8         # different values
-    width: int = 8          # recall: d and p, the memory is a width x width matrix
-    junk: float = 0.25      # recall: share of the tokens that are flagged and must not be stored
-    periods: str = "1,4,16"  # stream: every how many steps a level of the continuum memory is updated
-    shared: bool = False    # stream: one alpha for all levels
-    staggered: bool = False  # stream: level l begins as if its period were 4^l, whatever it is
-    home: int = 24          # stream: steps with the permanent values
-    away: int = 8           # stream: steps with passing values, before the permanent ones return
-    length: int = 32        # tokens in a sequence
-    lr: float = 0.05        # learning rate of the slow level, falling to a tenth on a straight line
-    clip: float = 1.0       # largest norm of the gradient; 0: any
-    steps: int = 150        # updates
-    batch: int = 32         # sequences an update
-    seed: int = 0           # of every random draw
-
-    def __post_init__(self):
-        require(re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.periods), "--periods",
-                "steps above 0, such as 1,4,16", self.periods)
-        for name in ("keys", "values", "width", "length", "home", "away"):
-            require(getattr(self, name) >= 2, "--" + name, "2 or more", getattr(self, name))
-        for name in ("mu", "beta1", "beta2", "junk"):
-            require(0 <= getattr(self, name) < 1, "--" + name, "0 or more and below 1", getattr(self, name))
-        for name in ("steps", "batch"):
-            require(getattr(self, name) >= 1, "--" + name, "1 or more", getattr(self, name))
-        for name in ("clip", "seed"):
-            require(0 <= getattr(self, name) < math.inf, "--" + name, "0 or more", getattr(self, name))
-        require(0 < self.lr < math.inf, "--lr", "a number above 0", self.lr)
+    dim: int = 8            # dimension of k, q and v: the memory is a dim x dim matrix
+    length: int = 32        # tokens per sequence
+    junk: float = 0.25      # share of tokens that are marked as junk
+    batch_size: int = 32    # sequences per step
+    steps: int = 150        # optimizer steps
+    lr: float = 0.05        # learning rate
+    seed: int = 0           # random seed
 
 
-PRESETS = {     # what a task changes above, unless a flag says otherwise
-    "stream": dict(keys=6, length=128, lr=0.07, steps=80, batch=16),
-}
-
-
-# ---- layers: T tokens in time, B sequences, d width of a key, p of a value, L levels; memories (B, p, d) -------------
-
-def mv(M, x):
-    """M x, one matrix and one vector for each sequence.   M (..., p, d), x (..., d) -> (..., p)."""
-    return (M @ x[..., None])[..., 0]
-
-
-def mv_T(M, x):
-    """M^T x.   M (..., p, d), x (..., p) -> (..., d)."""
-    return (x[..., None, :] @ M)[..., 0, :]
-
-
-def outer(a, b):
-    """a b^T.   a (..., p), b (..., d) -> (..., p, d)."""
-    return a[..., :, None] * b[..., None, :]
-
-
-def inner(A, B):
-    """<A, B>, the sum of all products of entries.   A, B (..., p, d) -> (...)."""
-    shape = A.shape[:-2]
-    return (A.reshape(*shape, 1, -1) @ B.reshape(*shape, -1, 1))[..., 0, 0]
-
-
-def col(x):
-    """A number for each sequence, made to multiply matrices.   (...) -> (..., 1, 1)."""
-    return x[..., None, None]
-
-
-def forget(alpha, M):
-    """alpha M, one number for each sequence; None stands for 1.   alpha (B,), M (B, p, d)."""
-    return M if alpha is None else col(alpha) * M
-
-
-def gd_forward(M, k, e, eta, alpha):
-    """M' = alpha M - eta e k^T: a gradient step, e k^T being the slope of the objective by M, and forgetting.
-    M (B, p, d), k (B, d), e (B, p), eta, alpha (B,) -> (M',)."""
-    return (forget(alpha, M) - outer(eta[:, None] * e, k),), (M, k, e, eta, alpha)
-
-
-def gd_backward(dM, cache):
-    """A = dM': dM = alpha A, dk = -eta A^T e, de = -eta A k, deta = -e^T A k, dalpha = <A, M>."""
-    M, k, e, eta, alpha = cache
-    Ak = mv(dM, k)
-    return (forget(alpha, dM), mv_T(dM, -eta[:, None] * e), -eta[:, None] * Ak, -(e * Ak).sum(axis=1), inner(dM, M))
-
-
-def momentum_forward(M, S, k, e, eta, alpha, mu):
-    """S' = mu S - eta e k^T,  M' = alpha M + S'.   S (B, p, d), mu (B,), others as in gd -> (M', S')."""
-    S_new = col(mu) * S - outer(eta[:, None] * e, k)
-    return (forget(alpha, M) + S_new, S_new), (M, S, k, e, eta, alpha, mu)
-
-
-def momentum_backward(dM, dS, cache):
-    """S' leads to M' and the next S, so its slope is D = dM' + dS'; from there as in gd; dS = mu D, dmu = <D, S>."""
-    M, S, k, e, eta, alpha, mu = cache
-    D = dM + dS
-    Dk = mv(D, k)
-    return (forget(alpha, dM), col(mu) * D, mv_T(D, -eta[:, None] * e), -eta[:, None] * Dk, -(e * Dk).sum(axis=1),
-            inner(dM, M), inner(D, S))
-
-
-def adam_forward(M, m, s, k, e, eta, alpha, t, beta1, beta2, eps=1e-6):
-    """g = e k^T;  m' = b1 m + (1 - b1) g,  s' = b2 s + (1 - b2) g^2;  u = m_hat / sqrt(s_hat + eps), where
-    m_hat = m'/(1 - b1^t), s_hat likewise; eps is inside the root, whose slope at 0 is infinite;  M' = alpha M - eta u.
-    m, s (B, p, d), t the number of the token, others as in gd -> (M', m', s')."""
-    g = outer(e, k)
-    m, s = beta1 * m + (1 - beta1) * g, beta2 * s + (1 - beta2) * (g * g)
-    m_hat, r = m * (1 / (1 - beta1 ** t)), (s * (1 / (1 - beta2 ** t)) + eps) ** -0.5
-    return (forget(alpha, M) - col(eta) * (m_hat * r), m, s), (M, g, m_hat, r, k, e, eta, alpha, t, beta1, beta2)
-
-
-def adam_backward(dM, dm, ds, cache):
-    """du = -eta dM';  u = m_hat r, r = (s_hat + eps)^-1/2, so dm_hat = du r, ds_hat = -1/2 du m_hat r^3;  g is used in
-    m' and in s':  dg = (1 - b1) dm' + 2 (1 - b2) g ds';  g = e k^T:  de = dg k, dk = dg^T e;  deta = -<dM', u>."""
-    M, g, m_hat, r, k, e, eta, alpha, t, beta1, beta2 = cache
-    du = -col(eta) * dM
-    dm = dm + du * r * (1 / (1 - beta1 ** t))                       # m' is also the m of the next step
-    ds = ds - du * m_hat * (r * r * r) * (0.5 / (1 - beta2 ** t))   # and s' its s
-    dg = (1 - beta1) * dm + 2 * (1 - beta2) * (g * ds)
-    return (forget(alpha, dM), beta1 * dm, beta2 * ds, mv_T(dg, e), mv(dg, k), -inner(dM, m_hat * r), inner(dM, M))
-
-
-def dgd_forward(M, k, e, eta, alpha):
-    """Delta gradient descent, M' = alpha M - eta (M k + e) k^T: besides the step, what M said to k is taken out.
-    Inputs as in gd -> (M',)."""
-    w = mv(M, k) + e
-    return (forget(alpha, M) - outer(eta[:, None] * w, k),), (M, k, w, eta, alpha)
-
-
-def dgd_backward(dM, cache):
-    """gd with w = M k + e in place of e, so de = dw, and M and k get what comes through w: M += dw k^T, k += M^T dw."""
-    M, k, w, eta, alpha = cache
-    Ak = mv(dM, k)
-    dw = -eta[:, None] * Ak
-    return (forget(alpha, dM) + outer(dw, k), mv_T(dM, -eta[:, None] * w) + mv_T(M, dw), dw, -(w * Ak).sum(axis=1),
-            inner(dM, M))
-
-
-INNER_RULES = {     # forward, backward, number of matrices besides M
-    "hebb": (gd_forward, gd_backward, 0), "delta": (gd_forward, gd_backward, 0), "dgd": (dgd_forward, dgd_backward, 0),
-    "momentum": (momentum_forward, momentum_backward, 1), "adam": (adam_forward, adam_backward, 2)}
-
-
-def memory_forward(k, q, v, gates, M0, rule, objective, betas=(0.0, 0.9)):
-    """The fast level, token after token: read y = M q, then write (k, v) by one step of the rule on the objective.
-    k, q (T, B, d), v (T, B, p), M0 (p, d), gates: a dict of eta, alpha (1 if left out) and, for momentum, mu, each
-    (T, B), rule and objective as in Config, betas of the inner Adam -> y (T, B, p)."""
-    (T, B, _), (step_forward, _, count) = k.shape, INNER_RULES[rule]
-    eta, alpha = gates.get("eta", np.ones((T, B), k.dtype)), gates.get("alpha", [None] * T)
-    asked = np.stack([q, k] if objective == "l2" else [q], axis=3)      # all that M is multiplied with
-    M, y, caches = M0 + np.zeros((B, 1, 1), k.dtype), np.empty_like(v), []
-    state = [np.zeros_like(M)] * count                  # momentum's S, or Adam's m and s
-    for t in range(T):
-        answers = M @ asked[t]
-        y[t] = answers[:, :, 0]                         # before the write: not what it is just being told
-        e = answers[:, :, 1] - v[t] if objective == "l2" else -v[t]
-        extra = (gates["mu"][t],) if rule == "momentum" else (t + 1, *betas) if rule == "adam" else ()
-        (M_new, *state), cache = step_forward(M, *state, k[t], e, eta[t], alpha[t], *extra)
-        caches.append((M, cache))
-        M = M_new
-    return y, (caches, asked, gates, rule, objective)
-
-
-def memory_backward(dout, cache):
-    """From the last token to the first. dM is the slope by the memory after the step, and becomes that by the memory
-    before it, which was used in the step and in the answers.   dout (T, B, p) -> dk, dq, dv, dgates, dM0."""
-    caches, asked, gates, rule, objective = cache
-    _, step_backward, count = INNER_RULES[rule]
-    dk, dv, dasked = np.empty_like(asked[..., 0]), np.empty_like(dout), np.empty_like(asked)
-    dgates = {name: np.empty_like(gate) for name, gate in gates.items()}
-    dM = np.zeros_like(caches[0][0])                    # nobody reads the memory after the last token, or its state
-    dstate = [dM] * count
-    for t in reversed(range(len(dout))):
-        M, step_cache = caches[t]
-        grads = step_backward(dM, *dstate, step_cache)
-        dM, dstate, (dk[t], de, *dextra) = grads[0], grads[1:1 + count], grads[1 + count:]
-        for name, g in zip(("eta", "alpha", "mu"), dextra):
-            if name in gates:
-                dgates[name][t] = g
-        dv[t] = -de
-        danswers = np.stack([dout[t], de] if objective == "l2" else [dout[t]], axis=2)
-        dM = dM + danswers @ asked[t].swapaxes(1, 2)    # dy q^T + de k^T
-        dasked[t] = M.swapaxes(1, 2) @ danswers         # M^T dy and M^T de
-    if objective == "l2":
-        dk += dasked[..., 1]                            # k was used in the step and in the error
-    return dk, dasked[..., 0], dv, dgates, dM.sum(axis=0)       # every sequence begins with M0, so sum over them
-
-
-def cms_forward(k, v, eta, alpha, w, periods):
-    """Continuum memory: y = sum_l w_l M_l k, e = y - v, G_l += w_l e k^T, and every periods[l] tokens
-    M_l <- alpha_l M_l - eta_l G_l, G_l <- 0. Written as one memory of L d columns with keys K = (w_1 k, ..., w_L k), in
-    which a column whose turn it is not has alpha 1 and eta 0.
-    k (T, B, d), v (T, B, p), eta, alpha, w (L,) -> y (T, B, p)."""
-    (T, B, d), L = k.shape, len(periods)
-    due = np.array([[t % C == 0 for C in periods] for t in range(1, T + 1)]).astype(k.dtype)            # (T, L)
-    keep, rate, wait = (np.repeat(a, d, axis=1) for a in (1 + due * (alpha - 1), due * eta, 1 - due))   # (T, L d)
-    K = (w[:, None] * k[:, :, None]).reshape(T, B, L * d)
-    M = G = np.zeros((B, v.shape[2], L * d), k.dtype)
-    y, caches = np.empty_like(v), []
-    for t in range(T):
-        y[t] = mv(M, K[t])
-        e = y[t] - v[t]
-        G = G + outer(e, K[t])
-        caches.append((M, G, e))
-        M, G = keep[t] * M - rate[t] * G, wait[t] * G
-    return y, (caches, k, K, w, due, keep, rate, wait)
-
-
-def cms_backward(dout, cache):
-    """From the last token to the first, A = dM', C = dG'. Write: dM = keep A, dG = wait C - rate A; dkeep and drate are
-    the sums of A M and -A G by column. Gathering: de = dG K. Reading: dy = dout + de, dM += dy K^T.
-    dout (T, B, p) -> dk, dv, deta, dalpha, dw."""
-    caches, k, K, w, due, keep, rate, wait = cache
-    dK, dv, dkeep, drate = np.empty_like(K), np.empty_like(dout), np.empty_like(keep), np.empty_like(rate)
-    A = C = np.zeros_like(caches[0][0])
-    for t in reversed(range(len(k))):
-        M, G, e = caches[t]
-        dkeep[t], drate[t] = (A * M).sum(axis=(0, 1)), -(A * G).sum(axis=(0, 1))
-        C = wait[t] * C - rate[t] * A
-        de = mv(C, K[t])
-        dy = dout[t] + de                               # e = y - v, so what e wants, y wants as well
-        dv[t] = -de
-        dK[t] = mv_T(C, e) + mv_T(M, dy)                # K is used to gather and to read
-        A = keep[t] * A + outer(dy, K[t])
-    T, B, d = k.shape
-    dK = dK.reshape(T, B, len(w), d)                    # K = w k
-    deta, dalpha = ((due * x.reshape(T, len(w), d).sum(axis=2)).sum(axis=0) for x in (drate, dkeep))
-    return (w[:, None] * dK).sum(axis=2), dv, deta, dalpha, (dK * k[:, :, None]).sum(axis=(0, 1, 3))
-
-
-def unit_forward(x):
-    """y = x / |x|, row by row: keys of length 1.   x (N, d) -> y (N, d)."""
-    size = (x * x).sum(axis=1, keepdims=True) ** 0.5
-    y = x / size
-    return y, (y, size)
-
-
-def unit_backward(dout, cache):
-    """dx = (dout - y (y . dout)) / |x|: what points along y only changes the length, which is divided out."""
-    y, size = cache
-    return (dout - y * (y * dout).sum(axis=1, keepdims=True)) / size
-
-
-def gate_forward(features, c):
-    """y = sigmoid(features c), from 0 to 1 for every token.   features (T, B, F) are data, c (F,) -> (T, B)."""
-    y = sigmoid(features @ c)
-    return y, (y, features)
-
-
-def gate_backward(dout, cache):
-    """dc = sum over all tokens of dout y (1 - y) features."""
-    y, features = cache
-    return (dout * y * (1 - y)).reshape(-1) @ features.reshape(-1, features.shape[-1])
-
-
-def scale_forward(x, s):
-    """y = e^s x, a factor that stays positive.   s (1,)."""
-    y = np.exp(s) * x
-    return y, (y, s)
-
-
-def scale_backward(dout, cache):
-    """dx = e^s dout, ds = sum dout y."""
-    y, s = cache
-    return np.exp(s) * dout, (dout * y).sum().reshape(1)
-
+# ---- layers: T tokens, B sequences, d dimension of keys, p of values -----------------------------
 
 def linear_forward(x, W, b):
-    """y = x W + b.   x (N, D), W (D, K), b (K,) -> y (N, K)."""
-    y = x @ W
-    y += b
-    return y, (x, W)
+    """y = x W + b.   x (N, D), W (D, M), b (M,) -> y (N, M)."""
+    return x @ W + b, (x, W)
 
 
 def linear_backward(dout, cache):
-    """dx = dout W^T, dW = x^T dout, db = sum_n dout.   dout (N, K) -> dx (N, D), dW (D, K), db (K,)."""
+    """dx = dout W^T, dW = x^T dout, db = sum_n dout: b is added to every row."""
     x, W = cache
-    return dout @ W.T, x.T @ dout, dout.sum(axis=0)     # b was broadcast over N, so sum over N
-
-
-def sigmoid(z):
-    """1 / (1 + e^-z), written with tanh, which cannot overflow."""
-    return 0.5 * np.tanh(0.5 * z) + 0.5
+    return dout @ W.T, x.T @ dout, dout.sum(axis=0)
 
 
 def embedding_forward(ids, E):
-    """The row of E that each number names.   ids (...) integers, E (V, D) -> (..., D)."""
+    """Row ids of E.   ids (...) integers, E (V, D) -> (..., D)."""
     return E[ids], (ids, E.shape)
 
 
 def embedding_backward(dout, cache):
-    """A row of E gets the sum of dout over the places where it stands: a product with a (V, places) table of 0, 1."""
+    """Row v of dE is the sum of dout over all positions whose id is v."""
     ids, shape = cache
-    stands = np.arange(shape[0])[:, None] == ids.ravel()
-    return stands.astype(dout.dtype) @ dout.reshape(-1, shape[1])
+    dE = np.zeros(shape, dout.dtype)
+    np.add.at(dE, ids, dout)                            # unlike dE[ids] += dout, adds repeated ids
+    return dE
 
 
-def softmax_cross_entropy_forward(z, targets):
-    """-mean_n log p[n, y_n], p = softmax of each row.   z (N, K), targets (N,) class numbers -> scalar."""
-    z = z - z.max(axis=1, keepdims=True)                # the same p, and e^z cannot overflow
-    log_p = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
-    return -log_p[np.arange(len(targets)), targets].mean(), (log_p, targets)
+def unit_forward(x):
+    """y = x / |x|, row by row.   x (N, D) -> y (N, D) of length 1."""
+    norm = (x * x).sum(axis=1, keepdims=True) ** 0.5
+    y = x / norm
+    return y, (y, norm)
+
+
+def unit_backward(dout, cache):
+    """dx = (dout - y (y . dout)) / |x|: the part of dout along y would only change the length."""
+    y, norm = cache
+    return (dout - y * (y * dout).sum(axis=1, keepdims=True)) / norm
+
+
+def memory_forward(k, q, v, eta, c):
+    """y = M q, e = c M k - v, M' = M - eta e k^T, token by token; M begins at 0. c = 0: Hebb's
+    rule, c = 1: the delta rule.   k, q (T, B, d), v (T, B, p), eta (T, B) -> y (T, B, p)."""
+    T, B, d = k.shape
+    k, q, v, eta = k[..., None], q[..., None], v[..., None], eta[..., None, None]   # columns
+    kT = k.swapaxes(2, 3)                                                           # (T, B, 1, d)
+    M = np.zeros((T + 1, B, v.shape[2], d), k.dtype)
+    e = np.empty_like(v)                                                            # (T, B, p, 1)
+    for t in range(T):
+        e[t] = c * (M[t] @ k[t]) - v[t]
+        M[t + 1] = M[t] - eta[t] * e[t] @ kT[t]
+    y = M[:-1] @ q
+    return y[..., 0], (M, e, k, q, eta, c)
+
+
+def memory_backward(dout, cache):
+    """The formulas at the top of the file, from the last token to the first.
+    dout (T, B, p) -> dk, dq, dv, deta."""
+    M, e, k, q, eta, c = cache
+    dy, kT, qT = dout[..., None], k.swapaxes(2, 3), q.swapaxes(2, 3)
+    dM, de = np.zeros_like(M), np.empty_like(e)         # nothing reads the last M', so its dM is 0
+    for t in reversed(range(len(k))):
+        de[t] = -eta[t] * (dM[t + 1] @ k[t])
+        dM[t] = dM[t + 1] + c * de[t] @ kT[t] + dy[t] @ qT[t]
+    A, MT = dM[1:], M[:-1].swapaxes(2, 3)               # the other gradients need no loop
+    dk = MT @ (c * de) - A.swapaxes(2, 3) @ (eta * e)
+    dq = MT @ dy
+    deta = -(e * (A @ k)).sum(axis=(2, 3))
+    return dk[..., 0], dq[..., 0], -de[..., 0], deta
+
+
+def softmax_cross_entropy_forward(logits, targets):
+    """-mean_n log softmax(logits)[n, targets_n].   logits (N, V), targets (N,) ids -> scalar."""
+    logits = logits - logits.max(axis=1, keepdims=True)     # the same softmax, without overflow
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    loss = -log_p[np.arange(len(targets)), targets].mean()
+    return loss, (log_p, targets)
 
 
 def softmax_cross_entropy_backward(dout, cache):
-    """dz = (p - onehot(y)) / N.   dout scalar -> dz (N, K)."""
+    """dlogits = (p - onehot(targets)) / N."""
     log_p, targets = cache
-    dz = np.exp(log_p)
-    dz[np.arange(len(targets)), targets] -= 1
-    return dz * (dout / len(targets))
+    dlogits = np.exp(log_p)
+    dlogits[np.arange(len(targets)), targets] -= 1
+    return dlogits * (dout / len(targets))
 
 
-# ---- model: the slow level, which learns how the fast level learns ---------------------------------------------------
+# ---- data: tokens such as "key c now has value 3"; junk tokens are to be ignored -----------------
 
-def init_params(cfg, rng, dtype=np.float32):
-    """recall: embeddings of keys, to write (Wk) and to read (Wq), and of values; first memory, gates, scale and layer
-    of the logits. stream: eta (its logarithm), alpha (before the sigmoid) and weight of every level, that scale."""
-    if cfg.task == "stream":
-        C = np.array(read_periods(cfg), float)
-        pace = 4.0 ** np.arange(len(C)) if cfg.staggered else C
-        keep = sigmoid(1.5) ** (C / pace)               # forgets as fast as one update every pace tokens would
-        params = {"eta": np.log(0.5 / pace), "alpha": np.log(keep / (1 - keep)), "w": np.ones(len(C)),
-                  "scale": np.ones(1)}
-        params["alpha"] = params["alpha"][:1] if cfg.shared else params["alpha"]
-        return {name: value.astype(dtype) for name, value in params.items()}
-    d = p = cfg.width
-    params = {"Wk": rng.standard_normal((cfg.keys, d)), "Wq": rng.standard_normal((cfg.keys, d)),
-              "Wv": rng.standard_normal((cfg.values, p)), "M0": np.zeros((p, d)), "scale": np.zeros(1),
-              "Wo": rng.standard_normal((p, cfg.values)) * p ** -0.5, "bo": np.zeros(cfg.values)}
-    for name, choice, start in (("eta", cfg.eta, 1.0), ("alpha", cfg.alpha, 2.0)):
-        if choice != "fixed":
-            params[name] = np.array([start, 0.0][:2 if choice == "token" else 1])
-    if cfg.rule == "momentum" and not cfg.mu:
-        params["mu"] = np.zeros(1)
-    return {name: value.astype(dtype) for name, value in params.items()}
-
-
-def read_periods(cfg):
-    """The update periods of the continuum memory, as numbers."""
-    return [int(C) for C in cfg.periods.split(",")]
-
-
-def tokens_forward(params, tokens, cfg):
-    """What the tokens hand to the fast level.   key, value (T, B) integers, junk (T, B) -> k, q, v, gates of memory."""
-    (key, value, junk), gates, cache = tokens, {}, {}
-    k, cache["Wk"] = unit_forward(params["Wk"])         # all rows before the look-up: there are fewer than tokens
-    q, cache["Wq"] = unit_forward(params["Wq"])
-    k, cache["k"] = embedding_forward(key, k)
-    q, cache["q"] = embedding_forward(key, q)
-    v, cache["Wv"] = embedding_forward(value, params["Wv"])
-    features = np.stack([np.ones_like(junk), junk], axis=2)
-    for name in ("eta", "alpha", "mu"):
-        if name in params:
-            gates[name], cache[name] = gate_forward(features[..., :len(params[name])], params[name])
-    if cfg.rule == "momentum" and cfg.mu:
-        gates["mu"] = np.full_like(junk, cfg.mu)
-    return (k, q, v, gates), cache
-
-
-def tokens_backward(dk, dq, dv, dgates, cache):
-    """-> gradients of the embeddings and of the gates."""
-    grads = {name: gate_backward(d, cache[name]) for name, d in dgates.items() if name in cache}
-    grads["Wk"] = unit_backward(embedding_backward(dk, cache["k"]), cache["Wk"])
-    grads["Wq"] = unit_backward(embedding_backward(dq, cache["q"]), cache["Wq"])
-    grads["Wv"] = embedding_backward(dv, cache["Wv"])
-    return grads
-
-
-def inner_objective(cfg):
-    """What the inner rule descends: hebb is the step on dot and delta the same on l2; the others take either."""
-    return {"hebb": "dot", "delta": "l2"}.get(cfg.rule, cfg.objective)
-
-
-def recall_forward(params, tokens, cfg):
-    """tokens: key, value (T, B) integers, junk (T, B) -> logits of the value that belongs to the key (T, B, V)."""
-    inputs, tokens_cache = tokens_forward(params, tokens, cfg)
-    y, memory_cache = memory_forward(*inputs, params["M0"], cfg.rule, inner_objective(cfg), (cfg.beta1, cfg.beta2))
-    y, scale_cache = scale_forward(y, params["scale"])
-    z, linear_cache = linear_forward(y.reshape(-1, cfg.width), params["Wo"], params["bo"])
-    return z.reshape(*y.shape[:2], -1), (tokens_cache, memory_cache, scale_cache, linear_cache)
-
-
-def recall_backward(dout, cache):
-    """recall_forward from bottom to top -> gradients under the keys of params."""
-    (tokens_cache, memory_cache, scale_cache, linear_cache), grads = cache, {}
-    T, B, V = dout.shape
-    dy, grads["Wo"], grads["bo"] = linear_backward(dout.reshape(-1, V), linear_cache)
-    dy, grads["scale"] = scale_backward(dy.reshape(T, B, -1), scale_cache)
-    *dinputs, grads["M0"] = memory_backward(dy, memory_cache)
-    return {**grads, **tokens_backward(*dinputs, tokens_cache)}
-
-
-def stream_forward(params, tokens, cfg):
-    """tokens: key, value (T, B) integers, away (T, B) -> logits of the value that belongs to the key (T, B, V)."""
-    key, value, away = tokens
-    k, v = np.eye(cfg.keys, dtype=away.dtype)[key], np.eye(cfg.values, dtype=away.dtype)[value]
-    eta, alpha = np.exp(params["eta"]), sigmoid(params["alpha"])
-    y, cms_cache = cms_forward(k, v, eta, alpha + np.zeros_like(eta), params["w"], read_periods(cfg))
-    z, scale_cache = scale_forward(y, params["scale"])
-    return z, (cms_cache, scale_cache, eta, alpha)
-
-
-def stream_backward(dout, cache):
-    """stream_forward from bottom to top -> gradients under the keys of params."""
-    cms_cache, scale_cache, eta, alpha = cache
-    dy, dscale = scale_backward(dout, scale_cache)
-    _, _, deta, dalpha, dw = cms_backward(dy, cms_cache)
-    dalpha = dalpha if len(alpha) > 1 else dalpha.sum(keepdims=True)    # shared by all levels, so gradients add
-    return {"eta": deta * eta, "alpha": dalpha * alpha * (1 - alpha), "w": dw, "scale": dscale}
-
-
-def loss_and_grads(params, batch, cfg):
-    """One forward and one backward pass, through every inner step -> loss, gradients under the keys of params."""
-    *tokens, targets = batch
-    stream = cfg.task == "stream"
-    z, cache = (stream_forward if stream else recall_forward)(params, tokens, cfg)
-    known = targets >= 0                        # what has not been seen yet cannot be asked for
-    loss, loss_cache = softmax_cross_entropy_forward(z[known], targets[known])
-    dz = np.zeros_like(z)
-    dz[known] = softmax_cross_entropy_backward(1.0, loss_cache)
-    return loss, (stream_backward if stream else recall_backward)(dz, cache)
-
-
-# ---- data ------------------------------------------------------------------------------------------------------------
-
-def make_batch(cfg, rng, dtype=np.float32):
-    """recall: every token gives a random key a new value, unless it is junk. stream: see home and away in Config. The
-    target is the key's value before the token, -1 if none  -> key, value, flag (junk or away), targets, each (T, B)."""
-    T, B = cfg.length, cfg.batch
-    key, rows = rng.integers(0, cfg.keys, (T, B)), np.arange(B)
-    if cfg.task == "stream":
-        cycle, place = np.divmod(np.arange(T), cfg.home + cfg.away)
-        flag = np.repeat(place[:, None] >= cfg.home, B, axis=1)
-        base = rng.integers(0, cfg.values, (B, cfg.keys))
-        passing = rng.integers(0, cfg.values, (cycle[-1] + 1, B, cfg.keys))
-        value = np.where(flag, passing[cycle[:, None], rows, key], base[rows, key])
-        return key, value, flag.astype(dtype), value
-    value, flag = rng.integers(0, cfg.values, (T, B)), rng.random((T, B)) < cfg.junk
-    key[-1, 0], flag[0, 0] = key[0, 0], False           # so that one question at least has an answer
-    targets, current = np.empty((T, B), int), np.full((B, cfg.keys), -1)
-    for t in range(T):
-        targets[t] = current[rows, key[t]]
-        current[rows, key[t]] = np.where(flag[t], targets[t], value[t])
-    return key, value, flag.astype(dtype), targets
-
-
-# ---- training and measuring ------------------------------------------------------------------------------------------
-
-def adam_update(params, grads, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
-    """m, v: running means of g and g^2, over 1 - beta^t since they start at 0;  w <- w - lr m / (sqrt v + eps)."""
-    t = state["t"] = state.get("t", 0) + 1
-    step, scale = lr / (1 - beta1 ** t), (1 - beta2 ** t) ** -0.5
-    for name, g in grads.items():
-        if "m " + name not in state:
-            state["m " + name], state["v " + name] = np.zeros_like(g), np.zeros_like(g)
-        m, v = state["m " + name], state["v " + name]
-        m += (1 - beta1) * (g - m)
-        v += (1 - beta2) * (g * g - v)
-        params[name] -= step * m / (np.sqrt(v) * scale + eps)
-
-
-def clip_norm(grads, limit):
-    """Scale all gradients so that their common norm is at most limit (Pascanu 2013) -> the norm before."""
-    norm = math.sqrt(sum(float((g * g).sum()) for g in grads.values()))
-    if norm > limit > 0:
-        for g in grads.values():
-            g *= limit / norm
-    return norm
-
-
-def train_slow_level(cfg, rng, quiet=True):
-    """Adam on the slow level, the learning rate falling to a tenth -> params, progress."""
-    params, state, progress = init_params(cfg, rng), {}, Progress(cfg.steps, quiet=quiet)
-    for step in progress:
-        loss, grads = loss_and_grads(params, make_batch(cfg, rng), cfg)
-        clip_norm(grads, cfg.clip)
-        adam_update(params, grads, state, cfg.lr * (1 - 0.9 * (step - 1) / cfg.steps), beta2=0.99)
-        progress.report(loss)
-    return params, progress
-
-
-def score_fresh(params, cfg, length):
-    """Fresh sequences of this length -> share of right answers, cross-entropy, (stream) the share of right answers at
-    the first visit of every key after the permanent values have returned."""
-    batch = max(8, 8192 // length)
-    rng = np.random.default_rng(cfg.seed + 1000)
-    key, value, flag, targets = make_batch(replace(cfg, length=length, batch=batch), rng)
-    z, _ = (stream_forward if cfg.task == "stream" else recall_forward)(params, (key, value, flag), cfg)
-    known, right, first = targets >= 0, z.argmax(axis=2) == targets, math.nan
-    loss = softmax_cross_entropy_forward(z[known], targets[known])[0]
-    if cfg.task == "stream" and length > cfg.home + cfg.away:
-        visit, seen = np.zeros(key.shape, bool), np.ones((batch, cfg.keys), bool)
-        for t in range(1, length):
-            if flag[t - 1, 0] > flag[t, 0]:
-                seen[:] = False                         # home again, and no key visited
-            if not flag[t, 0]:
-                visit[t] = ~seen[np.arange(batch), key[t]]
-                seen[np.arange(batch), key[t]] = True
-        first = float(right[visit].mean())
-    return float(right[known].mean()), float(loss), first
-
-
-def attention_map(params, tokens, cfg):
-    """What the memory pays attention to: with the identity as values, row t of the answers says how much of every v_s
-    is in y_t. All rules but adam are linear in v, so A V is their answer (from an empty memory)  -> A (B, T, T)."""
-    (k, q, _, gates), _ = tokens_forward(params, tokens, cfg)
-    T, B, _ = k.shape
-    identity = np.repeat(np.eye(T, dtype=k.dtype)[:, None], B, axis=1)
-    A, _ = memory_forward(k, q, identity, gates, np.zeros((T, k.shape[2]), k.dtype), cfg.rule, inner_objective(cfg))
-    return A.swapaxes(0, 1)
-
-
-def source_of(tokens):
-    """For every token the place of the token that says its key's value, the last one with this key that is no junk;
-    -1: none  -> (B, T)."""
-    key, _, junk = tokens
-    T, B = key.shape
-    source = np.full((B, T), -1)
-    for t in range(T):
-        for s in range(t):
-            source[:, t] = np.where((key[s] == key[t]) & (junk[s] == 0), s, source[:, t])
+def find_sources(key, junk, keys):
+    """The position of the token that holds the answer: the last earlier one with the same key that
+    is not junk; -1 if there is none.   key, junk (T, B) -> (T, B)."""
+    rows = np.arange(key.shape[1])
+    last = np.full((len(rows), keys), -1)               # for every key, so far
+    source = np.empty_like(key)
+    for t in range(len(key)):
+        source[t] = last[rows, key[t]]
+        last[rows, key[t]] = np.where(junk[t], source[t], t)
     return source
 
 
-def key_gram(params):
-    """|k_i . k_j| for all pairs of keys -> (K, K)."""
-    k, _ = unit_forward(params["Wk"])
-    return np.abs(k @ k.T)
+def make_batch(cfg, step, dtype=np.float32):
+    """Random tokens -> key, value, junk (0 or 1), targets, each (T, B). The target is the value
+    that the key has before the token, -1 if it has none yet."""
+    rng = np.random.default_rng((cfg.seed, step))
+    shape = (cfg.length, cfg.batch_size)
+    key = rng.integers(0, cfg.keys, shape)
+    value = rng.integers(0, cfg.values, shape)
+    junk = (rng.random(shape) < cfg.junk).astype(int)
+    junk[0, 0] = 0                                      # so that there is a target at all:
+    key[-1, 0] = key[0, 0]                              # the first token's value
+    source = find_sources(key, junk, cfg.keys)
+    targets = np.where(source >= 0, np.take_along_axis(value, source, axis=0), -1)
+    return key, value, junk, targets
 
 
-def mean_overlap(gram):
-    """The mean of a key Gram matrix without its diagonal."""
-    return float(gram[~np.eye(len(gram), dtype=bool)].mean())
+# ---- model: embeddings, the memory, a linear layer -----------------------------------------------
+
+def init_params(cfg, rng, dtype=np.float32):
+    """Wk, Wq (keys, d), Wv (values, d): embeddings; Wo (d, values), bo: from y to logits; for the
+    delta rule eta (2,): step sizes of normal tokens and of junk."""
+    params = {"Wk": rng.standard_normal((cfg.keys, cfg.dim)),
+              "Wq": rng.standard_normal((cfg.keys, cfg.dim)),
+              "Wv": rng.standard_normal((cfg.values, cfg.dim)),
+              "Wo": rng.standard_normal((cfg.dim, cfg.values)) * cfg.dim ** -0.5,
+              "bo": np.zeros(cfg.values)}
+    if cfg.rule == "delta":
+        params["eta"] = np.full(2, 0.5)
+    return {name: array.astype(dtype) for name, array in params.items()}
+
+
+def tokens_forward(params, key, value, junk):
+    """Ids (T, B) -> k, q of length 1, v, each (T, B, d), eta (T, B)."""
+    k, unit_k = unit_forward(params["Wk"])              # rows first: there are fewer than tokens
+    q, unit_q = unit_forward(params["Wq"])
+    k, rows_k = embedding_forward(key, k)
+    q, rows_q = embedding_forward(key, q)
+    v, rows_v = embedding_forward(value, params["Wv"])
+    eta, rows_eta = embedding_forward(junk, params.get("eta", np.ones(2, k.dtype)))
+    return (k, q, v, eta), (unit_k, unit_q, rows_k, rows_q, rows_v, rows_eta)
+
+
+def tokens_backward(dk, dq, dv, deta, cache):
+    """-> gradients by name."""
+    unit_k, unit_q, rows_k, rows_q, rows_v, rows_eta = cache
+    return {"Wk": unit_backward(embedding_backward(dk, rows_k), unit_k),
+            "Wq": unit_backward(embedding_backward(dq, rows_q), unit_q),
+            "Wv": embedding_backward(dv, rows_v),
+            "eta": embedding_backward(deta, rows_eta)}
+
+
+def recall_forward(params, tokens, cfg):
+    """tokens: key, value, junk (T, B) -> logits (T B, values) of the value before each token."""
+    inputs, tokens_cache = tokens_forward(params, *tokens)
+    y, memory = memory_forward(*inputs, c=("hebb", "delta").index(cfg.rule))
+    logits, linear = linear_forward(y.reshape(-1, cfg.dim), params["Wo"], params["bo"])
+    return logits, (tokens_cache, memory, y.shape, linear)
+
+
+def recall_backward(dout, cache):
+    """recall_forward from bottom to top -> gradients by name."""
+    tokens_cache, memory, shape, linear = cache
+    dy, dWo, dbo = linear_backward(dout, linear)
+    dinputs = memory_backward(dy.reshape(shape), memory)
+    return {**tokens_backward(*dinputs, tokens_cache), "Wo": dWo, "bo": dbo}
+
+
+def recall_loss(logits, targets):
+    """Cross-entropy where targets (T, B) are not -1 -> loss, dlogits (T B, values), accuracy."""
+    known = np.flatnonzero(targets >= 0)
+    targets = targets.ravel()[known]
+    loss, cache = softmax_cross_entropy_forward(logits[known], targets)
+    dlogits = np.zeros_like(logits)
+    dlogits[known] = softmax_cross_entropy_backward(1.0, cache)
+    accuracy = (logits[known].argmax(axis=1) == targets).mean()
+    return loss, dlogits, accuracy
+
+
+def loss_and_grads(params, batch, cfg):
+    """One forward and one backward pass -> loss, gradients under the keys of params."""
+    *tokens, targets = batch
+    logits, cache = recall_forward(params, tokens, cfg)
+    loss, dlogits, _ = recall_loss(logits, targets)
+    grads = recall_backward(dlogits, cache)
+    return loss, {name: grads[name] for name in params}     # Hebb's eta is 1 and not learned
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+def adam_update(params, grads, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
+    """m, v: moving averages of g and g^2, divided by 1 - beta^t to correct for their start at 0;
+    w <- w - lr m / (sqrt(v) + eps)."""
+    t = state["t"] = state.get("t", 0) + 1
+    for name, g in grads.items():
+        m = state["m " + name] = beta1 * state.get("m " + name, 0) + (1 - beta1) * g
+        v = state["v " + name] = beta2 * state.get("v " + name, 0) + (1 - beta2) * g * g
+        m = m / (1 - beta1 ** t)
+        v = v / (1 - beta2 ** t)
+        params[name] -= lr * m / (np.sqrt(v) + eps)
+
+
+def check_finite(loss, params=None):
+    """Raise FloatingPointError unless the loss and all parameters are finite."""
+    if not all(np.isfinite(value).all() for value in (loss, *(params or {}).values())):
+        raise FloatingPointError(f"training diverged (loss {loss:.4g}); try a smaller --lr")
+
+
+def progress(steps, losses, note=lambda: ""):
+    """for step in progress(steps, losses): ... losses.append(loss).   Prints ten lines, or one per
+    minute: the mean loss since the line before, note(), the time left. Ctrl-C ends the loop after
+    the step at hand, a second Ctrl-C the program. A loss that is not finite raises an error."""
+    stopped = []
+
+    def stop(*signal_and_frame):
+        stopped.append(True)
+        signal.signal(signal.SIGINT, previous)          # the next Ctrl-C ends the program
+    main_thread = threading.current_thread() is threading.main_thread()
+    previous = main_thread and signal.signal(signal.SIGINT, stop)
+    start = printed = time.perf_counter()
+    first = before = len(losses)
+    try:
+        for step in range(first + 1, steps + 1):
+            yield step
+            check_finite(losses[-1])
+            now = time.perf_counter()
+            due = step % math.ceil(steps / 10) == 0 or step == steps or now > printed + 60
+            if due or stopped:
+                mean = sum(losses[before:]) / (step - before)
+                left = (now - start) / (step - first) * (steps - step)
+                print(f"step {step:6d}/{steps}  mean loss {mean:#.4g}{note()}  |  "
+                      f"{now - start:.1f} s  ({left:.0f} s left)", flush=True)
+                printed, before = now, step
+            if stopped:
+                print(f"stopped after step {step}; this is what has been learned so far")
+                break
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGINT, previous)
+
+
+def train(params, cfg, make_batch=make_batch, loss_and_grads=loss_and_grads):
+    """Train params in place -> losses. The later parts of the file pass their own functions."""
+    state, losses = {}, []
+    for step in progress(cfg.steps, losses):
+        loss, grads = loss_and_grads(params, make_batch(cfg, step), cfg)
+        adam_update(params, grads, state, cfg.lr)
+        losses.append(float(loss))
+    check_finite(losses[-1], params)
+    return losses
+
+
+def evaluate_recall(params, cfg, forward=recall_forward):
+    """-> loss and accuracy on 8192 tokens of fresh sequences."""
+    fresh = replace(cfg, batch_size=math.ceil(8192 / cfg.length))
+    *tokens, targets = make_batch(fresh, cfg.steps + 1)
+    logits, _ = forward(params, tokens, fresh)
+    loss, _, accuracy = recall_loss(logits, targets)
+    check_finite(loss, params)
+    return float(loss), float(accuracy)
+
+
+# ---- demo ----------------------------------------------------------------------------------------
+
+def numeric_slope(objective, M, k):
+    """Slope of sum(objective(M k)) by M, by central differences, which are exact up to quadratic
+    objectives.   M (T, B, p, d), k (T, B, d, 1) -> (T, B, p, d)."""
+    slope = np.empty_like(M)
+    for i, j in np.ndindex(M.shape[2:]):
+        D = np.zeros_like(M)
+        D[..., i, j] = 1
+        change = objective((M + D) @ k) - objective((M - D) @ k)
+        slope[..., i, j] = change.sum(axis=(2, 3)) / 2
+    return slope
 
 
 def check_identities(rng):
-    """Both sides of eight statements, in float64 on random numbers -> [(statement, largest difference)]."""
-    T, B, d, p = 12, 3, 5, 4
-    k, q, v = (rng.standard_normal((T, B, n)) for n in (d, d, p))
-    eta, alpha, mu = (rng.uniform(0.1, 0.9, (T, B)) for _ in range(3))
-    k, q = (x / np.linalg.norm(x, axis=2, keepdims=True) for x in (k, q))
-    M0, M = rng.standard_normal((p, d)), rng.standard_normal((B, p, d))
-    one = np.ones(B)
-    found = []
-
-    def say(text, a, b):
-        found.append((text, float(np.abs(a - b).max())))
-    (step,), _ = gd_forward(M, k[0], -v[0], one, one)
-    say("hebb: one gradient step of size 1 on -<M k, v> adds v k^T", step, M + outer(v[0], k[0]))
-    y, _ = memory_forward(k, q, v, {}, 0 * M0, "hebb", "dot")
-    scores = np.tril((q.swapaxes(0, 1) @ k.transpose(1, 2, 0)), -1)
-    say("hebb over a sequence = masked (Q K^T) V, linear attention", y.swapaxes(0, 1), scores @ v.swapaxes(0, 1))
-    (step,), _ = gd_forward(M, k[0], mv(M, k[0]) - v[0], eta[0], one)
-    kk = np.eye(d) - col(eta[0]) * outer(k[0], k[0])
-    say("a gradient step on |M k - v|^2 / 2 = delta rule M (I - eta k k^T) + eta v k^T", step,
-        M @ kk + col(eta[0]) * outer(v[0], k[0]))
-    (dgd,), _ = dgd_forward(M, k[0], -v[0], eta[0], one)
-    say("delta gradient descent on the dot objective = delta rule", dgd, step)
-    (dgd,), _ = dgd_forward(M, k[0], mv(M, k[0]) - v[0], eta[0], one)
-    say("delta gradient descent on L = gradient step on L + |M k|^2 / 2", dgd,
-        M - col(eta[0]) * (outer(mv(M, k[0]) - v[0], k[0]) + M @ outer(k[0], k[0])))
-    m = s = np.zeros((B, p, d))
-    b, eps, old = 0.9, 1e-6, M
-    for t in range(T):
-        (new, m, s), (_, g, m_hat, r, *_) = adam_forward(old, m, s, k[t], -v[t], one, one, t + 1, b, b, eps)
-        u, old = old - new, new
-    past = np.stack([outer(-v[t], k[t]) for t in range(T)])
-    c = (b ** np.arange(T - 1, -1, -1) * (1 - b) / (1 - b ** T)) ** 0.5         # roots of the weights of past slopes
-    best = [np.linalg.lstsq(np.append(c * past[(slice(None), *i)], eps ** 0.5)[:, None],        # eps is a small ridge
-                            np.append(c / r[i], 0), rcond=None)[0][0] for i in np.ndindex(r.shape)]
-    say("Adam's step, beta1 = beta2 = least squares from the past slopes to their size", u.ravel(), np.array(best))
-    worst = 0.0
-    for rule, objective in (("hebb", "dot"), ("delta", "l2"), ("momentum", "l2"), ("dgd", "l2")):
-        gates = {"eta": eta, "alpha": alpha, "mu": mu}
-        A, _ = memory_forward(k, q, np.repeat(np.eye(T)[:, None], B, axis=1), gates, np.zeros((T, d)), rule, objective)
-        y, _ = memory_forward(k, q, v, gates, 0 * M0, rule, objective)
-        worst = max(worst, np.abs(A.swapaxes(0, 1) @ v.swapaxes(0, 1) - y.swapaxes(0, 1)).max())
-    found.append(("attention map of the memory times V = its answers (hebb, delta, momentum, dgd)", float(worst)))
-    level = np.array([0.5, 0.2]), np.array([0.8, 0.9]), np.array([0.7, 0.4])
-    A, y = (cms_forward(k, x, *level, [1, 3])[0].swapaxes(0, 1) for x in (np.repeat(np.eye(T)[:, None], B, axis=1), v))
-    say("and the same for a continuum memory", A @ v.swapaxes(0, 1), y)
-    return found
+    """Compute both sides of three statements on random numbers -> {statement: difference}."""
+    k, q, v = rng.standard_normal((3, 6, 1, 4))         # 6 tokens of one sequence
+    eta = rng.random((6, 1))
+    y, _ = memory_forward(k, q, v, np.ones((6, 1)), c=0)
+    scores = np.tril(q[:, 0] @ k[:, 0].T, -1)           # k_s . q_t for s < t, else 0
+    found = {"(Q K^T, masked) V, linear attention  =  a memory with Hebb's rule":
+             scores @ v[:, 0] - y[:, 0]}
+    target = v[..., None]
+    for c, objective, statement in (
+            (0, lambda Mk: -Mk * target, "Hebb's rule  =  gradient descent on -<M k, v>"),
+            (1, lambda Mk: (Mk - target) ** 2 / 2,
+             "delta rule  =  gradient descent on |M k - v|^2 / 2")):
+        _, (M, *_) = memory_forward(k, q, v, eta, c)    # M from first to last
+        step = eta[..., None, None] * numeric_slope(objective, M[:-1], k[..., None])
+        found[statement] = M[:-1] - step - M[1:]
+    return {statement: float(np.abs(error).max()) for statement, error in found.items()}
 
 
-# ---- pictures in text ------------------------------------------------------------------------------------------------
-
-SHADES = np.array(list(" .:-=+*#%@"))
+def attention_map(forward, k, q, *more):
+    """The weight of every v_s in every y_t of forward(k, q, v, *more). If v_s is row s of the
+    identity matrix, then y_t lists these weights.   k, q (T, B, d) -> (B, T, T)."""
+    T, B, _ = k.shape
+    identity = np.repeat(np.eye(T, dtype=k.dtype)[:, None], B, axis=1)
+    weights, _ = forward(k, q, identity, *more)
+    return weights.swapaxes(0, 1)
 
 
 def shade(values):
-    """Numbers from 0 to 1 -> characters from blank to dark, in an array of the same shape."""
-    return SHADES[(np.clip(values, 0, 1) * 9.99).astype(int)]
-
-
-def loss_curve(losses, width=60):
-    """The losses from first to last in one line of text, dark where high (the scale is logarithmic)."""
-    means = np.log([np.mean(part) + 1e-12 for part in np.array_split(losses, min(width, len(losses)))])
-    return "".join(shade((means - means.min()) / (np.ptp(means) + 1e-12)))
+    """Numbers from 0 to 1 -> characters from blank (0) to @ (1), in an array of the same shape."""
+    shades = np.array(list(" .:-=+*#%@"))
+    return shades[(np.clip(values, 0, 1) * 9.99).astype(int)]
 
 
 def side_by_side(titles, pictures, gap="   "):
-    """Several pictures of equal height, each a list of lines, next to each other under their titles -> text."""
+    """Print several pictures, each a list of lines, next to each other under their titles."""
     columns = [[title, *lines] for title, lines in zip(titles, pictures)]
     widths = [max(map(len, column)) for column in columns]
-    return "\n".join(gap.join(map(str.ljust, row, widths)).rstrip() for row in zip(*columns))
+    for row in zip(*columns):
+        print(gap.join(map(str.ljust, row, widths)).rstrip())
 
 
-def draw_map(A, tokens):
-    """One attention map, tokens and flags of junk on both axes; a row is a question -> lines of text.   A (T, T)."""
-    letters, flags = "".join(chr(97 + a % 26) for a in tokens[0][:, 0]), "".join(" x"[int(f)] for f in tokens[2][:, 0])
-    rows = [f"  {a} {f}{''.join(row)}" for a, f, row in zip(letters, flags, shade(np.abs(A)))]
-    return [f"     {letters}", f"junk {flags}", *rows]
+def draw_map(weights, key, junk):
+    """An attention map (T, T), with key and junk mark (T,) of every token -> list of lines."""
+    keys = [chr(97 + number % 26) for number in key]
+    marks = [" x"[mark] for mark in junk]
+    rows = ["".join(row) for row in shade(np.abs(weights))]
+    return ["      " + "".join(keys), "      " + "".join(marks),
+            *map("  ".join, zip(keys, marks, rows))]
 
 
-def draw_timeline(params, cfg, columns=96):
-    """What each level of a continuum memory holds for one key before every token: the letter of the value, a capital if
-    strong, . if there is next to nothing; and what the levels say together -> text."""
-    cycle = cfg.home + cfg.away
-    part = replace(cfg, length=cycle + columns, batch=16)
-    key, value, away = tokens = make_batch(part, np.random.default_rng(cfg.seed + 2000))[:3]
-    (caches, _, _, w, *_), *_ = stream_forward(params, tokens, part)[1]
-    times = np.arange(cycle, part.length)
-    visits = (np.eye(cfg.keys)[key[times]] * away[times, :, None]).sum(axis=0)
-    b, a = np.unravel_index(visits.argmax(), visits.shape)              # the key that is rebound and seen most
-    held = np.stack([caches[t][0][b].reshape(-1, len(w), cfg.keys)[:, :, a] * w for t in times])     # (times, V, L)
-
-    def letters(values):
-        best, size = values.argmax(axis=1), values.max(axis=1)
-        return "".join("." if s < 0.05 else chr((65 if s > 0.5 else 97) + v % 26) for v, s in zip(best, size))
-    seen = "".join(chr(97 + value[t, b] % 26) if key[t, b] == a else " " for t in times)
-    lines = ["phase      " + "".join("-#"[int(away[t, b])] for t in times) + "   - home  # away", "seen       " + seen]
-    lines += [f"period {C:3d} {letters(held[:, :, level])}" for level, C in enumerate(read_periods(cfg))]
-    return "\n".join([*lines, "together   " + letters(held.sum(axis=2))])
-
-
-# ---- demo ------------------------------------------------------------------------------------------------------------
-
-def learn_recall(cfg, rng):
-    """Train one inner rule on rebinding, and look into it -> figures, params, progress."""
-    before = init_params(cfg, np.random.default_rng(cfg.seed))
-    print(f"\nRecall: which value does a key have by now? {cfg.keys} keys, {cfg.values} values, {cfg.length} tokens, "
-          f"{cfg.junk:.0%} of them junk.\n"
-          f"Inner rule {cfg.rule}, eta {cfg.eta}, alpha {cfg.alpha}, memory {cfg.width} x {cfg.width}, "
-          f"{sum(p.size for p in before.values())} parameters of the slow level")
-    if cfg.keys > cfg.width:
-        bound = ((cfg.keys - cfg.width) / (cfg.width * (cfg.keys - 1))) ** 0.5
-        print(f"{cfg.keys} keys in {cfg.width} dimensions cannot all be orthogonal, so writing one disturbs others: "
-              f"root mean\nsquare overlap at least {bound:.2f} (Welch's bound). Learning can only spread the harm.")
-    print(f"chance level: loss {math.log(cfg.values):.3f}, accuracy {1 / cfg.values:.3f}; "
-          f"untrained {score_fresh(before, cfg, cfg.length)[0]:.3f}")
-    params, progress = train_slow_level(cfg, rng, quiet=False)
-    print("loss", loss_curve(progress.losses))
-    figures = {}
-    for length in (cfg.length, 4 * cfg.length, 16 * cfg.length):
-        right, loss, _ = score_fresh(params, cfg, length)
-        figures.update({"accuracy": right, "loss": loss} if length == cfg.length else {f"accuracy_{length}": right})
-        print(f"fresh sequences of {length:4d} tokens: {right:.3f} right, loss {loss:.3f}"
-              + ("" if length == cfg.length else "   (longer than any it was trained on)"))
-    grams = key_gram(before), key_gram(params)
-    figures["gram"] = mean_overlap(grams[1])
-    print("\nThe slow level makes the fast level's problem easy: |k_i . k_j| of all keys, dark is 1")
-    print(side_by_side([f"before: mean {mean_overlap(grams[0]):.3f}", f"after: mean {figures['gram']:.3f}"],
-                       [["".join(np.repeat(row, 2)) for row in shade(gram)] for gram in grams], "        "))
-    for name, choice, start in (("eta", cfg.eta, before), ("alpha", cfg.alpha, before)):
-        if choice == "token":
-            both = [sigmoid(float(p[name] @ f)) for p in (start, params) for f in np.array([(1, 0), (1, 1)])]
-            print(f"{name}: begins at {both[0]:.2f}; learned: clean token {both[2]:.2f}, junk {both[3]:.2f}")
-    return figures, params, progress
-
-
-RULES = {       # rows of the table of inner rules
-    "Hebb (linear attention)": dict(rule="hebb", eta="fixed"),
-    "Hebb + learned decay": dict(rule="hebb", eta="fixed", alpha="global"),
-    "Hebb + eta_t, alpha_t": dict(rule="hebb", eta="token", alpha="token"),
-    "delta, eta = 1": dict(rule="delta", eta="fixed"),
-    "delta, learned eta": dict(rule="delta", eta="global"),
-    "delta + eta_t": dict(rule="delta", eta="token"),
-    "delta + eta_t + momentum": dict(rule="momentum", eta="token", objective="l2"),
-    "Adam (.9, .99)": dict(rule="adam", eta="token", objective="l2", beta1=0.9, beta2=0.99),
-    "Adam (0, .9)": dict(rule="adam", eta="token", objective="l2", beta1=0.0, beta2=0.9),
-    "DGD + eta_t": dict(rule="dgd", eta="token", objective="l2"),
-}
-
-
-def compare_rules(cfg):
-    """Every inner rule on the recall task, on two seeds, and what four of them attend to -> figures, {} if stopped."""
-    print(f"\nInner rules, {cfg.steps} steps on {cfg.length} tokens, two seeds: right answers on fresh sequences")
-    lengths = (cfg.length, 4 * cfg.length, 16 * cfg.length)
-    print(f"{'':26s}" + "".join(f"{f'{n} tokens':>16s}" for n in lengths) + f"{'loss':>16s}   loss while learning")
-    kept, scores = {}, {}
-    for name, change in RULES.items():
-        parts = [replace(cfg, **{"alpha": "fixed", "mu": 0.0, "seed": cfg.seed + i, **change}) for i in (0, 1)]
-        runs = [train_slow_level(part, np.random.default_rng(part.seed)) for part in parts]
-        if any(progress.stopped for _, progress in runs):
-            return {}
-        tests = [[score_fresh(params, part, n) for n in lengths] for part, (params, _) in zip(parts, runs)]
-        print(f"{name:26s}" + "".join(f"{tests[0][n][0]:10.3f} {tests[1][n][0]:5.3f}" for n in range(3))
-              + f"{tests[0][0][1]:10.3f} {tests[1][0][1]:5.3f}   {loss_curve(runs[0][1].losses, 20)}")
-        kept[name], scores[name] = (parts[0], runs[0][0]), tests
-    shown = ["Hebb (linear attention)", "Hebb + eta_t, alpha_t", "delta, eta = 1", "delta + eta_t"]
-    few = replace(cfg, keys=min(4, cfg.keys), length=16, batch=64)
-    tokens = make_batch(few, np.random.default_rng(cfg.seed + 3))[:3]
-    source, pictures = source_of(tokens), []
-    for name in shown:
-        A = np.abs(attention_map(kept[name][1], tokens, kept[name][0]))
-        share = A[np.arange(64)[:, None], np.arange(16), source] / np.maximum(A.sum(axis=2), 1e-9)
-        pictures.append([*draw_map(A[0], tokens), f"on its source: {share[source >= 0].mean():.2f}"])
-    print("\nWhat they attend to: no softmax and no stored past, and yet every memory has an attention map. A row\n"
-          "is a token, its columns those before; right is the last one with its letter and no x, which marks junk.")
-    print(side_by_side(shown, pictures))
-    delta, hebb = scores["delta + eta_t"], scores["Hebb (linear attention)"]
-    return {"delta": min(t[0][0] for t in delta), "hebb": max(t[0][0] for t in hebb),
-            **{f"delta_{lengths[i]}": min(t[i][0] for t in delta) for i in (1, 2)}}
-
-
-def learn_stream(cfg, rng):
-    """Train one continuum memory on the stream of home and away -> figures, params, progress."""
-    params = init_params(cfg, rng)
-    print(f"\nStream: {cfg.keys} keys with permanent values; after every {cfg.home} steps at home come {cfg.away} "
-          f"away, where all\nhave other values. Continuum memory with update periods {cfg.periods}, "
-          f"{sum(p.size for p in params.values())} parameters of the slow level\n"
-          f"chance level: loss {math.log(cfg.values):.3f}, accuracy {1 / cfg.values:.3f}")
-    params, progress = train_slow_level(cfg, rng, quiet=False)
-    print("loss", loss_curve(progress.losses))
-    right, loss, first = score_fresh(params, cfg, 4 * cfg.length)
-    print(f"fresh sequences of {4 * cfg.length} tokens: loss {loss:.3f}, {right:.3f} right, {first:.3f} at first "
-          "visits after a return\n\nOne key through time. With several periods the fast level takes up the passing "
-          "value, slow ones keep\nthe permanent one, and so the memory can return to it before it is seen again.")
-    print(draw_timeline(params, cfg))
-    return {"nll": loss, "accuracy": right, "first": first}, params, progress
-
-
-def compare_periods(cfg):
-    """Update periods at equal size of the state, on two seeds -> figures, {} if stopped."""
-    print(f"\nUpdate periods, three levels each, {cfg.steps} steps, two seeds; on {4 * cfg.length} fresh tokens:")
-    print(f"{'':38s}{'loss':>14s}{'right':>14s}{'first visit':>14s}  writes a step")
-    losses = {}
-    for name, shared, staggered in (
-            ("1,1,1", False, False), ("4,4,4", False, False), ("16,16,16", False, False), ("1,4,16", False, False),
-            ("1,4,16 with one alpha", True, False), ("1,1,1 with a staggered beginning", False, True)):
-        part = replace(cfg, periods=name.split()[0], shared=shared, staggered=staggered)
-        parts = [part, replace(part, seed=cfg.seed + 1)]
-        runs = [train_slow_level(part, np.random.default_rng(part.seed)) for part in parts]
-        if any(progress.stopped for _, progress in runs):
-            return {}
-        tests = [score_fresh(params, part, 4 * part.length) for part, (params, _) in zip(parts, runs)]
-        print(f"{name:38s}" + "".join(f"{tests[0][n]:8.3f} {tests[1][n]:5.3f}" for n in (1, 0, 2))
-              + f"{sum(1 / C for C in read_periods(parts[0])):15.2f}")
-        losses[name] = np.array([t[1] for t in tests])
-    gain = {name: float((losses[name] - losses["1,4,16"]).min()) for name in ("1,1,1", "4,4,4", "16,16,16")}
-    print("Several time scales beat one: a single slot cannot hold both the rule and the exception. But the period\n"
-          "does not do it: the last row, the control, updates all levels at every step and does as well, since they\n"
-          "begin apart and learn to forget at different speeds; it takes 2.3 times the writes. Levels with one period\n"
-          "and one beginning get the same gradients, and never part. Nor are three needed: --periods 1,4 does as well.")
-    return {"periods_gain": min(gain.values()), "control": float(losses["1,1,1 with a staggered beginning"].mean())}
-
-
-def race_inner_rules(cfg):
-    """Inner optimizers without a slow level on targets v = W k, each with its best step size -> errors over gd's."""
-    T, B, d, etas = 128, 16, 8, 2.0 ** np.arange(-9, 2)
-    print(f"\nInner optimizers alone, on v = W k in {d} dimensions: squared error on the last {T // 4} of {T} tokens, "
-          f"as a\nshare of that of knowing nothing, each rule with its best step size of {len(etas)}")
-    print(f"{'':46s}{'gd':>10s}{'momentum':>10s}{'adam':>10s}")
-    figures = {}
-    for name, kind in (("8 correlated keys, again and again", "repeat"),
-                       ("fresh keys, alike in all directions", "fresh"),
-                       ("fresh keys, stretched along the axes (300 : 1)", "axes"), ("the same, rotated", "rotated")):
-        rng = np.random.default_rng(cfg.seed)
-        W = rng.standard_normal((B, d, d))
-        k = rng.standard_normal((T, B, d))
-        if kind == "repeat":
-            k = np.tile((k[8] + 0.5 * k[:8]) / d ** 0.5, (T // 8, 1, 1))
-        if kind in ("axes", "rotated"):
-            k = k * 300.0 ** (-0.5 * np.arange(d) / (d - 1))            # condition 300 of the covariance
-        if kind == "rotated":
-            k = mv(np.linalg.qr(rng.standard_normal((B, d, d)))[0], k)
-        v, grid = mv(W, k), [np.repeat(x, len(etas), axis=1) for x in (k, mv(W, k))]
-        gates = {"eta": np.tile(etas, (T, B)), "mu": np.full((T, B * len(etas)), 0.9)}
-        row = []
-        for rule in ("delta", "momentum", "adam"):
-            y, _ = memory_forward(grid[0], grid[0], grid[1], gates, np.zeros((d, d)), rule, "l2", (0.9, 0.99))
-            error = ((y - grid[1])[-T // 4:] ** 2).sum(axis=2).reshape(T // 4, B, len(etas)).mean(axis=(0, 1))
-            row.append(float(np.nanmin(error) / (v[-T // 4:] ** 2).sum(axis=2).mean()))
-        print(f"{name:46s}" + "".join(f"{x:10.4f}" for x in row))
-        figures.update({"repeat": {"momentum_repeat": row[1] / row[0]}, "axes": {"adam_axes": row[2] / row[0]},
-                        "rotated": {"adam_rotated": row[2] / row[0]}}.get(kind, {}))
-    print("Momentum and Adam help where keys repeat; Adam most where the curvature follows the axes, which dividing\n"
-          "entry by entry can see, and no longer when the problem is rotated. On fresh keys that are alike, gd wins.")
-    n = np.arange(48)
-    print("\nHow far back does a step look? Weights of the last 48 slopes, newest first:")
-    print(f"momentum, mu .9       {''.join(shade(0.9 ** n))}   half of the weight on the last 7")
-    print(f"buffer of period 16   {''.join(shade((n < 16).astype(float)))}   equal, then written and emptied")
-    return figures
+def print_result(task, cfg, **metrics):
+    """The last line of a run, for comparing runs: task, changed fields and seed, metrics."""
+    changed = {f.name: getattr(cfg, f.name) for f in fields(cfg)
+               if f.name == "seed" or getattr(cfg, f.name) != f.default}
+    line = f"result: task={task}"
+    for name, value in {**changed, **metrics}.items():
+        text = f"{value:#.4g}" if isinstance(value, float) else str(value)
+        line += f" {name}={text.replace(' ', '_')}"
+    print(line)
 
 
 def main(cfg):
-    """Run one task, or all parts of the demo."""
-    start, demo, figures, params = time.perf_counter(), cfg.task == "demo", {}, {}
-    examples, seconds, steps = 0, 0.0, 0
-    print("nested_attention.py: attention as learning inside learning")
-    if cfg.task in ("demo", "identities"):
-        print("\nIdentities, largest absolute difference of both sides:")
-        found = check_identities(np.random.default_rng(cfg.seed))
-        for text, difference in found:
-            print(f"  {difference:.0e}  {text}")
-        figures["d1"] = max(difference for _, difference in found)
-    recall = replace(cfg, task="recall")
-    stream = replace(cfg, **({} if cfg.task == "stream" else PRESETS["stream"]), task="stream")
-    for part, learn, compare in ((recall, learn_recall, compare_rules), (stream, learn_stream, compare_periods)):
-        if demo or cfg.task == part.task:
-            found, params, progress = learn(part, np.random.default_rng(cfg.seed))
-            examples, seconds = examples + progress.step * part.batch, seconds + progress.seconds
-            steps += progress.step
-            compared = {} if progress.stopped or not demo else compare(part)
-            figures.update(compared or found)
-            demo = demo and bool(compared)              # Ctrl-C ends the demo as well
-    if demo or cfg.task == "optimizers":
-        figures.update(race_inner_rules(cfg))
-    print("\nNext: python nested_attention.py --task recall --keys 12 --steps 300      python transformer.py\n"
-          "      python nested_attention.py --task recall --rule dgd                 "
-          "python nested_attention.py --task stream --periods 1,4")
-    print_result(task=cfg.task, **figures, params=sum(p.size for p in params.values()), steps=steps,
-                 seconds=time.perf_counter() - start, examples_per_s=int(examples / max(seconds, 1e-9)))
+    """Check the identities, train both rules, show what they attend to."""
+    start, titles, maps = time.perf_counter(), [], []
+    print("Linear attention is gradient descent on a memory. Three identities: both sides computed"
+          "\non random numbers, and in front their largest difference (1e-15 is rounding)")
+    identities = check_identities(np.random.default_rng(cfg.seed))
+    for statement, error in identities.items():
+        print(f"  {error:.0e}   {statement}")
+    few = dict(keys=min(4, cfg.keys), values=min(9, cfg.values), length=16, batch_size=256)
+    key, value, junk, targets = make_batch(replace(cfg, **few), cfg.steps + 2)
+    source = find_sources(key, junk, cfg.keys).T
+    print(f"\nRecall: every token gives a key a new value, except junk ({cfg.junk:.0%}, marked x). "
+          "The target\nis the value that the key had before. An example with few keys:")
+    print("tokens   " + "".join(f" {chr(97 + a % 26)}{b}{' x'[mark]} "
+                                for a, b, mark in zip(key[:, 0], value[:, 0], junk[:, 0])))
+    print("targets  " + "".join(f"{b:3d}  " if b >= 0 else "  -  " for b in targets[:, 0]))
+    metrics = {"identity_error": max(identities.values())}
+    for rule in dict.fromkeys(["hebb", cfg.rule]):
+        part = replace(cfg, rule=rule)
+        params = init_params(part, np.random.default_rng(cfg.seed))
+        size = sum(p.size for p in params.values())
+        print(f"\n{rule}: {cfg.keys} keys, {cfg.values} values, {cfg.length} tokens per sequence, "
+              f"memory {cfg.dim} x {cfg.dim}, {size} parameters")
+        print(f"chance level: loss {math.log(cfg.values):.3f}, accuracy {1 / cfg.values:.3f}")
+        losses = train(params, part)
+        loss, accuracy = evaluate_recall(params, part)
+        normal, of_junk = params.get("eta", (1, 1))
+        print(f"fresh sequences: loss {loss:.4g}, accuracy {accuracy:.3f}; step size "
+              f"{normal:.2f}, for junk {of_junk:.2f}")
+        (k, q, _, eta), _ = tokens_forward(params, key, value, junk)
+        weights = attention_map(memory_forward, k, q, eta, ("hebb", "delta").index(rule))
+        aligned = (np.abs(weights).argmax(axis=2) == source)[source >= 0].mean()
+        titles.append(f"{rule}: {aligned:.0%}")
+        maps.append(draw_map(weights[0], key[:, 0], junk[:, 0]))
+        metrics.update({f"{rule}_accuracy": accuracy, f"{rule}_alignment": float(aligned)})
+        if len(losses) < cfg.steps:                     # Ctrl-C
+            break
+    print("\nThe memory as attention, on the example. A row is a token at which the memory is read,"
+          "\na column a token, each with its key; x marks junk. It is dark where the value of the"
+          "\ncolumn's token weighs much in the output. Right is the last column before the row's"
+          "\ntoken with its key and no x. In the title: how often the largest weight is there.")
+    side_by_side(titles, maps)
+    print("\nNext: python nested_attention.py rules      python nested_attention.py identities")
+    print_result("recall", cfg, **metrics, params=size, steps=len(losses),
+                 seconds=time.perf_counter() - start)
 
 
-# ---- plumbing: the same in every lesson; whoever types along may stop here -------------------------------------------
+# ==== A complete program ends here. Typing along? End it with  main(Config())  and run it. ====
+# ==== The rest adds to it: all inner rules, memories of several time scales, identities, flags. =
+
+MORE = """
+Break it (what to change, and what comes of it)
+    memory_backward: return 0 * dk, dq, 0 * dv, deta    delta 93 %: keys stay as they are. How to
+        write a key is learned only through the memories after it
+    memory_backward: drop MT @ (c * de) from dk         delta 100 %, though the gradient is wrong:
+        check gradients instead of looking at the loss
+    memory_forward: y = M[1:] @ q, a read after the write        12 %, and an identity fails; with a
+        backward pass to match 42 %: the delta rule has replaced the value that is asked for
+    tokens_forward: eta = 0 * eta + 2.5 before return   14 %; with 2.1 60 %: with keys of length 1
+        a step above 2 overshoots by more than the error
+    unit_forward: return x, (0 * x, 1)                  13 %: long keys make steps that diverge
+    python nested_attention.py rule --rule momentum --mu 0.8     90 %, 50 % at 512 tokens; 0.5:
+        99 %, 0.95: 18 % at 512. Momentum goes on writing values that have been replaced
+    python nested_attention.py rule --rule adam --beta1 0.9      57 %, for the same reason
+    python nested_attention.py rule --keys 12 --steps 300        97 %, 86 % at 512 tokens, where
+        --rule hebb --alpha token has 76 % and --rule hebb --eta fixed 26 %
+    cms_forward: wait = 1 + 0 * wait                    loss 1.06 for 0.83: gradients stay in G
+
+Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
+    1. Learn the first memory, M0 (p, d), in place of 0. Its gradient is dM[0], summed over what?
+    2. Use Wk for queries, too. Which gradients add? Does Hebb's rule become better or worse?
+    3. Huber's objective has e = clip(M k - v, -1, 1). Where does de pass on to dM, dk and dv?
+
+Papers of these parts: Welch 1974 (bound), Kingma and Ba 2015 (Adam), Yang et al. 2024 (gated delta
+rule). Numbers of equations are those of arXiv 2512.24695 (Nested Learning).
+"""
+
+import argparse
+import contextlib
+import ctypes
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse freed memory, which
+    libc = ctypes.CDLL(None)                                    # makes a step up to 3 times faster
+    libc.mallopt(-3, 1 << 30)
+    libc.mallopt(-1, -1)
+
+
+# ---- any inner rule: python nested_attention.py rule --rule momentum -----------------------------
+# One memory serves four rules (Eq.: numbers in the paper, arXiv 2512.24695):
+#     S' = mu S - eta e k^T     momentum: a running sum of steps (Eq. 33)
+#     M' = alpha M + S'         alpha < 1 forgets (64); eta and alpha may depend on the token (76)
+# Delta gradient descent, dgd (56, 57), has M k + e in place of e, so its c is larger by 1. Adam as
+# an inner rule is ours: in the paper it is read as a memory (101-105), and trains slow levels.
+# Memories are read before they are written (94). Read afterwards (16), the delta rule outputs the
+# value just written.
+
+@dataclass
+class Rule(Config):
+    """Recall by one inner rule, with all its choices."""
+    rule: Literal["hebb", "delta", "momentum", "adam", "dgd"] = "delta"  # inner rule
+    objective: Literal["l2", "dot"] = "l2"  # objective of momentum, adam, dgd: delta's or Hebb's
+    eta: Literal["fixed", "global", "token"] = "token"  # step size: 1, learned, or two learned ones
+    alpha: Literal["fixed", "global", "token"] = "fixed"  # share of M that is kept, as eta
+    mu: float = 0.0         # inner momentum; 0: learned
+    beta1: float = 0.0      # inner Adam: decay of the average gradient
+    beta2: float = 0.9      # inner Adam: decay of the average squared gradient
+
+
+def momentum_memory_forward(k, q, v, eta, alpha, mu, c):
+    """y = M q, e = c M k - v, S' = mu S - eta e k^T, M' = alpha M + S'; S and M begin at 0.
+    k, q (T, B, d), v (T, B, p), eta, alpha, mu (T, B) -> y (T, B, p)."""
+    T, B, d = k.shape
+    k, q, v = k[..., None], q[..., None], v[..., None]                              # columns
+    eta, alpha, mu = eta[..., None, None], alpha[..., None, None], mu[..., None, None]
+    kT = k.swapaxes(2, 3)                                                           # (T, B, 1, d)
+    M = np.zeros((T + 1, B, v.shape[2], d), k.dtype)
+    S, e = np.zeros_like(M), np.empty_like(v)
+    for t in range(T):
+        e[t] = c * (M[t] @ k[t]) - v[t]
+        S[t + 1] = mu[t] * S[t] - eta[t] * e[t] @ kT[t]
+        M[t + 1] = alpha[t] * M[t] + S[t + 1]
+    y = M[:-1] @ q
+    return y[..., 0], (M, S, e, k, q, eta, alpha, mu, c)
+
+
+def momentum_memory_backward(dout, cache):
+    """dS' = dM' + mu dS'' of the next token, since S' is used in M' and in S''; then as in
+    memory_backward with A = dS', and dM gets alpha dM'; dalpha = <dM', M>, dmu = <dS', S>."""
+    M, S, e, k, q, eta, alpha, mu, c = cache
+    dy, kT, qT = dout[..., None], k.swapaxes(2, 3), q.swapaxes(2, 3)
+    dM, dS, de = np.zeros_like(M), np.zeros_like(M), np.empty_like(e)
+    for t in reversed(range(len(k))):
+        dS[t + 1] += dM[t + 1]
+        dS[t] = mu[t] * dS[t + 1]
+        de[t] = -eta[t] * (dS[t + 1] @ k[t])
+        dM[t] = alpha[t] * dM[t + 1] + c * de[t] @ kT[t] + dy[t] @ qT[t]
+    A, MT = dS[1:], M[:-1].swapaxes(2, 3)
+    dk = MT @ (c * de) - A.swapaxes(2, 3) @ (eta * e)
+    dq = MT @ dy
+    deta = -(e * (A @ k)).sum(axis=(2, 3))
+    dalpha = (dM[1:] * M[:-1]).sum(axis=(2, 3))
+    dmu = (A * S[:-1]).sum(axis=(2, 3))
+    return dk[..., 0], dq[..., 0], -de[..., 0], deta, dalpha, dmu
+
+
+def adam_memory_forward(k, q, v, eta, alpha, c, beta1, beta2, eps=1e-6):
+    """g = e k^T, m and s: moving averages of g and g^2, mhat = m / (1 - beta1^t), shat likewise,
+    M' = alpha M - eta mhat / sqrt(shat + eps): eps is in the root, whose slope at 0 is infinite.
+    Inputs and output as in momentum_memory."""
+    T, B, d = k.shape
+    k, q, v = k[..., None], q[..., None], v[..., None]                              # columns
+    eta, alpha, kT = eta[..., None, None], alpha[..., None, None], k.swapaxes(2, 3)
+    M = np.zeros((T + 1, B, v.shape[2], d), k.dtype)
+    mhat, r, e = np.empty_like(M[1:]), np.empty_like(M[1:]), np.empty_like(v)
+    m, s = np.zeros_like(M[0]), np.zeros_like(M[0])
+    for t in range(T):
+        e[t] = c * (M[t] @ k[t]) - v[t]
+        g = e[t] @ kT[t]
+        m = beta1 * m + (1 - beta1) * g
+        s = beta2 * s + (1 - beta2) * g * g
+        mhat[t] = m / (1 - beta1 ** (t + 1))
+        r[t] = (s / (1 - beta2 ** (t + 1)) + eps) ** -0.5
+        M[t + 1] = alpha[t] * M[t] - eta[t] * mhat[t] * r[t]
+    y = M[:-1] @ q
+    return y[..., 0], (M, mhat, r, e, k, q, eta, alpha, c, beta1, beta2)
+
+
+def adam_memory_backward(dout, cache):
+    """du = -eta dM' for the step u = mhat r, r = (shat + eps)^-1/2, so dmhat = du r and
+    dshat = -1/2 du mhat r^3; m and s are also used at the next token; g is used in both, so
+    dg = (1 - beta1) dm + 2 (1 - beta2) g ds; g = e k^T, so de = dg k, dk = dg^T e."""
+    M, mhat, r, e, k, q, eta, alpha, c, beta1, beta2 = cache
+    dy, kT, qT = dout[..., None], k.swapaxes(2, 3), q.swapaxes(2, 3)
+    dM, dg, de = np.zeros_like(M), np.empty_like(mhat), np.empty_like(e)
+    dm, ds = np.zeros_like(M[0]), np.zeros_like(M[0])
+    for t in reversed(range(len(k))):
+        du = -eta[t] * dM[t + 1]
+        dm = beta1 * dm + du * r[t] / (1 - beta1 ** (t + 1))
+        ds = beta2 * ds - du * mhat[t] * r[t] ** 3 * 0.5 / (1 - beta2 ** (t + 1))
+        dg[t] = (1 - beta1) * dm + 2 * (1 - beta2) * (e[t] @ kT[t]) * ds
+        de[t] = dg[t] @ k[t]
+        dM[t] = alpha[t] * dM[t + 1] + c * de[t] @ kT[t] + dy[t] @ qT[t]
+    MT = M[:-1].swapaxes(2, 3)
+    dk = MT @ (c * de) + dg.swapaxes(2, 3) @ e
+    deta = -(dM[1:] * mhat * r).sum(axis=(2, 3))
+    dalpha = (dM[1:] * M[:-1]).sum(axis=(2, 3))
+    return dk[..., 0], (MT @ dy)[..., 0], -de[..., 0], deta, dalpha
+
+
+def sigmoid(z):
+    """1 / (1 + e^-z), computed as (1 + tanh(z / 2)) / 2, which cannot overflow."""
+    return 0.5 + 0.5 * np.tanh(0.5 * z)
+
+
+def gate_forward(junk, z):
+    """sigmoid(z[0]) for every token, or, if z has two entries, sigmoid(z[1]) for junk.
+    junk (T, B) of 0 and 1, z (1,) or (2,) -> (T, B)."""
+    y = sigmoid(z)
+    gate, rows = embedding_forward(junk % len(z), y)
+    return gate, (y, rows)
+
+
+def gate_backward(dout, cache):
+    """dz = y (1 - y) times the sum of dout over the tokens that use it."""
+    y, rows = cache
+    return embedding_backward(dout, rows) * y * (1 - y)
+
+
+def init_rule(cfg, rng, dtype=np.float32):
+    """Wk, Wq, Wv, Wo, bo as before; eta, alpha, mu with 0, 1 or 2 entries, as chosen."""
+    params = init_params(replace(cfg, rule="hebb"), rng, dtype)
+    entries = {"fixed": 0, "global": 1, "token": 2}
+    for name, count, start in (("eta", entries[cfg.eta], 0.5), ("alpha", entries[cfg.alpha], 2.0),
+                               ("mu", cfg.rule == "momentum" and cfg.mu == 0, 0.0)):
+        if count:
+            params[name] = np.full(int(count), start, dtype)
+    return params
+
+
+def inner_memory_forward(k, q, v, eta, alpha, mu, cfg):
+    """The memory of cfg.rule -> y (T, B, p)."""
+    l2 = ("dot", "l2").index(cfg.objective)
+    c = {"hebb": 0, "delta": 1, "momentum": l2, "adam": l2, "dgd": l2 + 1}[cfg.rule]
+    betas = cfg.beta1, cfg.beta2
+    if cfg.rule == "adam":
+        y, cache = adam_memory_forward(k, q, v, eta, alpha, c, *betas)
+    else:
+        y, cache = momentum_memory_forward(k, q, v, eta, alpha, mu, c)
+    return y, (cfg.rule, cache)
+
+
+def inner_memory_backward(dout, cache):
+    """-> dk, dq, dv, deta, dalpha, dmu (Adam has no mu)."""
+    rule, cache = cache
+    if rule == "adam":
+        return *adam_memory_backward(dout, cache), None
+    return momentum_memory_backward(dout, cache)
+
+
+def rule_forward(params, tokens, cfg):
+    """tokens: key, value, junk (T, B) -> logits (T B, values) of the value before each token."""
+    key, value, junk = tokens
+    rows = junk if cfg.eta == "token" else 0 * junk
+    inputs, tokens_cache = tokens_forward(params, key, value, rows)
+    gates, gate_caches = {"alpha": 1.0, "mu": {"momentum": cfg.mu}.get(cfg.rule, 0.0)}, {}
+    for name, number in gates.items():
+        gates[name] = np.full(junk.shape, number, inputs[0].dtype)
+        if name in params:
+            gates[name], gate_caches[name] = gate_forward(junk, params[name])
+    inputs = *inputs, *gates.values()                   # k, q, v, eta, alpha, mu
+    y, memory = inner_memory_forward(*inputs, cfg)
+    logits, linear = linear_forward(y.reshape(-1, cfg.dim), params["Wo"], params["bo"])
+    return logits, (inputs, tokens_cache, gate_caches, memory, y.shape, linear)
+
+
+def rule_backward(dout, cache):
+    """rule_forward from bottom to top -> gradients by name."""
+    _, tokens_cache, gate_caches, memory, shape, linear = cache
+    dy, dWo, dbo = linear_backward(dout, linear)
+    *dinputs, dalpha, dmu = inner_memory_backward(dy.reshape(shape), memory)
+    grads = {**tokens_backward(*dinputs, tokens_cache), "Wo": dWo, "bo": dbo}
+    for name, dgate in (("alpha", dalpha), ("mu", dmu)):
+        if name in gate_caches:
+            grads[name] = gate_backward(dgate, gate_caches[name])
+    return grads
+
+
+def rule_loss_and_grads(params, batch, cfg):
+    """One forward and one backward pass -> loss, gradients under the keys of params."""
+    *tokens, targets = batch
+    logits, cache = rule_forward(params, tokens, cfg)
+    loss, dlogits, _ = recall_loss(logits, targets)
+    grads = rule_backward(dlogits, cache)
+    return loss, {name: grads[name] for name in params}
+
+
+def train_rule(cfg):
+    """-> params, losses; loss and accuracy at 1, 4 and 16 times the trained length, by length."""
+    params = init_rule(cfg, np.random.default_rng(cfg.seed))
+    size = sum(p.size for p in params.values())
+    print(f"\nrule {cfg.rule}, eta {cfg.eta}, alpha {cfg.alpha}: {size} parameters")
+    print(f"chance level: loss {math.log(cfg.values):.3f}, accuracy {1 / cfg.values:.3f}")
+    losses = train(params, cfg, make_batch, rule_loss_and_grads)
+    tests = {n: evaluate_recall(params, replace(cfg, length=n), rule_forward)
+             for n in (cfg.length, 4 * cfg.length, 16 * cfg.length)}
+    return params, losses, tests
+
+
+def key_products(params):
+    """|k_i . k_j| for all pairs of keys, and their mean for i != j."""
+    k, _ = unit_forward(params["Wk"])
+    products = np.abs(k @ k.T)
+    return products, float(products[~np.eye(len(k), dtype=bool)].mean())
+
+
+def run_rule(cfg):
+    """Train one inner rule; show longer sequences, the keys, the gates."""
+    start = time.perf_counter()
+    print(f"Recall: {cfg.keys} keys, {cfg.values} values, {cfg.length} tokens per sequence, "
+          f"{cfg.junk:.0%} junk, memory {cfg.dim} x {cfg.dim}")
+    if cfg.keys > cfg.dim:
+        bound = ((cfg.keys - cfg.dim) / (cfg.dim * (cfg.keys - 1))) ** 0.5
+        print(f"{cfg.keys} keys in {cfg.dim} dimensions cannot all be orthogonal: the root mean "
+              f"square of k_i . k_j\nis at least {bound:.2f} (Welch), so writing one key changes "
+              "what is held for others.")
+    before = init_rule(cfg, np.random.default_rng(cfg.seed))
+    params, losses, tests = train_rule(cfg)
+    for length, (loss, accuracy) in tests.items():
+        print(f"fresh sequences of {length:4d} tokens: loss {loss:.4g}, accuracy {accuracy:.3f}")
+    print("\nThe slow level makes the fast level's problem easy: if keys are orthogonal, writing"
+          "\none does not change what is held for others. |k_i . k_j| of all pairs of keys, blank"
+          "\nis 0, @ is 1; in the title the mean without i = j:")
+    products, means = zip(key_products(before), key_products(params))
+    side_by_side([f"untrained: {means[0]:.3f}", f"trained: {means[1]:.3f}"],
+                 [["".join(row) for row in shade(np.repeat(p, 2, axis=1))] for p in products])
+    for name in [name for name in ("eta", "alpha", "mu") if name in params]:
+        first, last = (p[name] if name == "eta" else sigmoid(p[name]) for p in (before, params))
+        print(f"{name}: {first[0]:.2f} untrained; trained "
+              + ", for junk ".join(f"{number:.2f}" for number in last))
+    print("\nNext: python nested_attention.py rules"
+          "      python nested_attention.py rule --keys 12 --steps 300")
+    accuracies = {f"accuracy_{n}": accuracy for n, (_, accuracy) in tests.items()}
+    print_result("rule", cfg, loss=tests[cfg.length][0], **accuracies, key_overlap=means[1],
+                 params=sum(p.size for p in params.values()), steps=len(losses),
+                 seconds=time.perf_counter() - start)
+
+
+# ---- all inner rules side by side: python nested_attention.py rules ------------------------------
+
+@dataclass
+class Rules:
+    """Recall by ten inner rules, also in sequences longer than in training."""
+    keys: int = 8           # different keys
+    values: int = 8         # different values
+    dim: int = 8            # dimension of k, q and v: the memory is a dim x dim matrix
+    length: int = 32        # tokens per sequence
+    junk: float = 0.25      # share of tokens that are marked as junk
+    batch_size: int = 32    # sequences per step
+    steps: int = 150        # optimizer steps
+    lr: float = 0.05        # learning rate
+    seed: int = 0           # random seed
+
+
+RULES = {   # name in the table: flags of  python nested_attention.py rule  that train the same
+    "hebb": dict(rule="hebb", eta="fixed"),
+    "hebb, one alpha": dict(rule="hebb", eta="fixed", alpha="global"),
+    "hebb, gates": dict(rule="hebb", alpha="token"),    # eta and alpha depend on the token
+    "delta, eta 1": dict(rule="delta", eta="fixed"),
+    "delta, one eta": dict(rule="delta", eta="global"),
+    "delta": dict(rule="delta"),                        # eta depends on the token, as below
+    "momentum": dict(rule="momentum"),
+    "adam, averaging": dict(rule="adam", beta1=0.9, beta2=0.99),
+    "adam": dict(rule="adam"),
+    "dgd": dict(rule="dgd"),
+}
+
+
+def loss_curve(losses, width=60):
+    """Losses from first to last as one line of text, dark where high, on a logarithmic scale."""
+    parts = np.array_split(losses, min(width, len(losses)))
+    logs = np.log([np.mean(part) + 1e-12 for part in parts])
+    return "".join(shade((logs - logs.min()) / (np.ptp(logs) + 1e-12)))
+
+
+def run_rules(cfg):
+    """Train every rule from the same start; a table, and the attention maps of four rules."""
+    start, rows, titles, maps, metrics = time.perf_counter(), [], [], [], {}
+    few = Config(keys=min(4, cfg.keys), values=min(9, cfg.values), length=16, batch_size=256,
+                 junk=cfg.junk, seed=cfg.seed)
+    key, _, junk, _ = make_batch(few, cfg.steps + 2)
+    source = find_sources(key, junk, cfg.keys).T
+    for name, choices in RULES.items():
+        part = Rule(**{**vars(cfg), **choices})
+        params, losses, tests = train_rule(part)
+        rows.append(f"{name:18s}" + "".join(f"{accuracy:11.3f}" for _, accuracy in tests.values())
+                    + f"{tests[cfg.length][0]:11.4f}   {loss_curve(losses, 20)}")
+        if name in ("hebb", "hebb, gates", "delta, eta 1", "delta"):
+            _, ((k, q, _, *gates), *_) = rule_forward(params, (key, 0 * key, junk), part)
+            weights = attention_map(inner_memory_forward, k, q, *gates, part)
+            aligned = (np.abs(weights).argmax(axis=2) == source)[source >= 0].mean()
+            titles.append(f"{name}: {aligned:.0%}")
+            maps.append(draw_map(weights[0], key[:, 0], junk[:, 0]))
+        if name in ("hebb", "delta"):
+            metrics.update({f"{name}_accuracy_{n}": tests[n][1] for n in tests})
+        if len(losses) < cfg.steps:                     # Ctrl-C
+            break
+    print("\nAccuracy on fresh sequences as long as in training, 4 and 16 times as long; loss at"
+          "\nthe trained length; losses from first to last step (dark is high; logarithmic shades)")
+    print(f"{'rule':18s}" + "".join(f"{n:4d} tokens" for n in tests) + f"{'loss':>11s}")
+    print(*rows, sep="\n")
+    print("\nThe memories as attention. A row is a token at which the memory is read, a column a"
+          "\ntoken, each with its key; x marks junk. It is dark where the value of the column's"
+          "\ntoken weighs much in the output. Right is the last column before the row's token with"
+          "\nits key and no x. In the title: how often the largest weight is there.")
+    side_by_side(titles, maps)
+    print("\nNext: python nested_attention.py rule --rule dgd"
+          "      python nested_attention.py memories")
+    print_result("rules", cfg, **metrics, params=sum(p.size for p in params.values()),
+                 steps=len(losses), seconds=time.perf_counter() - start)
+
+
+# ---- memories of several time scales: python nested_attention.py memories ------------------------
+# The paper's continuum memory has levels, of which level l gathers gradients and makes a step only
+# every C_l tokens (Eq. 71). Summaries say "every 1, 2 to 4, 8 or more steps"; the paper has chunk
+# sizes C_l and no such numbers. Its levels are MLPs; ours are matrices M_l whose outputs are added
+# (in the manner of its Eq. 74), so that all of them learn from one error.
+
+@dataclass
+class Memories:
+    """A memory with several update periods, on a stream whose values change and return."""
+    periods: str = "1,4,16"  # tokens from update to update, level by level
+    shared: bool = False    # one alpha for all levels
+    staggered: bool = False  # levels start with the speeds of periods 1, 4, 16, ... in any case
+    home: int = 24          # tokens with permanent values at a time
+    away: int = 8           # tokens with passing values in between
+    keys: int = 6           # different keys
+    values: int = 8         # different values
+    length: int = 128       # tokens per sequence
+    batch_size: int = 16    # sequences per step
+    steps: int = 100        # optimizer steps
+    lr: float = 0.1         # learning rate
+    seed: int = 0           # random seed
+
+
+def cms_forward(k, v, eta, alpha, w, periods):
+    """y = sum_l w_l M_l k, e = y - v, G_l <- G_l + w_l e k^T, and every periods[l] tokens
+    M_l <- alpha_l M_l - eta_l G_l, G_l <- 0. Computed as one memory M of L d columns with keys
+    K = (w_1 k, ..., w_L k) and with factors for every column: M <- keep M - rate G, G <- wait G.
+    k (T, B, d), v (T, B, p), eta, alpha, w (L,) -> y (T, B, p)."""
+    (T, B, d), L = k.shape, len(periods)
+    due = (np.arange(1, T + 1)[:, None] % periods == 0).astype(k.dtype)     # (T, L) of 0 and 1
+    keep = np.repeat(1 - due + due * alpha, d, axis=1)[:, None, None]       # (T, 1, 1, L d)
+    rate = np.repeat(due * eta, d, axis=1)[:, None, None]
+    wait = np.repeat(1 - due, d, axis=1)[:, None, None]
+    K = (w[:, None] * k[:, :, None]).reshape(T, B, L * d, 1)
+    KT, v = K.swapaxes(2, 3), v[..., None]
+    M = np.zeros((T + 1, B, v.shape[2], L * d), k.dtype)
+    G, e = np.empty_like(M[1:]), np.empty_like(v)
+    gathered = np.zeros_like(M[0])
+    for t in range(T):
+        e[t] = M[t] @ K[t] - v[t]
+        G[t] = gathered + e[t] @ KT[t]
+        M[t + 1] = keep[t] * M[t] - rate[t] * G[t]
+        gathered = wait[t] * G[t]
+    y = e + v
+    return y[..., 0], (M, G, e, k, K, w, due, keep, rate, wait)
+
+
+def cms_backward(dout, cache):
+    """With A = dM': dG = wait (dG of the next token) - rate A, de = dG K, dy = dout + de,
+    dM = keep A + dy K^T, dK = dG^T e + M^T dy; dkeep = A M and drate = -A G, summed by column."""
+    M, G, e, k, K, w, due, keep, rate, wait = cache
+    (T, B, d), L = k.shape, len(w)
+    dout, KT = dout[..., None], K.swapaxes(2, 3)
+    dM, dG, de = np.zeros_like(M), np.empty_like(G), np.empty_like(e)
+    dgathered = np.zeros_like(M[0])
+    for t in reversed(range(T)):
+        dG[t] = wait[t] * dgathered - rate[t] * dM[t + 1]
+        de[t] = dG[t] @ K[t]
+        dM[t] = keep[t] * dM[t + 1] + (dout[t] + de[t]) @ KT[t]     # e = y - v: dy = dout + de
+        dgathered = dG[t]
+    dK = dG.swapaxes(2, 3) @ e + M[:-1].swapaxes(2, 3) @ (dout + de)
+    dK = dK.reshape(T, B, L, d)                         # K = w k
+    dk = (w[:, None] * dK).sum(axis=2)
+    dw = (k[:, :, None] * dK).sum(axis=(0, 1, 3))
+    dkeep = (dM[1:] * M[:-1]).sum(axis=(1, 2)).reshape(T, L, d).sum(axis=2)
+    drate = -(dM[1:] * G).sum(axis=(1, 2)).reshape(T, L, d).sum(axis=2)
+    return dk, -de[..., 0], (due * drate).sum(axis=0), (due * dkeep).sum(axis=0), dw
+
+
+def read_periods(cfg):
+    """The update periods as an array."""
+    return np.array(cfg.periods.split(","), int)
+
+
+def init_stream(cfg, rng, dtype=np.float32):
+    """log_eta, alpha (before the sigmoid) and w of every level; log_scale of the logits."""
+    periods = read_periods(cfg)
+    pace = 4.0 ** np.arange(len(periods)) if cfg.staggered else periods
+    keep = sigmoid(1.5) ** (periods / pace)             # equal pace: equally much is forgotten
+    alpha = np.log(keep / (1 - keep))
+    params = {"log_eta": np.log(0.5 / pace), "alpha": alpha[:1] if cfg.shared else alpha,
+              "w": np.ones(len(periods)), "log_scale": np.ones(1)}
+    return {name: array.astype(dtype) for name, array in params.items()}
+
+
+def stream_batch(cfg, step, dtype=np.float32):
+    """Home and away in turn -> key, value, away (0 or 1), each (T, B). The permanent values are
+    those of a sequence, the passing ones those of one time away. The targets are the values."""
+    rng = np.random.default_rng((cfg.seed, step))
+    T, B = cfg.length, cfg.batch_size
+    key = rng.integers(0, cfg.keys, (T, B))
+    cycle, position = np.divmod(np.arange(T), cfg.home + cfg.away)
+    away = np.repeat(position[:, None] >= cfg.home, B, axis=1).astype(int)
+    permanent = rng.integers(0, cfg.values, (B, cfg.keys))
+    passing = rng.integers(0, cfg.values, (cycle[-1] + 1, B, cfg.keys))
+    rows = np.arange(B)
+    value = np.where(away, passing[cycle[:, None], rows, key], permanent[rows, key])
+    return key, value, away
+
+
+def stream_forward(params, key, value, cfg):
+    """Keys and values one-hot -> logits (T, B, values) of the value before each token."""
+    dtype = params["w"].dtype
+    k = np.eye(cfg.keys, dtype=dtype)[key]
+    v = np.eye(cfg.values, dtype=dtype)[value]
+    eta, alpha = np.exp(params["log_eta"]), sigmoid(params["alpha"])
+    y, cms = cms_forward(k, v, eta, alpha * np.ones_like(eta), params["w"], read_periods(cfg))
+    return np.exp(params["log_scale"]) * y, (cms, eta, alpha)
+
+
+def stream_loss_and_grads(params, batch, cfg):
+    """One forward and one backward pass -> loss, gradients under the keys of params."""
+    key, value, _ = batch
+    logits, (cms, eta, alpha) = stream_forward(params, key, value, cfg)
+    loss, cache = softmax_cross_entropy_forward(logits.reshape(-1, cfg.values), value.ravel())
+    dlogits = softmax_cross_entropy_backward(1.0, cache).reshape(logits.shape)
+    _, _, deta, dalpha, dw = cms_backward(np.exp(params["log_scale"]) * dlogits, cms)
+    if cfg.shared:
+        dalpha = dalpha.sum(keepdims=True)              # all levels use it, so gradients add
+    return loss, {"log_eta": deta * eta, "alpha": dalpha * alpha * (1 - alpha), "w": dw,
+                  "log_scale": (dlogits * logits).sum().reshape(1)}
+
+
+def train_stream(cfg):
+    """-> params, losses; on fresh sequences, four times as long: loss, accuracy, accuracy at the
+    first token of each key after a return home."""
+    params = init_stream(cfg, np.random.default_rng(cfg.seed))
+    losses = train(params, cfg, stream_batch, stream_loss_and_grads)
+    fresh = replace(cfg, length=4 * cfg.length, batch_size=math.ceil(2048 / cfg.length))
+    key, value, away = stream_batch(fresh, cfg.steps + 1)
+    logits, _ = stream_forward(params, key, value, cfg)
+    loss, _ = softmax_cross_entropy_forward(logits.reshape(-1, cfg.values), value.ravel())
+    check_finite(loss, params)
+    right = logits.argmax(axis=2) == value
+    t = np.arange(fresh.length)[:, None]
+    returned = t - t % (cfg.home + cfg.away)            # when the present time at home began
+    first = (away == 0) & (returned > 0) & (find_sources(key, away, cfg.keys) < returned)
+    return params, losses, (float(loss), float(right.mean()), float(right[first].mean()))
+
+
+def draw_timeline(params, cfg, columns=80):
+    """What every level holds for one key, from token to token -> list of lines."""
+    cycle = cfg.home + cfg.away
+    part = replace(cfg, length=cycle + columns, batch_size=16)
+    key, value, away = stream_batch(part, cfg.steps + 2)
+    _, ((M, *_), _, _) = stream_forward(params, key, value, part)
+    times = np.arange(cycle, part.length)
+    visits = (np.eye(cfg.keys)[key[times]] * away[times, :, None]).sum(axis=0)
+    b, a = np.unravel_index(visits.argmax(), visits.shape)      # the key seen most when away
+    held = M[times, b].reshape(columns, cfg.values, -1, cfg.keys)[..., a] * params["w"]
+
+    def decode(strengths):                                      # (columns, values) -> text
+        best, most = strengths.argmax(axis=1) % 26, strengths.max(axis=1)
+        return "".join("." if m < 0.05 else chr(i + (65 if m > 0.5 else 97))
+                       for i, m in zip(best, most))
+    seen = [chr(97 + value[t, b] % 26) if key[t, b] == a else " " for t in times]
+    return ["phase        " + "".join("-#"[away[t, b]] for t in times),
+            "value seen   " + "".join(seen),
+            *(f"period {period:4d}  {decode(held[:, :, level])}"
+              for level, period in enumerate(read_periods(cfg))),
+            "sum          " + decode(held.sum(axis=2))]
+
+
+OTHERS = {
+    "1,1,1": dict(periods="1,1,1"), "4,4,4": dict(periods="4,4,4"),
+    "16,16,16": dict(periods="16,16,16"), "1,4,16": dict(periods="1,4,16"),
+    "1,4,16 shared": dict(periods="1,4,16", shared=True),
+    "1,1,1 staggered": dict(periods="1,1,1", staggered=True),
+}
+
+
+def run_memories(cfg):
+    """Train the memory of the flags and show it through time; compare it with others."""
+    start, results, parts = time.perf_counter(), {}, {f"{cfg.periods} (flags)": cfg}
+    for name, choices in OTHERS.items():
+        part = replace(cfg, **{"shared": False, "staggered": False, **choices})
+        if part != cfg:
+            parts[name] = part
+    print(f"A stream of {cfg.keys} keys with {cfg.values} values. Every key has its permanent value"
+          f"\nfor {cfg.home} tokens (home), a passing one for {cfg.away} (away), and so on. The"
+          "\ntarget is the value, before the memory sees it.")
+    for name, part in parts.items():
+        size = sum(p.size for p in init_stream(part, np.random.default_rng(0)).values())
+        print(f"\nperiods {name}: {size} parameters")
+        print(f"chance level: loss {math.log(cfg.values):.3f}, accuracy {1 / cfg.values:.3f}")
+        params, losses, results[name] = train_stream(part)
+        if part is cfg:
+            print("\nOne key through time. A column is a token. Phase: - is home, # is away. Value"
+                  "\nseen: what the token gives to this key, as a character (blank: another key)."
+                  "\nThen what each level holds for the key, and their sum: a capital if strongly,"
+                  "\n. if hardly anything. With several periods the sum returns to the permanent"
+                  "\nvalue before that is seen again.")
+            print(*draw_timeline(params, cfg), sep="\n")
+        if len(losses) < cfg.steps:                     # Ctrl-C
+            break
+    print(f"\nFresh sequences of {4 * cfg.length} tokens: loss; accuracy; accuracy when a key is"
+          "\nfirst seen again after a return; updates per token. shared: one alpha for all levels."
+          "\nstaggered is a control: all levels are updated at every token, but start with the"
+          "\nspeeds of 1,4,16. If it is as good, speeds are what counts, and periods save updates.")
+    print(f"{'periods':20s}{'loss':>10s}{'accuracy':>10s}{'returned':>10s}{'updates':>10s}")
+    for name, (loss, accuracy, returned) in results.items():
+        updates = (1 / read_periods(parts[name])).sum()
+        print(f"{name:20s}{loss:10.3f}{accuracy:10.3f}{returned:10.3f}{updates:10.2f}")
+    (_, (loss, accuracy, returned)), *others = results.items()
+    gains = {"gain_over_" + name.replace(",", "_").replace(" ", "_"): other[0] - loss
+             for name, other in others}
+    print("\nNext: python nested_attention.py memories --periods 1,4"
+          "      python nested_attention.py inner")
+    print_result("memories", cfg, loss=loss, accuracy=accuracy, accuracy_returned=returned,
+                 **gains, params=size, steps=len(losses), seconds=time.perf_counter() - start)
+
+
+# ---- inner optimizers alone: python nested_attention.py inner ------------------------------------
+
+@dataclass
+class Inner:
+    """Delta, momentum and Adam without a slow level, on targets v = W k."""
+    dim: int = 8            # dimension of keys and targets
+    length: int = 128       # tokens per sequence
+    batch_size: int = 16    # sequences
+    seed: int = 0           # random seed
+
+
+def draw_keys(kind, cfg, rng):
+    """Repeated keys, fresh ones, or fresh ones stretched along the axes or others -> (T, B, d)."""
+    T, B, d = cfg.length, cfg.batch_size, cfg.dim
+    k = rng.standard_normal((T, B, d))
+    if kind == "repeated":
+        k = ((k[d] + 0.5 * k[:d]) / d ** 0.5)[np.arange(T) % d]         # all share k[d]
+    if kind in ("axes", "rotated"):
+        k = k * 300 ** (-0.5 * np.arange(d) / max(1, d - 1))            # variances 1 to 1 / 300
+    if kind == "rotated":
+        rotation, _ = np.linalg.qr(rng.standard_normal((B, d, d)))
+        k = (rotation @ k[..., None])[..., 0]
+    return k
+
+
+def run_inner(cfg):
+    """A table: the error of three rules on four kinds of keys."""
+    start, metrics = time.perf_counter(), {}
+    sizes = 2.0 ** np.arange(-9, 2)
+    print(f"Three rules learn v = W k, a random {cfg.dim} x {cfg.dim} matrix W, from {cfg.length} "
+          "tokens. Squared\nerror on the last quarter of them, divided by that of an empty memory, "
+          f"at the\nbest of {len(sizes)} values of eta: 0 is perfect, 1 is nothing learned.")
+    print(f"{'keys':44s}{'delta':>10s}{'momentum':>10s}{'adam':>10s}")
+    for kind, text in (("repeated", f"{cfg.dim} similar ones, again and again"),
+                       ("fresh", "always new, equal in all directions"),
+                       ("axes", "always new, stretched along the axes"),
+                       ("rotated", "always new, stretched along other directions")):
+        rng = np.random.default_rng(cfg.seed)
+        W = rng.standard_normal((cfg.batch_size, cfg.dim, cfg.dim))
+        k = draw_keys(kind, cfg, rng)
+        v = (W @ k[..., None])[..., 0]
+        k, v = (np.repeat(x, len(sizes), axis=1) for x in (k, v))       # all step sizes at once
+        eta = np.tile(sizes, (cfg.length, cfg.batch_size))
+        one = np.ones_like(eta)
+        last = -math.ceil(cfg.length / 4)
+        with np.errstate(all="ignore"):                                 # large steps diverge
+            outputs = [memory_forward(k, k, v, eta, 1)[0],
+                       momentum_memory_forward(k, k, v, eta, one, 0.9 * one, 1)[0],
+                       adam_memory_forward(k, k, v, eta, one, 1, 0.9, 0.99)[0]]
+            errors = [((y - v)[last:] ** 2).sum(axis=(0, 2)).reshape(-1, len(sizes)).sum(axis=0)
+                      for y in outputs]
+        empty = (v[last:] ** 2).sum() / len(sizes)
+        delta, momentum, adam = (float(np.nanmin(error) / empty) for error in errors)
+        print(f"{text:44s}{delta:10.4f}{momentum:10.4f}{adam:10.4f}")
+        metrics[f"momentum_over_delta_{kind}"] = momentum / delta
+        metrics[f"adam_over_delta_{kind}"] = adam / delta
+    print("Momentum and Adam help if keys repeat. Adam also helps if the curvature follows the"
+          "\naxes, since it divides entry by entry; after a rotation it does not. If all directions"
+          "\nare equal, delta is best. (In the result line: errors over that of delta.)")
+    age = np.arange(40)
+    print("\nHow far back does an update look? The weights of the last 40 gradients, the newest"
+          "\nfirst; blank is 0, @ is 1:")
+    print(f"momentum, mu 0.9      {''.join(shade(0.9 ** age))}  half of the sum in the first 7")
+    print(f"level of period 16    {''.join(shade(age < 16))}  gathered, used once, dropped")
+    print("\nNext: python nested_attention.py rule --rule momentum --mu 0.95      python cnn.py")
+    print_result("inner", cfg, **metrics, seconds=time.perf_counter() - start)
+
+
+# ---- identities: python nested_attention.py identities -------------------------------------------
+# Misprints of the paper: in Eq. 65 the factor (I - eta k k^T) stands to the left of M; for M (p, d)
+# it has to stand to the right. In Eq. 92 the minus should be a plus for the stated objective. That
+# Adam is the optimal memory (101-105) is exact only if both of its averages have the same beta.
+
+@dataclass
+class Identities:
+    """Ten statements about memories and optimizers, both sides computed."""
+    seed: int = 0           # random seed
+
+
+def adam_error(k, v, beta=0.9, eps=1e-6):
+    """Adam's last step u, with beta for both averages, less the u that minimizes, entry by entry,
+    sum_i w_i (g_i u - sqrt(shat + eps))^2 + eps u^2, for gradients g_i and their weights w_i."""
+    one = np.ones(k.shape[:2])
+    _, (_, mhat, r, e, *_) = adam_memory_forward(k, k, v, one, one, 0, beta, beta, eps)
+    u = np.empty_like(r[-1])
+    age = np.arange(len(k))[::-1]
+    root = (beta ** age * (1 - beta) / (1 - beta ** len(k))) ** 0.5     # of the weights
+    for b, i, j in np.ndindex(u.shape):
+        A = np.append(root * e[:, b, i, 0] * k[:, b, j], eps ** 0.5)    # the last row is eps u^2
+        target = np.append(root / r[-1, b, i, j], 0)
+        u[b, i, j] = np.linalg.lstsq(A[:, None], target, rcond=None)[0][0]
+    return mhat[-1] * r[-1] - u
+
+
+def more_identities(rng):
+    """Compute both sides of further statements on random numbers -> {statement: difference}."""
+    T, B, d, p = 12, 3, 5, 4
+    k, q = rng.standard_normal((2, T, B, d))
+    k = k / np.linalg.norm(k, axis=2, keepdims=True)
+    v = rng.standard_normal((T, B, p))
+    eta, alpha, mu = rng.uniform(0.1, 0.9, (3, T, B))
+    K, V, H = k[..., None], v[..., None], eta[..., None, None]          # columns
+    KT = K.swapaxes(2, 3)
+    _, (M, *_) = memory_forward(k, q, v, eta, c=1)                      # delta rule
+    _, (N, *_) = memory_forward(k, q, v, eta, c=2)                      # dgd on |M k - v|^2 / 2
+    slope = numeric_slope(lambda Nk: ((Nk - V) ** 2 + Nk ** 2) / 2, N[:-1], K)
+    found = {
+        "delta rule  =  M (I - eta k k^T) + eta v k^T":
+            M[:-1] @ (np.eye(d) - H * K @ KT) + H * V @ KT - M[1:],
+        "delta rule  =  dgd on -<M k, v>, which is M - eta (M k - v) k^T":
+            M[:-1] - H * (M[:-1] @ K - V) @ KT - M[1:],
+        "dgd on |M k - v|^2 / 2  =  gradient descent on |M k - v|^2 / 2 + |M k|^2 / 2":
+            N[:-1] - H * slope - N[1:],
+        "Adam's last step, beta1 = beta2  =  least squares from past gradients to their size":
+            adam_error(k, v)}
+    levels = np.array([0.5, 0.2]), np.array([0.8, 0.9]), np.array([0.7, 0.4]), np.array([1, 3])
+    for name, forward, *more in (
+            ("delta rule", memory_forward, eta, 1),
+            ("momentum", momentum_memory_forward, eta, alpha, mu, 1),
+            ("continuum memory", lambda k, q, v, *rest: cms_forward(k, v, *rest), *levels)):
+        y, _ = forward(k, q, v, *more)
+        found[f"(attention map) V  =  output of the memory ({name})"] = (
+            attention_map(forward, k, q, *more) @ v.swapaxes(0, 1) - y.swapaxes(0, 1))
+    return {statement: float(np.abs(error).max()) for statement, error in found.items()}
+
+
+def run_identities(cfg):
+    """Print the largest difference between both sides of every statement."""
+    start = time.perf_counter()
+    found = {**check_identities(np.random.default_rng(cfg.seed)),
+             **more_identities(np.random.default_rng(cfg.seed))}
+    print("Identities: the left and the right side are computed in two ways, on random numbers."
+          "\nIn front stands the largest difference between them; about 1e-15 is rounding. M is the"
+          "\nmemory, dgd is delta gradient descent, V has the values of all tokens as rows.")
+    for statement, error in found.items():
+        print(f"  {error:.0e}   {statement}")
+    print("\nNext: python nested_attention.py inner      python nested_attention.py rules")
+    print_result("identities", cfg, identities=len(found), identity_error=max(found.values()),
+                 seconds=time.perf_counter() - start)
+
+
+# ---- flags and errors: the same in every lesson --------------------------------------------------
 
 class InputError(ValueError):
-    """A flag, value or file that cannot be used; the program ends with its text in one line and exit status 2."""
+    """A flag, value or file that cannot be used: the program ends with one line, exit status 2."""
 
 
 def require(ok, what, expected, found):
@@ -917,40 +1162,87 @@ def require(ok, what, expected, found):
         raise InputError(f"{what}: expected {expected}, found {found!r}")
 
 
-def read_flags(argv=None):
-    """Every field of Config is a flag, its comment the help text -> Config."""
+class Task(NamedTuple):
+    """What a command runs; gradcheck.py drives the same functions."""
+    config: type
+    init_params: object
+    make_batch: object
+    loss_and_grads: object
+    main: object
+
+
+MAY_BE_ZERO = ("seed", "warmup", "top_k", "crop", "window", "fuse", "patch")    # other int: >= 1
+ABOVE_ZERO = ("lr", "temperature")                                              # other float: >= 0
+
+
+def check(cfg):
+    """Raise InputError unless every value has the type of its field, is one of its choices, is
+    finite and in range, and CONSTRAINTS of this kind of Config hold."""
+    for f in fields(cfg):
+        flag, value = "--" + f.name.replace("_", "-"), getattr(cfg, f.name)
+        if get_args(f.type):
+            choices = get_args(f.type)
+            require(value in choices, flag, " or ".join(map(str, choices)), value)
+        elif f.type in (str, bool):
+            require(isinstance(value, f.type), flag, f.type.__name__, value)
+        elif f.type is int:
+            least = 0 if f.name in MAY_BE_ZERO else 1
+            require(type(value) is int, flag, "a whole number", value)
+            require(least <= value < 2 ** 31, flag, f"{least} or more, below 2^31", value)
+        else:
+            require(type(value) in (int, float), flag, "a number", value)
+            above = value > 0 if f.name in ABOVE_ZERO else value >= 0
+            least = "above 0" if f.name in ABOVE_ZERO else "0 or more"
+            require(above and value < math.inf, flag, f"a number {least}, and finite", value)
+    for ok, what, expected, found in CONSTRAINTS.get(type(cfg), lambda cfg: [])(cfg):
+        require(ok, what, expected, found)
+
+
+def read_flags(tasks, argv):
+    """-> the name of the task that argv begins with (else of the first), its Config: every field is
+    a flag, its comment the help text."""
     def fail(message):
-        raise InputError(f"{message} (--help lists the flags)")
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+        hint = "; tasks are commands: python FILE TASK" if "--task" in message else ""
+        raise InputError(f"{message} (--help lists the flags{hint})")
+
+    parser = argparse.ArgumentParser(description=__doc__ + MORE, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
-    for field in fields(Config):
-        kind = dict(type=field.type, metavar=field.name.upper())
-        if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif get_args(field.type):
-            kind = dict(choices=get_args(field.type))
-        text = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
-        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=text, **kind)
-    known = parser.parse_known_args(argv)[0]
-    data, experiment = (getattr(known, name, "") for name in ("data", "experiment"))
-    for key in (known.task, f"{known.task} --data" if data else "", experiment):
-        parser.set_defaults(**PRESETS.get(key, {}))
-    return Config(**vars(parser.parse_args(argv)))
+    parser.error, commands = fail, parser.add_subparsers(dest="task", metavar="task")
+    for name, task in tasks.items():
+        command = commands.add_parser(name, help=task.config.__doc__, allow_abbrev=False,
+                                      description=task.config.__doc__)
+        command.error, comments = fail, {}
+        with contextlib.suppress(OSError, TypeError):   # no source text in a notebook cell
+            for c in reversed(task.config.__mro__[:-1]) if {"-h", "--help"} & set(argv) else ():
+                comments.update(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(c), re.M))
+        for f in fields(task.config):
+            kind = dict(type=f.type, metavar=f.name.upper())
+            if f.type is bool:
+                kind = dict(action=argparse.BooleanOptionalAction)
+            elif get_args(f.type):
+                kind = dict(choices=get_args(f.type))
+            text = f"{comments.get(f.name, '')} (default: {f.default!r})".replace("%", "%%")
+            flag = "--" + f.name.replace("_", "-")
+            command.add_argument(flag, default=f.default, help=text, **kind)
+    named = argv and (argv[0] in ("-h", "--help") or not argv[0].startswith("-"))
+    flags = vars(parser.parse_args(argv if named else [next(iter(tasks)), *argv]))
+    name = flags.pop("task")
+    cfg = tasks[name].config(**flags)
+    check(cfg)
+    return name, cfg
 
 
-def run(main):
-    """Call main with the Config of the flags; what is not a bug ends in one line, not in a traceback."""
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")      # each line at once, on any console
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)                           # `| head` ends the program quietly
-    np.seterr(over="ignore", invalid="ignore")          # a run that diverges shows in its loss, which Progress checks
-    with contextlib.suppress(AttributeError, OSError, TypeError):               # Linux: keep freed memory for reuse
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30), libc.mallopt(-1, -1)
+def run(tasks):
+    """Run what the command line asks for; user errors end in one line, without a traceback."""
+    if sys.stdout and sys.stdout is sys.__stdout__:     # a console, not a notebook
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+        with contextlib.suppress(AttributeError, ValueError):   # Windows; not the main thread
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends it quietly
+    np.seterr(over="ignore", invalid="ignore")          # divergence: see progress and check_finite
+    pasted = "ipykernel" in sys.argv[0]                 # into a notebook cell: argv is not ours
     try:
-        main(read_flags())
+        name, cfg = read_flags(tasks, [] if pasted else sys.argv[1:])
+        tasks[name].main(cfg)
     except (InputError, FloatingPointError, MemoryError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
@@ -958,50 +1250,56 @@ def run(main):
         sys.exit(130)
 
 
-class Progress:
-    """for step in progress: ... progress.report(loss).   Prints about ten lines with the time left. Ctrl-C ends the
-    loop after the step at hand, a second one quits. A loss that is not finite raises FloatingPointError."""
-
-    def __init__(self, steps, first=1, quiet=False, lines=10):
-        self.steps, self.first, self.quiet, self.lines = steps, first, quiet, lines
-        self.step, self.losses, self.printed, self.stopped = first - 1, [], 0, False
-        self.start, self.seconds = time.perf_counter(), 0.0
-
-    def __iter__(self):
-        previous = signal.signal(signal.SIGINT, self.interrupt)
-        try:
-            while self.step < self.steps and not self.stopped:
-                self.step += 1
-                yield self.step
-        finally:
-            signal.signal(signal.SIGINT, previous)
-        if self.stopped:
-            print(f"stopped after step {self.step}; this is what has been learned so far")
-
-    def interrupt(self, signum, frame):
-        """Called on Ctrl-C."""
-        if self.stopped:
-            raise KeyboardInterrupt
-        self.stopped = True
-
-    def report(self, loss, note=lambda: ""):
-        """Keep the loss of this step; if a line is due, print it, with what note() says."""
-        if not np.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {self.step}: training diverged; try a smaller --lr")
-        self.losses.append(float(loss))
-        self.seconds = time.perf_counter() - self.start
-        if not self.quiet and (self.step % -(-self.steps // self.lines) == 0 or self.step == self.steps):
-            recent = self.losses[self.printed:]
-            self.printed = len(self.losses)
-            left = self.seconds / len(self.losses) * (self.steps - self.step)
-            print(f"step {self.step:6d}/{self.steps}  loss {sum(recent) / len(recent):.4f}{note()}  |  "
-                  f"{self.seconds:.1f} s  ({left:.0f} s left)")
+def limits(cfg):
+    """Constraints: sizes of 2 or more, shares below 1, and what only one task has."""
+    rows = []
+    for name, value in vars(cfg).items():
+        if name in ("keys", "values", "length"):
+            rows.append((value >= 2, "--" + name, "2 or more", value))
+        if name in ("junk", "mu", "beta1", "beta2"):
+            rows.append((value < 1, "--" + name, "below 1", value))
+        if name == "periods":
+            ok = re.fullmatch(r"[1-9]\d{0,2}(,[1-9]\d{0,2}){0,7}", value)
+            cycle = cfg.home + cfg.away
+            rows += [(ok, "--periods", "up to 8 numbers from 1 to 999, such as 1,4,16", value),
+                     (4 * cfg.length > cycle, "--length", f"more than {cycle} / 4", cfg.length)]
+    if type(cfg) is Inner:
+        rows.append((cfg.length > cfg.dim, "--length", f"more than --dim {cfg.dim}", cfg.length))
+    return rows
 
 
-def print_result(**figures):
-    """The last line of a run, for comparing runs."""
-    print("result: " + " ".join(f"{k}={v:#.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items()))
+CONSTRAINTS = dict.fromkeys((Config, Rule, Rules, Memories, Inner), limits)
 
+
+def memory_case(rng, *gates, **more):
+    """Inputs of a memory for gradcheck.py."""
+    k, q, v = (rng.standard_normal((4, 3, size)) for size in (6, 6, 5))
+    return dict(k=k, q=q, v=v, **{gate: rng.uniform(0.1, 0.9, (4, 3)) for gate in gates}, **more)
+
+
+def cms_case(rng, *periods):
+    """Inputs of a continuum memory for gradcheck.py."""
+    numbers = {name: rng.uniform(0.1, 0.9, len(periods)) for name in ("eta", "alpha", "w")}
+    return dict(k=rng.standard_normal((7, 3, 6)), v=rng.standard_normal((7, 3, 5)), **numbers,
+                periods=periods)
+
+
+GRADCHECK = {
+    "unit": lambda rng: dict(x=rng.standard_normal((3, 5))),
+    "gate": lambda rng: [dict(junk=rng.integers(0, 2, (4, 3)), z=rng.standard_normal(n))
+                         for n in (1, 2)],
+    "memory": lambda rng: [memory_case(rng, "eta", c=c) for c in (0, 1)],
+    "momentum_memory": lambda rng: [memory_case(rng, "eta", "alpha", "mu", c=c) for c in (0, 1, 2)],
+    "adam_memory": lambda rng: [memory_case(rng, "eta", "alpha", c=c, beta1=beta1, beta2=0.7)
+                                for c, beta1 in ((0, 0.6), (1, 0.6), (2, 0.0))],
+    "cms": lambda rng: [cms_case(rng, 1, 2, 3), cms_case(rng, 3, 1), cms_case(rng, 1)]}
+
+TASKS = {"recall": Task(Config, init_params, make_batch, loss_and_grads, main),
+         "rule": Task(Rule, init_rule, make_batch, rule_loss_and_grads, run_rule),
+         "rules": Task(Rules, None, None, None, run_rules),
+         "memories": Task(Memories, init_stream, stream_batch, stream_loss_and_grads, run_memories),
+         "inner": Task(Inner, None, None, None, run_inner),
+         "identities": Task(Identities, None, None, None, run_identities)}
 
 if __name__ == "__main__":
-    run(main)
+    run(TASKS)
