@@ -1,862 +1,255 @@
+"""transformer.py: predict the next character with a transformer.
+
+A recurrent network passes what it has read from step to step. Attention lets every position read
+from all earlier positions directly: a position emits a query q, a key k and a value v, and receives
+the average of all values, weighted by how well their keys match its query.
+
+Forward, a block (prenorm, residual):    x = x + attention(norm(x))        x = x + mlp(norm(x))
+    attention, per head:    p = softmax(q k^T / sqrt(d) + mask)   out = p v   mask hides the future
+    norm:   xhat = (x - mean) / std, y = gamma xhat + beta      mlp:   y = gelu(x W1 + b1) W2 + b2
+Backward:
+    attention    dv = p^T dout    dp = dout v^T    ds = p (dp - sum_s p dp)    (softmax Jacobian)
+                 dq = ds k / sqrt(d)    dk = ds^T q / sqrt(d)
+    norm         g = gamma dout    dx = (g - mean(g) - xhat mean(g xhat)) / std
+    sums         x (by the residual) and E (first and last matrix) are used twice: gradients add
+
+Run    python transformer.py                              a nursery rhyme, learned by heart
+       python transformer.py text --data FILE             any UTF-8 text; --help lists more tasks
+
+Papers: Vaswani et al. 2017, Ba et al. 2016 (LayerNorm), Hendrycks 2016 (GELU), Radford 2019 (GPT-2)
+"""
+
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["numpy"]
 # ///
-"""transformer.py: every token looks at every other one.
 
-A recurrent net hands what it has read from step to step, so far things fade, and no step can begin before the last one
-has ended. Attention (2014) let a decoder look back at all the steps of the source. Vaswani et al. asked what remains if
-nothing else is left: each token asks a question q, shows a key k, and holds a value v; it takes an average of all
-values, weighted by how well their keys fit its question. All tokens at once, by three matrix products, over any
-distance. The same few parts make a text model that sees only what came before (gpt), a reader that sees both sides
-(encoder), and a translator of two of them (seq2seq).
-
-Forward, a block, for the rows x of the tokens (order pre; post is norm(x + f(x))):
-    x = x + attention(norm(x))      x = x + feed(norm(x))       norm(x) = gamma (x - mean) / std + beta, row by row
-    attention: q, k, v = x W + b, cut into heads; a head: p = softmax(q k^T / sqrt(d) + mask), out = p v; all heads Wo
-    mask: 0 where a token may look, -1e9 where not: at the future (causal), at padding; ALiBi: minus the distance
-    feed(x) = f(x W1 + b1) W2 + b2, f = relu, gelu, or a gate (swiglu)
-Backward, from the end to the start:
-    dv = p^T dout       dp = dout v^T       ds = p (dp - sum_s p dp), and sum_s p dp = dout . out: one number a row
-    dq = ds k / sqrt(d)         dk = ds^T q / sqrt(d)           mask: nothing, where p is 0 so is ds
-    norm: g = gamma dy, dx = (g - mean(g) - xhat mean(g xhat)) / std    x goes on in two ways: dx = dy + what f returns
-    the table of embeddings is used for source, target and output (tied): its three gradients add up
-Names in a headline are too rare to be learned; they have to be copied (--copy). Each token of the source gets a score
-too, c = q k^T / sqrt(D), q of the decoder, k of the token and of the one before it: what has just been said goes on.
-One softmax p is over symbols and source, so P(y) = p_y + sum of p_s over those s where source_s = y. Backward:
-    loss = -log P(y)        dz = p - (p where it says y, else 0) / P(y): what there is, minus what there should be
-A set has no order, so positions are told apart by something added to x (learned, sinusoidal), by turning q and k
-(rotary), or by how far they are (alibi). In generation, keys and values of what has been read are kept: a new token
-costs one row, not all.
-
-Run
-    python transformer.py                               one model of each kind: reverse, text, letters
-    python transformer.py --task sort                   or --model gpt, --model seq2seq, --model encoder
-    python transformer.py --task text --prompt "This is the rat" --temperature 1 --top-k 3
-    python transformer.py --task text --data tinyshakespeare.txt                        1.75 nats a letter or less
-    python transformer.py --task text --data tinyshakespeare.txt --position rotary --context 128 --batch 32 \\
-        --lr 0.004 --steps 1800 --save ts.npz                                           1.55 or less
-    python transformer.py --task mnist --data mnist                                     97 % or more, rows as tokens
-    python transformer.py --task pairs --data train.tsv --validation val.tsv --test test_2016_flickr.tsv --save m30.npz
-                                                        Multi30k, German to English: BLEU 30 or more
-    python transformer.py --task pairs --data reuters-headlines.tsv --copy --lower --layers 2 --width 128 \\
-        --context 40 --lr 0.003 --warmup 150 --dropout 0.2 --smoothing 0 --steps 3000   headlines, the last tenth:
-                            ROUGE-1/2/L 34.4 / 13.7 / 33.4; the first 12 words of each article have 26.7 / 9.5 / 25.1
-        curl -o tinyshakespeare.txt \\
-            https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
-        mnist: see mlp.py --help. Any lines of source TAB target do as pairs; Multi30k has one file a language:
-        for s in train val test_2016_flickr; do for l in de en; do curl -O \\
-        https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/$s.$l.gz; gunzip -f $s.$l.gz; done
-        paste $s.de $s.en > $s.tsv; done
-        reuters-headlines.tsv: a line BODY TAB TITLE for each article of Reuters-21578, in their order, white space made
-        single blanks; bodies from 40 words on, less than 25 % of them numbers, titles from 3 words on
-        https://archive.ics.uci.edu/ml/machine-learning-databases/reuters21578-mld/reuters21578.tar.gz
-
-Break it
-    table[start:start + T]) -> 0 * table[start:start + T]) in side_forward, --task reverse: 19 %; without positions a
-        text is a bag of tokens. With --task sort: 94 %, for sorting a bag is nearly enough
-    "dec", cfg, True -> "dec", cfg, False in transformer_forward, --task text: loss 0.02 after 200 steps, by reading the
-        answer off the next token; the sample stutters, mostly one letter, and the line on the second half says 4e+00
-    return mask[:, None, None] if mask.any() else None -> return None in hide_padding, --task reverse: 100 % as before,
-        but what stands in the padding now changes the scores (2e+01): the model has learned to live with one kind of it
-    x = x + y -> x = y in block_forward and dout = dout + dy -> dout = dy in block_backward, --task text --layers 6:
-        loss 2.86 instead of 0.07; with --layers 2 it learns. Depth needs a way past
-    --task text --temperature 2: a letter of nonsense, and what follows is new to the model, so it does not find back
-
-Papers: Vaswani et al. 2017 (the transformer); Gu et al. 2016 (copying); Ba et al. 2016 (LayerNorm); Sennrich et al.
-2016 (byte-pair encoding); Szegedy et al. 2016 (label smoothing); Wu et al. 2016 (length penalty); Devlin et al. 2019
-(masked tokens); Radford et al. 2019 (GPT-2); Zhang, Sennrich 2019 (RMSNorm); Shazeer 2020 (swiglu); Xiong et al. 2020
-(pre-norm); Dosovitskiy et al. 2021 (pictures as tokens); Su et al. 2021 (rotary); Press et al. 2022 (ALiBi); Papineni
-2002 (BLEU); Lin 2004 (ROUGE).
-"""
-import argparse
-import codecs
-import collections
-import contextlib
-import ctypes
-import functools
-import gzip
-import heapq
-import inspect
-import json
 import math
-import multiprocessing
 import os
-import re
 import signal
-import sys
+import threading
 import time
-import zipfile
-import zlib
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Literal, get_args
+from dataclasses import dataclass, fields
 
+for library in ("OPENBLAS", "MKL", "OMP"):  # the matrices are small: one BLAS thread is fastest
+    os.environ.setdefault(library + "_NUM_THREADS", "1")
 import numpy as np
 
 
 @dataclass
 class Config:
-    """Hyperparameters. Edit a line, or pass its name as a flag: --lr 0.1"""
-    task: Literal["demo", "sort", "reverse", "pairs", "text", "letters", "mnist"] = "demo"  # what to learn
-    model: Literal["auto", "gpt", "seq2seq", "encoder"] = "auto"  # auto: the one that the task is for
-    layers: int = 2         # blocks of the encoder, and of the decoder
-    heads: int = 4          # attentions side by side, each on its share of the width
-    width: int = 64         # numbers that stand for a token
-    inner: int = 0          # width inside the feed-forward net; 0: four times the width
-    norm: Literal["layer", "rms"] = "layer"  # normalisation of a token
-    order: Literal["pre", "post"] = "pre"  # normalise what enters a sublayer, or what leaves it
-    activation: Literal["gelu", "relu", "swiglu"] = "gelu"  # nonlinearity of the feed-forward net
-    position: Literal["learned", "sinusoidal", "rotary", "alibi"] = "learned"  # how a token knows its place
-    tie: bool = True        # one embedding for source, target and output
-    context: int = 64       # most tokens of a sequence
-    dropout: float = 0.0    # share of numbers set to 0 in training
-    smoothing: float = 0.0  # share of the target's probability that is spread over all symbols
-    clip: float = 1.0       # largest norm of the gradient; 0: any
-    lr: float = 0.002       # learning rate at its height
-    decay: float = 0.01     # share of every matrix that is taken off, times lr
-    schedule: Literal["constant", "step", "cosine"] = "cosine"  # course of the learning rate
-    warmup: int = 100       # steps in which it rises from 0
-    steps: int = 1000       # updates
-    batch: int = 32         # sequences an update
-    length: int = 8         # sort, reverse: most digits
-    masked: float = 0.2     # letters: share of the letters to be filled in
-    patch: int = 0          # mnist: tokens are patches of this width; 0: rows
-    tokens: Literal["chars", "bpe"] = "chars"  # characters, or pieces of words (byte-pair encoding)
-    merges: int = 4000      # bpe: number of pieces that are learned
-    lower: bool = False     # pairs: capital letters become small ones
-    copy: bool = False      # seq2seq: the decoder may also point at a token of the source and say that
-    beam: int = 4           # pairs: hypotheses kept in the search; 1 is greedy
-    penalty: float = 0.6    # pairs: how much the search favours long outputs
-    temperature: float = 0.5  # text: of the samples; small is careful, large is wild
-    top_k: int = 0          # text: samples come from the k likeliest tokens only; 0: all
-    prompt: str = ""        # text: how the sample begins
-    sample: int = 400       # text: tokens of the sample
-    data: str = ""          # text, letters: a UTF-8 text; pairs: lines of source TAB target; mnist: its folder
-    validation: str = ""    # pairs: more lines, to choose by (none: a tenth of the data, before the last)
-    test: str = ""          # pairs: more lines, to report (none: the last tenth of the data)
-    workers: int = 1        # processes that share the work of a batch
-    save: str = ""          # file (.npz) to keep parameters and state of the training in
-    load: str = ""          # such a file to go on from
-    seed: int = 0           # of every random draw
-
-    def __post_init__(self):
-        if self.task == "demo" and self.model != "auto":
-            self.task = {"gpt": "text", "seq2seq": "pairs" if self.data else "sort",
-                         "encoder": "mnist" if Path(self.data).is_dir() and self.data else "letters"}[self.model]
-            vars(self).update(presets(self, self.task))
-        fit = [task for task, model in MODELS.items() if self.model in ("auto", model)]
-        require(self.task in fit, f"--task for --model {self.model}", " or ".join(fit), self.task)
-        self.model = MODELS[self.task]
-        require(self.task != "demo" or not (self.save or self.load), "--save", "one task with it", self.task)
-        for name in ("steps", "batch", "layers", "heads", "width", "length", "beam", "sample", "workers"):
-            require(getattr(self, name) >= 1, "--" + name, "1 or more", getattr(self, name))
-        for name in ("inner", "clip", "decay", "warmup", "merges", "penalty", "top_k", "seed"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, "--" + name.replace("_", "-"), "0 or more", value)
-        for name in ("lr", "temperature"):
-            require(0 < getattr(self, name) < math.inf, "--" + name, "a number above 0", getattr(self, name))
-        for name in ("dropout", "smoothing"):
-            require(0 <= getattr(self, name) <= 0.9, "--" + name, "a number from 0 to 0.9", getattr(self, name))
-        require(0 < self.masked < 1, "--masked", "a number between 0 and 1", self.masked)
-        require(self.width % self.heads == 0, "--width", f"a multiple of --heads {self.heads}", self.width)
-        require(self.position != "rotary" or self.width // self.heads % 2 == 0, "--position",
-                "an even width a head for rotary", f"{self.width} / {self.heads}")
-        require(self.context >= 2, "--context", "2 or more", self.context)
-        require(not self.copy or self.model == "seq2seq", "--copy", "--task sort, reverse or pairs with it", self.task)
-        require(not self.data or self.task not in ("demo", "sort", "reverse"), "--data",
-                "--task text, letters, pairs or mnist with it", self.task)
-        require(not (self.validation or self.test) or self.task == "pairs", "--validation, --test",
-                "--task pairs with them", self.task)
-        require(self.workers <= self.batch, "--workers", f"at most --batch {self.batch}", self.workers)
-        require(self.patch == 0 or self.patch > 0 and 28 % self.patch == 0, "--patch", "0 or a divisor of 28",
-                self.patch)
-        require(self.activation != "swiglu" or self.inner % 2 == 0, "--inner", "an even number for swiglu", self.inner)
+    """Learn a nursery rhyme by heart, character by character."""
+    layers: int = 2         # transformer blocks
+    heads: int = 4          # attention heads
+    dim: int = 64           # embedding dimension
+    context: int = 64       # characters that the model sees
+    batch_size: int = 16    # sequences per step
+    steps: int = 500        # optimizer steps
+    lr: float = 0.003       # peak learning rate
+    warmup: int = 100       # steps of linear warmup
+    weight_decay: float = 0.01  # AdamW weight decay
+    grad_clip: float = 1.0  # largest gradient norm; 0: no limit
+    seed: int = 0           # random seed
 
 
-PRESETS = {     # what a task changes above, unless a flag says otherwise
-    "sort": dict(layers=1, steps=700, batch=64, lr=0.005),
-    "reverse": dict(layers=1, steps=700, batch=64, lr=0.005),
-    "text": dict(position="rotary", steps=500, batch=16, lr=0.003),
-    "letters": dict(position="rotary", context=32, steps=500, batch=16, lr=0.003),
-    "mnist": dict(steps=2000, batch=64),
-    "pairs": dict(tokens="bpe", layers=3, width=192, activation="swiglu", position="rotary", context=48, batch=64,
-                  lr=0.002, warmup=300, dropout=0.1, smoothing=0.1, steps=3500),
-    "text --data": dict(layers=4, width=128, steps=2000, batch=12),
-}
-MODELS = {"demo": "gpt", "text": "gpt", "sort": "seq2seq", "reverse": "seq2seq", "pairs": "seq2seq",
-          "letters": "encoder", "mnist": "encoder"}
-
-
-def presets(cfg, task):
-    """What a task changes, but for what flags have changed."""
-    own = {**PRESETS.get(task, {}), **(PRESETS.get(f"{task} --data", {}) if cfg.data else {})}
-    return {name: value for name, value in own.items() if getattr(cfg, name) == getattr(Config, name)}
-
-
-# ---- layers: B sequences, T tokens (S of what is looked at), N = B T rows, D width, H heads, V symbols ---------------
+# ---- layers: B sequences, T positions, N = B T rows, D dim, H heads, d = D / H, V characters -----
 
 def linear_forward(x, W, b):
-    """y = x W + b.   x (N, D), W (D, K), b (K,) -> y (N, K)."""
-    y = x @ W
-    y += b
-    return y, (x, W)
+    """y = x W + b.   x (N, D), W (D, M), b (M,) -> y (N, M)."""
+    return x @ W + b, (x, W)
 
 
 def linear_backward(dout, cache):
-    """dx = dout W^T, dW = x^T dout, db = sum_n dout.   dout (N, K) -> dx (N, D), dW (D, K), db (K,)."""
+    """dx = dout W^T, dW = x^T dout, db = sum_n dout: b is added to every row."""
     x, W = cache
-    return dout @ W.T, x.T @ dout, dout.sum(axis=0)     # b was broadcast over N, so sum over N
+    return dout @ W.T, x.T @ dout, dout.sum(axis=0)
 
 
 def layernorm_forward(x, gamma, beta, eps=1e-5):
-    """y = gamma xhat + beta, xhat = (x - mean) / sqrt(var + eps) of each row.   x, y (N, D), gamma, beta (D,)."""
-    average = np.full(x.shape[1], 1 / x.shape[1], x.dtype)      # means of rows as products: the fastest way
-    xhat = x - (x @ average)[:, None]
-    inv_std = (((xhat * xhat) @ average + eps) ** -0.5)[:, None]
-    xhat *= inv_std
-    y = xhat * gamma
-    y += beta
-    return y, (xhat, gamma, inv_std)
+    """y = gamma xhat + beta, xhat = (x - mean) / sqrt(var + eps), per row.   x (N, D)."""
+    mean = x.mean(axis=1, keepdims=True)
+    inv_std = (x.var(axis=1, keepdims=True) + eps) ** -0.5
+    xhat = (x - mean) * inv_std
+    return gamma * xhat + beta, (xhat, gamma, inv_std)
 
 
 def layernorm_backward(dout, cache):
-    """dgamma = sum_n dout xhat, dbeta = sum_n dout; with g = gamma dout and means over each row,
-    dx = (g - mean(g) - xhat mean(g xhat)) / std: g without its part along 1 and along xhat.   -> dx, dgamma, dbeta."""
+    """g = gamma dout, dx = (g - mean(g) - xhat mean(g xhat)) / std, dgamma = sum_n dout xhat,
+    dbeta = sum_n dout."""
     xhat, gamma, inv_std = cache
-    by_xhat, share = dout * xhat, gamma / len(gamma)
-    dx = dout * gamma
-    dx -= (dout @ share)[:, None]
-    dx -= xhat * (by_xhat @ share)[:, None]
-    dx *= inv_std
-    return dx, by_xhat.sum(axis=0), dout.sum(axis=0)
-
-
-def rmsnorm_forward(x, gamma, eps=1e-5):
-    """y = gamma xhat, xhat = x / sqrt(mean(x^2) + eps) of each row: no mean, no beta (Zhang 2019).   x (N, D)."""
-    average = np.full(x.shape[1], 1 / x.shape[1], x.dtype)
-    inv_rms = (((x * x) @ average + eps) ** -0.5)[:, None]
-    xhat = x * inv_rms
-    return xhat * gamma, (xhat, gamma, inv_rms)
-
-
-def rmsnorm_backward(dout, cache):
-    """dgamma = sum_n dout xhat; with g = gamma dout, dx = (g - xhat mean(g xhat)) / rms.   -> dx, dgamma."""
-    xhat, gamma, inv_rms = cache
-    by_xhat = dout * xhat
-    dx = dout * gamma
-    dx -= xhat * (by_xhat @ (gamma / len(gamma)))[:, None]
-    dx *= inv_rms
-    return dx, by_xhat.sum(axis=0)
-
-
-def dropout_forward(x, keep, rate):
-    """Every entry is 0 with probability rate, the others grow to make up for it; keep (N, D) comes with the batch."""
-    y = x * keep
-    y *= 1 / (1 - rate)
-    return y, (keep, rate)
-
-
-def dropout_backward(dout, cache):
-    """dx = dout where x was kept, grown alike."""
-    keep, rate = cache
-    dx = dout * keep
-    dx *= 1 / (1 - rate)
-    return dx
-
-
-def rotary_forward(x, turn):
-    """Turn every pair (x_j, x_{j + d/2}) by an angle that grows with the position: q_t k_s then depends on t - s only
-    (Su 2021).   x (B, T, H, d), turn: cos and sin of the angles, each (T, 1, d/2) -> (B, T, H, d)."""
-    (cos, sin), (a, b) = turn, np.split(x, 2, axis=3)
-    return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=3), turn
-
-
-def rotary_backward(dout, cache):
-    """The same turn, backwards."""
-    (cos, sin), (a, b) = cache, np.split(dout, 2, axis=3)
-    return np.concatenate([a * cos + b * sin, b * cos - a * sin], axis=3)
-
-
-def attention_forward(q, k, v, mask=None):
-    """out = p v, p = softmax(q k^T / sqrt(d) + mask): of every position t, an average of v over the positions s.
-    q (B, T, H, d), k, v (B, S, H, d), mask 0 where to look, -1e9 where not, fit for (B, H, T, S) -> (B, T, H, d)."""
-    q = q * q.shape[3] ** -0.5
-    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))             # heads before time: a product for each head
-    p = (k @ q.swapaxes(2, 3)).swapaxes(2, 3)       # (B, H, T, S); in memory S before T: max and sum over S are fast so
-    if mask is not None:
-        p += mask
-    p -= p.max(axis=3, keepdims=True)
-    np.exp(p, out=p)
-    p *= 1 / p.sum(axis=3, keepdims=True)
-    out = np.empty((len(q), q.shape[2], q.shape[1], q.shape[3]), q.dtype)
-    np.matmul(p, v, out=out.swapaxes(1, 2))                     # heads next to each other, as Wo wants them
-    return out, (q, k, v, p, out)
-
-
-def attention_backward(dout, cache):
-    """dv = p^T dout, dp = dout v^T. Softmax: ds = p (dp - sum_s p dp), where sum_s p dp = dout . out, since out = p v.
-    Scores: dq = ds k / sqrt(d), dk = ds^T q / sqrt(d): so q is in the cache.   dout (B, T, H, d) -> dq, dk, dv."""
-    q, k, v, p, out = cache
-    along = (dout * out).sum(axis=3).swapaxes(1, 2)[:, :, :, None]
-    dout = dout.swapaxes(1, 2)
-    ds = (v @ dout.swapaxes(2, 3)).swapaxes(2, 3)
-    ds -= along
-    ds *= p
-    dq, dk, dv = ds @ k * q.shape[3] ** -0.5, ds.swapaxes(2, 3) @ q, p.swapaxes(2, 3) @ dout
-    return dq.swapaxes(1, 2), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
-
-
-def multihead_forward(x, p, heads, B, mask=None, memory=None, turn=None, past=None):
-    """Attention of x to itself, or to memory if there is one, by several heads, each on its share of the width.
-    x (B T, D), memory (B S, D), p: Wqkv (D, 3 D), bqkv (3 D,), Wo (D, D), bo (D,) -> (B T, D).
-    In generation, past keeps the keys and values of the tokens so far; x is then only what is new."""
-    D, W, b = x.shape[1], p["Wqkv"], p["bqkv"]
-    shape = B, -1, heads, D // heads
-    turned = memory_cache = None
-    if memory is None:                                          # one product for q, k and v
-        qkv, x_cache = linear_forward(x, W, b)
-        q, k, v = (a.reshape(shape) for a in np.split(qkv.reshape(B, -1, 3 * D), 3, axis=2))
-    else:
-        q, x_cache = linear_forward(x, W[:, :D], b[:D])
-        q = q.reshape(shape)
-        if past:                                                # the memory is what it was
-            k, v = past["k"], past["v"]
-        else:
-            kv, memory_cache = linear_forward(memory, W[:, D:], b[D:])
-            k, v = (a.reshape(shape) for a in np.split(kv.reshape(B, -1, 2 * D), 2, axis=2))
-    if turn is not None:
-        (q, turned), (k, _) = rotary_forward(q, turn), rotary_forward(k, turn)
-    if past is not None:
-        if past and memory is None:
-            k, v = np.concatenate([past["k"], k], axis=1), np.concatenate([past["v"], v], axis=1)
-        past["k"], past["v"] = k, v
-    out, attention_cache = attention_forward(q, k, v, mask)
-    y, out_cache = linear_forward(out.reshape(-1, D), p["Wo"], p["bo"])
-    return y, (x_cache, memory_cache, turned, attention_cache, out_cache)
-
-
-def multihead_backward(dout, cache):
-    """multihead_forward from bottom to top.   dout (B T, D) -> dx, gradients of p; dmemory, if there was a memory."""
-    x_cache, memory_cache, turned, attention_cache, out_cache = cache
-    shape, grads = attention_cache[-1].shape, {}
-    dheads, grads["Wo"], grads["bo"] = linear_backward(dout, out_cache)
-    dq, dk, dv = attention_backward(dheads.reshape(shape), attention_cache)
-    if turned is not None:
-        dq, dk = rotary_backward(dq, turned), rotary_backward(dk, turned)
-    N, D = dout.shape
-    if memory_cache is None:
-        dx, grads["Wqkv"], grads["bqkv"] = linear_backward(np.stack([dq, dk, dv], axis=2).reshape(N, 3 * D), x_cache)
-        return dx, grads
-    dx, dWq, dbq = linear_backward(dq.reshape(N, D), x_cache)
-    dmemory, dWkv, dbkv = linear_backward(np.stack([dk, dv], axis=2).reshape(-1, 2 * D), memory_cache)
-    grads["Wqkv"], grads["bqkv"] = np.concatenate([dWq, dWkv], axis=1), np.concatenate([dbq, dbkv])
-    return dx, grads, dmemory
-
-
-def relu_forward(x):
-    """y = max(x, 0), entry by entry."""
-    return np.maximum(x, 0), x
-
-
-def relu_backward(dout, cache):
-    """dx = dout where x > 0, else 0."""
-    x = cache
-    return dout * (x > 0)
-
-
-GELU_C = (2 / math.pi) ** 0.5
+    g = gamma * dout
+    mean_g = g.mean(axis=1, keepdims=True)
+    mean_g_xhat = (g * xhat).mean(axis=1, keepdims=True)
+    dx = (g - mean_g - xhat * mean_g_xhat) * inv_std
+    return dx, (dout * xhat).sum(axis=0), dout.sum(axis=0)
 
 
 def gelu_forward(x):
-    """y = x h, h = 1/2 + tanh(c (x + 0.044715 x^3)) / 2, c = sqrt(2 / pi): x times the normal distribution, nearly."""
-    h = x * x                                           # in place: passes over memory are what takes the time
-    h *= GELU_C * 0.044715
-    h += GELU_C
-    h *= x
-    np.tanh(h, out=h)
-    h *= 0.5
-    h += 0.5
+    """y = x h, h = (1 + tanh(c (x + 0.044715 x^3))) / 2, c = sqrt(2 / pi): nearly x times the
+    cumulative normal distribution at x."""
+    c = (2 / math.pi) ** 0.5
+    h = 0.5 + 0.5 * np.tanh(c * (x + 0.044715 * x * x * x))
     return x * h, (x, h)
 
 
 def gelu_backward(dout, cache):
-    """dx = dout (h + x h'), and h' = 2 h (1 - h) c (1 + 3 0.044715 x^2), as for a sigmoid.   The order of the lines is
-    dx = (((6 0.044715 c x^2 + 2 c) x (1 - h)) + 1) h dout."""
+    """dx = dout (h + x h'), h' = 2 h (1 - h) c (1 + 3 0.044715 x^2)."""
     x, h = cache
-    dx = x * x
-    dx *= 6 * 0.044715 * GELU_C
-    dx += 2 * GELU_C
-    dx *= x
-    dx *= 1 - h
-    dx += 1
-    dx *= h
-    dx *= dout
-    return dx
+    c = (2 / math.pi) ** 0.5
+    dh = 2 * h * (1 - h) * c * (1 + 3 * 0.044715 * x * x)
+    return dout * (h + x * dh)
 
 
-def sigmoid(z):
-    """1 / (1 + e^-z), written with tanh, which cannot overflow."""
-    return 0.5 * np.tanh(0.5 * z) + 0.5
+def causal_attention_forward(q, k, v):
+    """out = p v, p = softmax(q k^T / sqrt(d) + causal mask).   q, k, v, out (B, H, T, d)."""
+    T, d = q.shape[2:]
+    scores = q @ k.swapaxes(2, 3) * d ** -0.5           # (B, H, T, T)
+    scores = np.where(np.tri(T, dtype=bool), scores, -1e9)      # the causal mask hides the future
+    p = np.exp(scores - scores.max(axis=3, keepdims=True))
+    p /= p.sum(axis=3, keepdims=True)
+    return p @ v, (q, k, v, p)
 
 
-def swiglu_forward(x):
-    """y = a g s(g), x = [a, g], s the sigmoid: half is a gate for the other (Shazeer 2020).   (N, 2 K) -> (N, K)."""
-    a, g = np.split(x, 2, axis=1)
-    s = sigmoid(g)
-    silu = g * s
-    return a * silu, (a, silu, s)
+def causal_attention_backward(dout, cache):
+    """dv = p^T dout, dp = dout v^T, ds = p (dp - sum_s p dp), dq = ds k / sqrt(d),
+    dk = ds^T q / sqrt(d).   The mask needs nothing: where p is 0, so is ds."""
+    q, k, v, p = cache
+    dv = p.swapaxes(2, 3) @ dout
+    dp = dout @ v.swapaxes(2, 3)
+    ds = p * (dp - (p * dp).sum(axis=3, keepdims=True))
+    ds *= q.shape[3] ** -0.5
+    return ds @ k, ds.swapaxes(2, 3) @ q, dv
 
 
-def swiglu_backward(dout, cache):
-    """da = dout g s, dg = dout a (s + g s (1 - s)): the product rule, twice.   dout (N, K) -> dx (N, 2 K)."""
-    a, silu, s = cache
-    return np.concatenate([dout * silu, dout * a * (s + silu * (1 - s))], axis=1)
+def softmax_cross_entropy_forward(logits, targets):
+    """-mean_n log softmax(logits)[n, targets_n].   logits (N, V), targets (N,) ids -> scalar."""
+    logits = logits - logits.max(axis=1, keepdims=True)     # the same softmax, without overflow
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    loss = -log_p[np.arange(len(targets)), targets].mean()
+    return loss, (log_p, targets)
 
 
-FEEDS = {"relu": (relu_forward, relu_backward), "gelu": (gelu_forward, gelu_backward),
-         "swiglu": (swiglu_forward, swiglu_backward)}
-NORMS = {"layer": (layernorm_forward, layernorm_backward, ("gamma", "beta")),
-         "rms": (rmsnorm_forward, rmsnorm_backward, ("gamma",))}
+def softmax_cross_entropy_backward(dout, cache):
+    """dlogits = (p - onehot(targets)) / N."""
+    log_p, targets = cache
+    dlogits = np.exp(log_p)
+    dlogits[np.arange(len(targets)), targets] -= 1
+    return dlogits * (dout / len(targets))
 
 
-PORTION = 2 ** 16        # numbers that are worked on at once: a quarter of a megabyte
+# ---- data ----------------------------------------------------------------------------------------
+
+VERSES = ["the house that Jack built.", "the malt\nThat lay in", "the rat,\nThat ate",
+          "the cat,\nThat killed", "the dog,\nThat worried"]
+RHYME = "\n\n".join("This is " + " ".join(VERSES[n::-1]) for n in range(len(VERSES))) + "\n\n"
+CHARS = sorted(set(RHYME))
+TEXT = np.array([CHARS.index(c) for c in RHYME])
 
 
-def portions(x):
-    """Slices of the rows of x, of about PORTION numbers each. Several passes over an array are faster over one portion
-    after the other, since that stays in the cache of a core."""
-    n = max(1, PORTION // x[0].size)
-    return [slice(i, i + n) for i in range(0, len(x), n)]
+def make_batch(cfg, step, dtype=np.float32):
+    """Random windows of the text -> ids (B, T), targets: the characters that follow (B, T)."""
+    rng = np.random.default_rng((cfg.seed, step))
+    starts = rng.integers(0, len(TEXT) - cfg.context, cfg.batch_size)
+    windows = TEXT[starts[:, None] + np.arange(cfg.context + 1)]    # (B, T + 1)
+    return windows[:, :-1], windows[:, 1:]
 
 
-def feed_forward(x, p, activation):
-    """Each row by itself through a small net.   x (N, D), p: W1 (D, K), b1, W2 (K, D), b2 -> (N, D).
-    activation: relu, gelu; or swiglu, whose W1 is (D, 2 K)."""
-    z, in_cache = linear_forward(x, p["W1"], p["b1"])
-    a, act_caches = np.empty((len(z), len(p["W2"])), z.dtype), []
-    for rows in portions(z):
-        a[rows], cache = FEEDS[activation][0](z[rows])
-        act_caches.append(cache)
-    y, out_cache = linear_forward(a, p["W2"], p["b2"])
-    return y, (in_cache, act_caches, out_cache, activation)
+# ---- model: embeddings, blocks, a last norm, and the embeddings again ----------------------------
 
-
-def feed_backward(dout, cache):
-    """feed_forward from bottom to top.   dout (N, D) -> dx, gradients of p."""
-    in_cache, act_caches, out_cache, activation = cache
-    grads = {}
-    da, grads["W2"], grads["b2"] = linear_backward(dout, out_cache)
-    dz = np.empty((len(da), in_cache[1].shape[1]), da.dtype)
-    for rows, cache in zip(portions(dz), act_caches):
-        dz[rows] = FEEDS[activation][1](da[rows], cache)
-    dx, grads["W1"], grads["b1"] = linear_backward(dz, in_cache)
-    return dx, grads
-
-
-def part(params, name):
-    """The parameters whose names begin with "name.", without it."""
-    return {key[len(name) + 1:]: value for key, value in params.items() if key.startswith(name + ".")}
-
-
-def block_forward(x, p, heads, B, mask=None, memory=None, memory_mask=None, turn=None, keep=None, rate=0.0,
-                  norm="layer", activation="gelu", order="pre", past=None):
-    """Attention, attention to a memory if there is one, feed-forward, each as x + f(norm(x)) (order pre, the way past
-    is clear) or norm(x + f(x)) (post, as in 2017).   x (B T, D), memory (B S, D), keep (3, B T, D), rate: of dropout,
-    p: "attn.Wqkv", "attn.gamma", ..., "cross.Wqkv", ..., "feed.W1", ... -> (B T, D)."""
-    caches, (norm_forward, _, names) = [], NORMS[norm]
-    for k, name in enumerate(("attn", "feed") if memory is None else ("attn", "cross", "feed")):
-        q, y, norm_cache, keep_cache = part(p, name), x, None, None
-        if order == "pre":
-            y, norm_cache = norm_forward(x, *(q[n] for n in names))
-        if name == "feed":
-            y, cache = feed_forward(y, q, activation)
-        elif name == "attn":
-            y, cache = multihead_forward(y, q, heads, B, mask, None, turn, past and past[name])
-        else:
-            y, cache = multihead_forward(y, q, heads, B, memory_mask, memory, None, past and past[name])
-        if keep is not None:
-            y, keep_cache = dropout_forward(y, keep[k], rate)
-        x = x + y
-        if order == "post":
-            x, norm_cache = norm_forward(x, *(q[n] for n in names))
-        caches.append((name, norm_cache, cache, keep_cache))
-    return x, (caches, norm, order)
-
-
-def block_backward(dout, cache):
-    """block_forward from bottom to top.   dout (B T, D) -> dx, gradients of p; dmemory, if there was a memory."""
-    (caches, norm, order), grads, dmemory = cache, {}, []
-    _, norm_backward, names = NORMS[norm]
-    for name, norm_cache, cache, keep_cache in reversed(caches):
-        dnorm = ()
-        if order == "post":
-            dout, *dnorm = norm_backward(dout, norm_cache)
-        dy = dout if keep_cache is None else dropout_backward(dout, keep_cache)
-        dy, dq, *to_memory = (feed_backward if name == "feed" else multihead_backward)(dy, cache)
-        dmemory += to_memory
-        if order == "pre":
-            dy, *dnorm = norm_backward(dy, norm_cache)
-        dout = dout + dy                                        # x goes on in two ways, so gradients add
-        grads.update({f"{name}.{key}": g for key, g in [*dq.items(), *zip(names, dnorm)]})
-    return dout, grads, *dmemory
-
-
-def lookup_forward(ids, E):
-    """The row of E that each number names.   ids (...) integers, E (V, D) -> (..., D)."""
-    return E[ids], (ids, E.shape)
-
-
-def lookup_backward(dout, cache):
-    """A row of E gets the sum of dout over the places where it stands. With many symbols, most of which do not occur:
-    sort the places by symbol, add up each run."""
-    ids, shape = cache
-    places = ids.ravel().argsort(kind="stable")
-    found, starts = np.unique(ids.ravel()[places], return_index=True)
-    dE = np.zeros(shape, dout.dtype)
-    dE[found] = np.add.reduceat(dout.reshape(-1, shape[1])[places], starts, axis=0)
-    return dE
-
-
-def project_forward(x, E):
-    """z = x E^T, how well x fits each symbol.   x (N, D), E (V, D) -> (N, V)."""
-    return x @ E.T, (x, E)
-
-
-def project_backward(dout, cache):
-    """dx = dout E, dE = dout^T x."""
-    x, E = cache
-    return dout @ E, dout.T @ x
-
-
-def smoothed_cross_entropy_forward(z, targets, smoothing):
-    """mean_n of -sum_k y_k log p[n, k], p = softmax of each row, y = (1 - smoothing) onehot(target) + smoothing / K
-    (Szegedy 2016).   z (N, K), targets (N,) class numbers -> scalar."""
-    p, rows = z - z.max(axis=1, keepdims=True), np.arange(len(targets))
-    right, mean = p[rows, targets], p.mean(axis=1) if smoothing else 0
-    np.exp(p, out=p)
-    total = p.sum(axis=1, keepdims=True)
-    p *= 1 / total
-    loss = np.log(total[:, 0]) - (1 - smoothing) * right - smoothing * mean
-    return loss.mean(), (p, targets, smoothing)
-
-
-def smoothed_cross_entropy_backward(dout, cache):
-    """dz = (p - y) / N.   dout scalar -> dz (N, K)."""
-    p, targets, smoothing = cache
-    N, K = p.shape
-    dz = p * (dout / N)
-    if smoothing:
-        dz -= smoothing / K * (dout / N)
-    dz[np.arange(N), targets] -= (1 - smoothing) * (dout / N)
-    return dz
-
-
-def pointer_forward(x, memory, p, B, mask=None, past=None):
-    """c = q k^T / sqrt(D) + mask: how well each token of the source would do as the next one of the output (Gu 2016).
-    q = x Wq + bq, k = [memory, memory one token before] Wk + bk: who has said token s - 1 finds the place to copy s. bk
-    can raise all c of a row: to copy, or not. x (B T, D), memory (B S, D), mask fit for (B, 1, 1, S), p: Wq (D, D),
-    bq (D,), Wk (2 D, D), bk (D,) -> (B T, S). past: see multihead_forward."""
-    D, k_cache = x.shape[1], None
-    q, q_cache = linear_forward(x, p["Wq"], p["bq"])
-    q = q.reshape(B, -1, D)
-    if past:
-        k = past["k"]
-    else:
-        m = memory.reshape(B, -1, D)
-        before = np.concatenate([np.zeros_like(m[:, :1]), m[:, :-1]], axis=1)
-        both = np.concatenate([m, before], axis=2)
-        k, k_cache = linear_forward(both.reshape(-1, 2 * D), p["Wk"], p["bk"])
-        k = k.reshape(B, -1, D)
-    if past is not None:
-        past["k"] = k
-    c = q @ k.swapaxes(1, 2) * D ** -0.5
-    if mask is not None:
-        c += mask[:, 0]
-    return c.reshape(len(x), -1), (q, k, q_cache, k_cache)
-
-
-def pointer_backward(dout, cache):
-    """dq = dc k / sqrt(D), dk = dc^T q / sqrt(D), and a token of the memory is in two keys: its own and the next one's.
-    dout (B T, S) -> dx, dmemory, gradients of p."""
-    q, k, q_cache, k_cache = cache
-    (B, T, D), grads = q.shape, {}
-    dc = dout.reshape(B, T, -1) * D ** -0.5
-    dx, grads["Wq"], grads["bq"] = linear_backward((dc @ k).reshape(B * T, D), q_cache)
-    dboth, grads["Wk"], grads["bk"] = linear_backward((dc.swapaxes(1, 2) @ q).reshape(-1, D), k_cache)
-    dm, dbefore = np.split(dboth.reshape(B, -1, 2 * D), 2, axis=2)
-    dm[:, :-1] += dbefore[:, 1:]
-    return dx, dm.reshape(-1, D), grads
-
-
-def copy_cross_entropy_forward(z, targets, source, smoothing):
-    """One softmax p over the V symbols and the S tokens of the source. A target can be said in several ways: as the
-    symbol, or by copying it from any place where it stands. So P = p[target] + sum of p[V + s] over source_s = target,
-    loss = mean_n of -(1 - smoothing) log P - smoothing mean_v log p[v].   z (N, V + S), targets (N,), source (N, S)."""
-    V, rows = z.shape[1] - source.shape[1], np.arange(len(z))
-    p = z - z.max(axis=1, keepdims=True)
-    ways = np.concatenate([p[rows, targets, None], np.where(source == targets[:, None], p[:, V:], -1e9)], axis=1)
-    mean = p[:, :V].mean(axis=1) if smoothing else 0
-    top = ways.max(axis=1, keepdims=True)
-    share = np.exp(ways - top)
-    right = share.sum(axis=1, keepdims=True)
-    share *= 1 / right                                          # of each way, in P
-    np.exp(p, out=p)
-    total = p.sum(axis=1, keepdims=True)
-    p *= 1 / total
-    loss = np.log(total) - (1 - smoothing) * (top + np.log(right))
-    return (loss[:, 0] - smoothing * mean).mean(), (p, share, targets, V, smoothing)
-
-
-def copy_cross_entropy_backward(dout, cache):
-    """dz = (p - y) / N, where y = (1 - smoothing) times each way's share in P (column 0: the symbol, then the places of
-    the source), and smoothing / V at every symbol."""
-    p, share, targets, V, smoothing = cache
-    N = len(p)
-    dz = p * (dout / N)
-    if smoothing:
-        dz[:, :V] -= smoothing / V * (dout / N)
-    share = share * ((1 - smoothing) * (dout / N))
-    dz[np.arange(N), targets] -= share[:, 0]
-    dz[:, V:] -= share[:, 1:]
-    return dz
-
-
-# ---- model: an encoder, a decoder, or both ---------------------------------------------------------------------------
-
-def init_params(cfg, rng, dtype=np.float32):
-    """E (V, D) for all symbols; enc0., enc1., ... and dec0., dec1., ... as block_forward wants them; enc. and dec., the
-    last norms of order pre. What the options add: P, positions; Es, Wz, if not tied; Wp, bp, Wz of pictures; copy."""
-    D, F, params = cfg.width, cfg.inner or 4 * cfg.width, {}
-    sides = {"gpt": ("dec",), "encoder": ("enc",), "seq2seq": ("enc", "dec")}[cfg.model]
-
-    def matrix(rows, columns, gain=1.0):
-        return rng.standard_normal((rows, columns)) * (gain * (2 / (rows + columns)) ** 0.5)
-    if cfg.task == "mnist":
-        P = cfg.patch ** 2 if cfg.patch else 28
-        params["Wp"], params["bp"] = matrix(P, D), np.zeros(D)
-        params["Wz"] = matrix(10, D)
-    else:
-        V = vocabulary(cfg).size
-        for name in ["E"] + ["Wz"] * (not cfg.tie) + ["Es"] * (not cfg.tie and len(sides) == 2):
-            params[name] = 0.02 * rng.standard_normal((V, D))   # small: at first, all symbols are equally likely
-    for side in sides:
-        if cfg.position == "learned":
-            params["P" + side] = 0.02 * rng.standard_normal((positions(cfg), D))
-        for k in range(cfg.layers):
-            for name in ("attn", "cross", "feed") if (side, len(sides)) == ("dec", 2) else ("attn", "feed"):
-                at = f"{side}{k}.{name}."
-                last = (2 * cfg.layers) ** -0.5                 # many small steps from layer to layer add up to one
-                if name == "feed":
-                    params[at + "W1"], params[at + "b1"] = matrix(D, F), np.zeros(F)
-                    inside = F // 2 if cfg.activation == "swiglu" else F
-                    params[at + "W2"], params[at + "b2"] = matrix(inside, D, last), np.zeros(D)
-                else:
-                    params[at + "Wqkv"], params[at + "bqkv"] = matrix(D, 3 * D), np.zeros(3 * D)
-                    params[at + "Wo"], params[at + "bo"] = matrix(D, D, last), np.zeros(D)
-                params.update({at + n: np.full(D, float(n == "gamma")) for n in NORMS[cfg.norm][2]})
-        if cfg.order == "pre":
-            params.update({f"{side}.{n}": np.full(D, float(n == "gamma")) for n in NORMS[cfg.norm][2]})
-    for name, rows in (("q", D), ("k", 2 * D)) if cfg.copy else ():
-        params["copy.W" + name], params["copy.b" + name] = matrix(rows, D), np.zeros(D)
+def init_params(cfg, rng, dtype=np.float32, vocab_size=len(CHARS)):
+    """E (V, D) and P (context, D): embeddings of characters and positions; "0.Wqkv", ... in block
+    0: gamma1, beta1, Wqkv, bqkv, Wo, bo, gamma2, beta2, W1, b1, W2, b2; gamma, beta."""
+    D = cfg.dim
+    params = {"E": 0.02 * rng.standard_normal((vocab_size, D)),
+              "P": 0.02 * rng.standard_normal((cfg.context, D))}
+    for i in range(cfg.layers):
+        for name, n, m in (("qkv", D, 3 * D), ("o", D, D), ("1", D, 4 * D), ("2", 4 * D, D)):
+            params[f"{i}.W{name}"] = rng.standard_normal((n, m)) * (2 / (n + m)) ** 0.5
+            params[f"{i}.b{name}"] = np.zeros(m)
+        for norm in "12":
+            params[f"{i}.gamma{norm}"], params[f"{i}.beta{norm}"] = np.ones(D), np.zeros(D)
+    params["gamma"], params["beta"] = np.ones(D), np.zeros(D)
     return {name: value.astype(dtype) for name, value in params.items()}
 
 
-@functools.lru_cache
-def sinusoids(T, D, dtype):
-    """Positions as the hands of D / 2 clocks, from fast to slow (Vaswani 2017).   -> (T, D)."""
-    angle = np.arange(T)[:, None] * 10000.0 ** (-np.arange(0, D, 2) / D)
-    return 0.02 * np.concatenate([np.sin(angle), np.cos(angle)], axis=1)[:, :D].astype(dtype)
+def part(params, prefix):
+    """The parameters whose names begin with prefix, without it."""
+    return {name.removeprefix(prefix): w for name, w in params.items() if name.startswith(prefix)}
 
 
-@functools.lru_cache
-def turns(T, d, dtype):
-    """cos and sin of the angles by which rotary_forward turns the pairs of position t.   -> two of (T, 1, d / 2)."""
-    angle = np.arange(T)[:, None, None] * 10000.0 ** (-np.arange(0, d, 2) / d)
-    return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
+def block_forward(x, p, heads, B):
+    """x + attention(norm(x)), then x + mlp(norm(x)).   x (B T, D) -> (B T, D)."""
+    y, norm1 = layernorm_forward(x, p["gamma1"], p["beta1"])
+    y, qkv = linear_forward(y, p["Wqkv"], p["bqkv"])
+    y = y.reshape(B, -1, 3, heads, x.shape[1] // heads)             # (B, T, 3, H, d)
+    q, k, v = y.transpose(2, 0, 3, 1, 4)                            # (B, H, T, d) each
+    y, attention = causal_attention_forward(q, k, v)
+    y, out = linear_forward(y.swapaxes(1, 2).reshape(x.shape), p["Wo"], p["bo"])
+    x = x + y
+    y, norm2 = layernorm_forward(x, p["gamma2"], p["beta2"])
+    y, up = linear_forward(y, p["W1"], p["b1"])
+    y, gelu = gelu_forward(y)
+    y, down = linear_forward(y, p["W2"], p["b2"])
+    return x + y, (norm1, qkv, attention, out, norm2, up, gelu, down)
 
 
-@functools.lru_cache
-def where_to_look(T, S, causal, heads, dtype):
-    """The last T of S positions look at all S: -1e9 at what is still to come, if causal; else 0, or, if heads is not 0,
-    ALiBi: minus the distance, times 2^-8/H, 2^-16/H, ... (Press 2022).   -> (1, 1 or H, T, S), or None if all are 0."""
-    distance = np.arange(S - T, S)[:, None] - np.arange(S)
-    slopes = 2.0 ** (-8 * np.arange(1, heads + 1) / heads) if heads else np.zeros(1)
-    mask = np.where(causal & (distance < 0), -1e9, -slopes[:, None, None] * np.abs(distance))[None].astype(dtype)
-    mask = np.ascontiguousarray(mask.swapaxes(2, 3)).swapaxes(2, 3)         # S before T in memory, as attention has it
-    return mask if mask.any() else None
+def block_backward(dout, cache):
+    """block_forward from bottom to top; x is used twice, so gradients add.   -> dx, gradients."""
+    norm1, qkv, attention, out, norm2, up, gelu, down = cache
+    (B, H, T, d), g = attention[0].shape, {}                        # attention[0] is q
+    dy, g["W2"], g["b2"] = linear_backward(dout, down)
+    dy = gelu_backward(dy, gelu)
+    dy, g["W1"], g["b1"] = linear_backward(dy, up)
+    dy, g["gamma2"], g["beta2"] = layernorm_backward(dy, norm2)
+    dout = dout + dy
+    dy, g["Wo"], g["bo"] = linear_backward(dout, out)
+    dy = dy.reshape(B, T, H, d).swapaxes(1, 2)                      # (B, H, T, d)
+    dqkv = np.stack(causal_attention_backward(dy, attention))       # (3, B, H, T, d)
+    dqkv = dqkv.transpose(1, 3, 0, 2, 4).reshape(B * T, -1)         # (B T, 3 D)
+    dy, g["Wqkv"], g["bqkv"] = linear_backward(dqkv, qkv)
+    dy, g["gamma1"], g["beta1"] = layernorm_backward(dy, norm1)
+    return dout + dy, g
 
 
-def side_forward(params, ids, side, cfg, causal, memory=None, memory_mask=None, keep=None, past=None):
-    """The encoder (side enc) or the decoder (dec): symbols (B, T), or patches (B, T, P), to rows (B T, D).
-    keep: what dropout keeps (B, places, T, D). past: see multihead_forward, a dict for each attention of each layer."""
-    B, T, D, dtype = *ids.shape[:2], cfg.width, next(iter(params.values())).dtype
-    start = past[0]["attn"]["k"].shape[1] if past and past[0]["attn"] else 0            # tokens that came before
-    if ids.ndim == 3:
-        x, in_cache = linear_forward(ids.reshape(B * T, -1), params["Wp"], params["bp"])
-    else:
-        x, in_cache = lookup_forward(ids, params["Es" if side == "enc" and "Es" in params else "E"])
-        x = x.reshape(B * T, D)
-    if cfg.position in ("learned", "sinusoidal"):
-        table = params["P" + side] if cfg.position == "learned" else sinusoids(start + T, D, dtype)
-        x = (x.reshape(B, T, D) + table[start:start + T]).reshape(B * T, D)
-    turn = None
-    if cfg.position == "rotary":
-        turn = tuple(a[start:] for a in turns(start + T, D // cfg.heads, dtype))
-    mask = where_to_look(T, start + T, causal, cfg.heads * (cfg.position == "alibi"), dtype)
-    if not causal and ids.ndim == 2:
-        padding = hide_padding(ids, dtype)
-        mask = padding if mask is None else mask if padding is None else mask + padding
-    keep_cache, caches, n = None, [], 2 + (memory is not None)
-    if keep is not None:
-        keep = keep.swapaxes(0, 1).reshape(1 + n * cfg.layers, B * T, D)
-        x, keep_cache = dropout_forward(x, keep[0], dropout_rate(cfg))
-    for k in range(cfg.layers):
-        x, cache = block_forward(x, part(params, f"{side}{k}"), cfg.heads, B, mask, memory, memory_mask, turn,
-                                 None if keep is None else keep[1 + n * k:1 + n * (k + 1)], dropout_rate(cfg),
-                                 cfg.norm, cfg.activation, cfg.order, past and past[k])
+def gpt_forward(params, ids, cfg):
+    """ids (B, T) characters -> logits (B T, V) of the next one."""
+    B, T = ids.shape
+    x = params["E"][ids] + params["P"][:T]                          # (B, T, D)
+    x, caches = x.reshape(B * T, -1), []
+    for i in range(cfg.layers):
+        x, cache = block_forward(x, part(params, f"{i}."), cfg.heads, B)
         caches.append(cache)
-    norm_cache = None
-    if cfg.order == "pre":
-        x, norm_cache = NORMS[cfg.norm][0](x, *(params[f"{side}.{n}"] for n in NORMS[cfg.norm][2]))
-    return x, (in_cache, keep_cache, caches, norm_cache, (B, T), side, cfg, params)
+    x, norm = layernorm_forward(x, params["gamma"], params["beta"])
+    return x @ params["E"].T, (ids, caches, norm, x, params)
 
 
-def side_backward(dout, cache):
-    """side_forward from bottom to top -> gradients under the keys of params, and dmemory (or None)."""
-    in_cache, keep_cache, caches, norm_cache, (B, T), side, cfg, params = cache
-    grads, dmemory = {}, None
-    if norm_cache is not None:
-        dout, *dnorm = NORMS[cfg.norm][1](dout, norm_cache)
-        grads.update({f"{side}.{n}": g for n, g in zip(NORMS[cfg.norm][2], dnorm)})
-    for k, cache in reversed(list(enumerate(caches))):
-        dout, dp, *more = block_backward(dout, cache)
-        grads.update({f"{side}{k}.{name}": g for name, g in dp.items()})
-        if more:                                                # every layer looks at the memory
-            dmemory = more[0] if dmemory is None else dmemory + more[0]
-    if keep_cache is not None:
-        dout = dropout_backward(dout, keep_cache)
-    if cfg.position == "learned":
-        grads["P" + side] = np.zeros_like(params["P" + side])
-        grads["P" + side][:T] = dout.reshape(B, T, -1).sum(axis=0)
-    if cfg.task == "mnist":
-        _, grads["Wp"], grads["bp"] = linear_backward(dout, in_cache)
-    else:
-        E = "Es" if side == "enc" and "Es" in params else "E"
-        grads[E] = lookup_backward(dout, in_cache)
-    return grads, dmemory
-
-
-def hide_padding(ids, dtype):
-    """-1e9 where a sequence has ended.   ids (B, S) -> (B, 1, 1, S), or None if nothing is padding."""
-    mask = (ids == PAD) * np.array(-1e9, dtype)
-    return mask[:, None, None] if mask.any() else None
-
-
-def put_back(rows, places, count):
-    """Rows at their places among count, of which the others are 0.   rows (N, K), places (N,) -> (count, K)."""
-    out = np.zeros((count, rows.shape[1]), rows.dtype)
-    out[places] = rows
-    return out
-
-
-def transformer_forward(params, source, target, cfg, places=None, keeps=(None, None)):
-    """gpt: target only. encoder: source only. seq2seq: source, then target, which looks at what became of the source.
-    source (B, S), target (B, T) -> scores of the symbols (N, V) in all rows, or those in places; pictures: (B, 10);
-    with copy, beside them those of the tokens of the source (N, V + S)."""
-    memory = memory_mask = enc_cache = dec_cache = shape = copies = copy_cache = None
-    if source is not None:
-        x, enc_cache = side_forward(params, source, "enc", cfg, False, keep=keeps[0])
-    if target is not None:
-        if source is not None:
-            memory, memory_mask = x, hide_padding(source, x.dtype)
-        x, dec_cache = side_forward(params, target, "dec", cfg, True, memory, memory_mask, keeps[1])
-    if cfg.copy:
-        copies, copy_cache = pointer_forward(x, memory, part(params, "copy"), len(source), memory_mask)
-    if cfg.task == "mnist":
-        shape = len(source), -1, cfg.width
-        x = x.reshape(shape).mean(axis=1)                       # one row a picture: the average of its tokens
-    elif places is not None:
-        shape = x.shape
-        x = x[places]
-    z, out_cache = project_forward(x, params.get("Wz", params.get("E")))
-    if cfg.copy:
-        z = np.concatenate([z, copies if places is None else copies[places]], axis=1)
-    return z, (enc_cache, dec_cache, shape, places, out_cache, copy_cache, cfg)
-
-
-def transformer_backward(dout, cache):
-    """transformer_forward from bottom to top -> gradients under the keys of params."""
-    enc_cache, dec_cache, shape, places, out_cache, copy_cache, cfg = cache
-    last, grads, dpointed = "E" if cfg.tie and cfg.task != "mnist" else "Wz", {}, None
-    V = len(out_cache[1])
-    dx, grads[last] = project_backward(dout[:, :V], out_cache)
-    dcopies = dout[:, V:]
-    if cfg.task == "mnist":
-        T = enc_cache[4][1]
-        dx = np.repeat(dx / T, T, axis=0)
-    elif places is not None:
-        dx, dcopies = put_back(dx, places, shape[0]), put_back(dcopies, places, shape[0])
-    if copy_cache is not None:
-        dpointing, dpointed, found = pointer_backward(dcopies, copy_cache)
-        dx = dx + dpointing
-        grads.update({"copy." + name: g for name, g in found.items()})
-    for cache, more in ((dec_cache, dpointed), (enc_cache, None)):
-        if cache is not None:
-            found, dmemory = side_backward(dx, cache)
-            dx = dmemory if more is None else dmemory + more    # the encoder learns from what the decoder looked at
-            for name, g in found.items():
-                grads[name] = grads[name] + g if name in grads else g       # E is used up to three times
+def gpt_backward(dout, cache):
+    """gpt_forward from bottom to top -> gradients under the keys of params."""
+    ids, caches, norm, x, params = cache
+    grads = {"E": dout.T @ x, "P": np.zeros_like(params["P"])}      # E is used at the end ...
+    dx, grads["gamma"], grads["beta"] = layernorm_backward(dout @ params["E"], norm)
+    for i in reversed(range(len(caches))):
+        dx, g = block_backward(dx, caches[i])
+        grads.update({f"{i}.{name}": value for name, value in g.items()})
+    np.add.at(grads["E"], ids.ravel(), dx)                          # ... and at the beginning
+    grads["P"][:ids.shape[1]] = dx.reshape(*ids.shape, -1).sum(axis=0)
     return grads
 
 
 def loss_and_grads(params, batch, cfg):
     """One forward and one backward pass -> loss, gradients under the keys of params."""
-    source, target, answers, *keeps = batch
-    answers, places = answers.ravel(), None
-    if cfg.copy or (answers < 0).any():                         # no answer is asked for: padding, or a letter seen
-        places = np.flatnonzero(answers >= 0)
-        answers = answers[places]
-    z, cache = transformer_forward(params, source, target, cfg, places, keeps)
-    if cfg.copy:                                                # row n = b T + t belongs to sequence b
-        loss, loss_cache = copy_cross_entropy_forward(z, answers, source[places // target.shape[1]], cfg.smoothing)
-        return loss, transformer_backward(copy_cross_entropy_backward(1.0, loss_cache), cache)
-    loss, loss_cache = smoothed_cross_entropy_forward(z, answers, cfg.smoothing)
-    return loss, transformer_backward(smoothed_cross_entropy_backward(1.0, loss_cache), cache)
+    ids, targets = batch
+    logits, cache = gpt_forward(params, ids, cfg)
+    loss, loss_cache = softmax_cross_entropy_forward(logits, targets.ravel())
+    dlogits = softmax_cross_entropy_backward(1.0, loss_cache)
+    return loss, gpt_backward(dlogits, cache)
 
 
-def adam_update(params, grads, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
-    """m, v: running means of g and g^2, over 1 - beta^t since they start at 0;  w <- w - lr m / (sqrt v + eps)."""
-    t = state["t"] = state.get("t", 0) + 1
-    step, scale = lr / (1 - beta1 ** t), (1 - beta2 ** t) ** -0.5
-    for name, g in grads.items():
-        if "m " + name not in state:
-            state["m " + name], state["v " + name] = np.zeros_like(g), np.zeros_like(g)
-        m, v = state["m " + name], state["v " + name]
-        m += (1 - beta1) * (g - m)
-        v += (1 - beta2) * (g * g - v)
-        params[name] -= step * m / (np.sqrt(v) * scale + eps)
-
-
-def adamw_update(params, grads, state, lr, decay=0.01):
-    """Adam, and every matrix shrinks by lr decay, whatever its gradient was."""
-    for W in params.values():
-        if W.ndim > 1:
-            W *= 1 - lr * decay
-    adam_update(params, grads, state, lr)
-
-
-def learning_rate(step, cfg):
-    """lr at a step: up from 0 in warmup steps; then constant, or a tenth from 60 % and a hundredth from 85 % on (step),
-    or down a half cosine to 0."""
-    rise, done = min(1, step / max(cfg.warmup, 1)), step / cfg.steps
-    course = {"constant": 1, "step": 1 if done < 0.6 else 0.1 if done < 0.85 else 0.01,
-              "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
-    return cfg.lr * rise * course[cfg.schedule]
-
+# ---- optimizer and training ----------------------------------------------------------------------
 
 def clip_norm(grads, limit):
-    """Scale all gradients so that their common norm is at most limit (Pascanu 2013) -> the norm before."""
+    """Scale all gradients so that their joint norm is at most limit, if limit is not 0 (Pascanu et
+    al. 2013).   -> the norm before."""
     norm = math.sqrt(sum(float((g * g).sum()) for g in grads.values()))
     if norm > limit > 0:
         for g in grads.values():
@@ -864,995 +257,1404 @@ def clip_norm(grads, limit):
     return norm
 
 
-def dropout_rate(cfg):
-    """The rate in 256ths: random bytes decide."""
-    return round(256 * cfg.dropout) / 256
+def adamw_update(params, grads, state, lr, weight_decay, beta1=0.9, beta2=0.999, eps=1e-8):
+    """m, v: moving averages of g and g^2, divided by 1 - beta^t to correct for their start at 0;
+    w <- w - lr (m / (sqrt(v) + eps) + weight_decay w), the last term for matrices only."""
+    t = state["t"] = state.get("t", 0) + 1
+    for name, g in grads.items():
+        m = state["m " + name] = beta1 * state.get("m " + name, 0) + (1 - beta1) * g
+        v = state["v " + name] = beta2 * state.get("v " + name, 0) + (1 - beta2) * g * g
+        m = m / (1 - beta1 ** t)
+        v = v / (1 - beta2 ** t)
+        direction = m / (np.sqrt(v) + eps)
+        if g.ndim > 1:
+            direction += weight_decay * params[name]
+        params[name] -= lr * direction
 
 
-# ---- data: text to numbers, numbers to batches -----------------------------------------------------------------------
-
-VERSES = ["the house that Jack built.", "the malt\nThat lay in", "the rat,\nThat ate", "the cat,\nThat killed",
-          "the dog,\nThat worried", "the cow with the crumpled horn,\nThat tossed",
-          "the maiden all forlorn,\nThat milked", "the man all tattered and torn,\nThat kissed",
-          "the priest all shaven and shorn,\nThat married"]
-RHYME = "\n" + "\n\n".join("This is " + " ".join(VERSES[n::-1]) for n in range(len(VERSES))) + "\n"
-SPECIAL = ["<pad>", "<start>", "<end>", "<mask>"]       # symbols of every vocabulary, before those of the data
-PAD = 0
-START = 1
-END = 2
-MASK = 3
-WORDS = re.compile(r" ?\w+| ?[^\w\s]+|\s+(?!\S)|\s+")   # every text falls into such pieces, and pieces into symbols
+def learning_rate(step, cfg):
+    """Linear warmup times half a cosine, from step 1 on; the last step is small, not 0."""
+    warmup = min(1, step / max(1, cfg.warmup))
+    return cfg.lr * warmup * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / cfg.steps))
 
 
-def learn_merges(text, count):
-    """Byte-pair encoding (Sennrich 2016): symbols 0 to 255 are the bytes of UTF-8; then, again and again, the most
-    frequent pair of neighbours within a word becomes a symbol of its own, 256, 257, ...   -> list of pairs."""
-    words = collections.Counter(WORDS.findall(text))
-    spelled, counts = [list(word.encode()) for word in words], list(words.values())
-    total, where, merges = collections.Counter(), collections.defaultdict(set), []
-    for n, word in enumerate(spelled):
-        for pair in zip(word, word[1:]):
-            total[pair] += counts[n]
-            where[pair].add(n)
-    heap = [(-times, pair) for pair, times in total.items()]
-    heapq.heapify(heap)
-    while heap and len(merges) < count:
-        times, pair = heapq.heappop(heap)
-        if -times != total[pair] or times > -2:         # its number has changed since: a newer entry is in the heap
-            continue
-        changed = set()
-        for n in where.pop(pair):
-            old = spelled[n]
-            new = spelled[n] = merge_pair(old, pair, 256 + len(merges))
-            for word, sign in ((old, -1), (new, 1)):
-                for neighbours in zip(word, word[1:]):
-                    total[neighbours] += sign * counts[n]
-                    where[neighbours].add(n)
-                    changed.add(neighbours)
-        merges.append(pair)
-        for neighbours in changed:
-            heapq.heappush(heap, (-total[neighbours], neighbours))
-    return merges
+def progress(steps, losses, note=lambda: ""):
+    """for step in progress(steps, losses): ... losses.append(loss).   Prints ten lines, or one per
+    minute: the mean loss since the line before, note(), the time left. Ctrl-C ends the loop after
+    the step at hand, a second Ctrl-C the program. A loss that is not finite raises an error."""
+    stopped = []
 
-
-def merge_pair(word, pair, symbol):
-    """The word with symbol in place of the pair, from left to right."""
-    out, i = [], 0
-    while i < len(word):
-        if i + 1 < len(word) and (word[i], word[i + 1]) == pair:
-            out.append(symbol)
-            i += 2
-        else:
-            out.append(word[i])
-            i += 1
-    return out
-
-
-class Vocabulary:
-    """Text to numbers and back, exactly: by characters or, if there are merges, by byte-pair encoding."""
-
-    def __init__(self, chars="", merges=()):
-        self.chars, self.merges, self.seen = chars, [tuple(pair) for pair in merges], {}
-        self.rank = {pair: k for k, pair in enumerate(self.merges)}
-        self.symbols = [c.encode() for c in chars] or [bytes([b]) for b in range(256)]
-        for a, b in self.merges:
-            self.symbols.append(self.symbols[a] + self.symbols[b])
-        self.number = {c: i for i, c in enumerate(chars)}
-        self.size = len(SPECIAL) + len(self.symbols)
-
-    def encode(self, text, strange=None):
-        """-> array of numbers. Characters never seen (of bytes there are none) are dropped, or strange is called."""
-        if self.chars:
-            never = sorted(set(text) - set(self.chars))
-            if never and strange:
-                strange("".join(never[:10]))
-            return np.array([self.number[c] for c in text if c in self.number], int) + len(SPECIAL)
-        return np.array([s for word in WORDS.findall(text) for s in self.spell(word)], int) + len(SPECIAL)
-
-    def spell(self, word):
-        """The symbols of a word: merge in the order in which the merges were learned."""
-        if word not in self.seen:
-            symbols = list(word.encode())
-            while len(symbols) > 1:
-                pair = min(zip(symbols, symbols[1:]), key=lambda p: self.rank.get(p, math.inf))
-                if pair not in self.rank:
-                    break
-                symbols = merge_pair(symbols, pair, 256 + self.rank[pair])
-            self.seen[word] = symbols
-        return self.seen[word]
-
-    def raw(self, ids):
-        """The bytes that numbers stand for; special symbols stand for none."""
-        return b"".join(self.symbols[i - len(SPECIAL)] for i in ids if i >= len(SPECIAL))
-
-    def decode(self, ids):
-        """-> text."""
-        return self.raw(ids).decode(errors="replace")
-
-    def names(self, ids):
-        """A name for each number, to write at a picture."""
-        return [SPECIAL[i] if i < len(SPECIAL) else self.raw([i]).decode(errors="replace").replace(" ", "_").replace(
-            "\n", "|") for i in ids]
-
-
-def vocabulary(cfg):
-    """The symbols of a task."""
-    if cfg.task in ("text", "letters", "demo"):
-        return load_corpus(cfg.data, cfg.tokens, cfg.merges, cfg.load)["vocabulary"]
-    if cfg.task == "pairs":
-        return pairs_of(cfg)["vocabulary"]
-    return DIGITS
-
-
-DIGITS = Vocabulary("0123456789")
-
-
-def make_vocabulary(text, tokens, merges, checkpoint):
-    """The vocabulary of a checkpoint or, without one, learned from the text."""
-    if checkpoint:
-        return Vocabulary(**read_checkpoint(checkpoint)[0].get("vocabulary", {}))
-    return Vocabulary("".join(sorted(set(text)))) if tokens == "chars" else Vocabulary("", learn_merges(text, merges))
-
-
-@functools.lru_cache
-def load_corpus(path, tokens, merges, checkpoint):
-    """A text -> {"vocabulary", "train": numbers of the first nine tenths, "validation": the last, "chars": in it}."""
-    text = read_text(path) if path else RHYME
-    cut = len(text) * 9 // 10
-    words = make_vocabulary(text if tokens == "chars" else text[:cut], tokens, merges, checkpoint)
-
-    def strange(characters):
-        require(False, f"--load {checkpoint}", "a text of the characters it was trained on", characters)
-    return {"vocabulary": words, "train": words.encode(text[:cut], strange),
-            "validation": words.encode(text[cut:], strange), "chars": len(text) - cut}
-
-
-@functools.lru_cache
-def load_pairs(path, validation, test, tokens, merges, lower, copy, checkpoint):
-    """Pairs of lines -> {"vocabulary", "train": [(source, target), ...] as numbers, by length, "validation", "test":
-    as text}. With no file, lines of the rhyme and their words backwards: enough to check gradients on."""
-    lines = [line for line in RHYME.splitlines() if line]
-    pairs = read_pairs(path) if path else [(line, " ".join(line.split()[::-1])) for line in lines]
-    extra = [read_pairs(p) if p else None for p in (validation, test)]
-    for k in (1, 0):                                    # cut off the last tenth for the test, then one for validation
-        if extra[k] is None:
-            cut = len(pairs) - max(1, len(pairs) // 10)
-            pairs, extra[k] = pairs[:cut], pairs[cut:]
-    if lower:
-        pairs, *extra = [[(a.lower(), b.lower()) for a, b in part] for part in (pairs, *extra)]
-    if copy:                                            # so that a first word consists of the same pieces as elsewhere
-        pairs, *extra = [[(" " + a, " " + b) for a, b in part] for part in (pairs, *extra)]
-    words = make_vocabulary("\n".join(line for pair in pairs for line in pair), tokens, merges, checkpoint)
-    train = [(words.encode(a), words.encode(b)) for a, b in pairs]
-    train.sort(key=lambda pair: (len(pair[1]), len(pair[0])))
-    return {"vocabulary": words, "train": train, "validation": extra[0], "test": extra[1]}
-
-
-def pairs_of(cfg):
-    """What load_pairs finds for a Config."""
-    return load_pairs(cfg.data, cfg.validation, cfg.test, cfg.tokens, cfg.merges, cfg.lower, cfg.copy, cfg.load)
-
-
-def read_pairs(path):
-    """A UTF-8 file of lines source TAB target -> list of (source, target)."""
-    lines = read_text(path).rstrip("\n").split("\n")
-    for n, line in enumerate(lines, 1):
-        require(line.count("\t") == 1 and all(map(str.strip, line.split("\t"))), path,
-                f"source TAB target in line {n}", line[:60])
-    require(len(lines) >= 20, path, "20 lines or more", len(lines))
-    return [tuple(map(str.strip, line.split("\t"))) for line in lines]
-
-
-def read_text(path):
-    """The text of a UTF-8 file."""
+    def stop(*signal_and_frame):
+        stopped.append(True)
+        signal.signal(signal.SIGINT, previous)          # the next Ctrl-C ends the program
+    main_thread = threading.current_thread() is threading.main_thread()
+    previous = main_thread and signal.signal(signal.SIGINT, stop)
+    start = printed = time.perf_counter()
+    first = before = len(losses)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        require(False, path, "text in UTF-8", f"byte {error.object[error.start]:#x} at {error.start}")
-    except OSError as error:
-        require(False, path, "a text file", error.strerror)
-    require(text.strip(), path, "some text", "an empty file")
-    return text
+        for step in range(first + 1, steps + 1):
+            yield step
+            check_finite(losses[-1])
+            now = time.perf_counter()
+            due = step % math.ceil(steps / 10) == 0 or step == steps or now > printed + 60
+            if due or stopped:
+                mean = sum(losses[before:]) / (step - before)
+                left = (now - start) / (step - first) * (steps - step)
+                print(f"step {step:6d}/{steps}  mean loss {mean:#.4g}{note()}  |  "
+                      f"{now - start:.1f} s  ({left:.0f} s left)", flush=True)
+                printed, before = now, step
+            if stopped:
+                print(f"stopped after step {step}; this is what has been learned so far")
+                break
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGINT, previous)
+
+
+def check_finite(loss, params=None):
+    """Raise FloatingPointError unless the loss and all parameters are finite."""
+    if not all(np.isfinite(value).all() for value in (loss, *(params or {}).values())):
+        raise FloatingPointError(f"training diverged (loss {loss:.4g}); try a smaller --lr")
+
+
+def train(params, cfg, make_batch=make_batch, loss_and_grads=loss_and_grads, state=None,
+          losses=None, note=lambda: "", after_step=lambda step: None):
+    """Train params in place -> losses.   Later parts of the file pass their own functions."""
+    state = {} if state is None else state
+    losses = [] if losses is None else losses
+    for step in progress(cfg.steps, losses, note):
+        loss, grads = loss_and_grads(params, make_batch(cfg, step), cfg)
+        clip_norm(grads, cfg.grad_clip)
+        adamw_update(params, grads, state, learning_rate(step, cfg), cfg.weight_decay)
+        losses.append(float(loss))
+        after_step(step)
+    check_finite(losses[-1], params)
+    return losses
+
+
+def print_result(task, cfg, **metrics):
+    """The last line of a run, for comparing runs: task, changed fields and seed, metrics."""
+    changed = {f.name: getattr(cfg, f.name) for f in fields(cfg)
+               if f.name == "seed" or getattr(cfg, f.name) != f.default}
+    line = f"result: task={task}"
+    for name, value in {**changed, **metrics}.items():
+        text = f"{value:#.4g}" if isinstance(value, float) else str(value)
+        line += f" {name}={text.replace(' ', '_')}"
+    print(line)
+
+
+def generate(params, cfg, ids, count, rng, temperature=0.5):
+    """-> ids, continued by count characters, each drawn from softmax(logits / temperature)."""
+    for _ in range(count):
+        logits, _ = gpt_forward(params, ids[None, -cfg.context:], cfg)
+        p = np.exp((logits[-1].astype(float) - logits[-1].max()) / temperature)
+        ids = np.append(ids, rng.choice(len(p), p=p / p.sum()))
+    return ids
+
+
+def draw_heads(maps, rows, columns):
+    """Attention maps (H, T, S), four side by side: how much each row attends to each column."""
+    print('Shades: " " is 0, "-" 0.1, "+" 0.25, "#" 0.5, "@" 1')
+    shades = np.array(list(" .:-=+*#%@"))[(maps ** 0.5 * 9.99).astype(int)]
+    for four in (shades[h:h + 4] for h in range(0, len(maps), 4)):
+        print("\n  " + "    ".join("".join(columns) for _ in four))
+        for t, row in enumerate(rows):
+            print("  ".join(f"{row} {''.join(lines[t])}" for lines in four))
+
+
+def main(cfg):
+    """Learn the rhyme, continue it, and show what each head of the last layer attends to."""
+    start, rng = time.perf_counter(), np.random.default_rng(cfg.seed)
+    params = init_params(cfg, rng)
+    size = sum(p.size for p in params.values())
+    print(f"A rhyme of {len(TEXT)} characters, {len(CHARS)} different: {cfg.layers} layers, "
+          f"{cfg.heads} heads, dim {cfg.dim}, {size} parameters")
+    print(f"chance level: loss {math.log(len(CHARS)):.3f}")
+    losses = train(params, cfg)
+    sample = "".join(CHARS[i] for i in generate(params, cfg, TEXT[:8], 200, rng))
+    print(f"\nThe first 8 characters of the rhyme, continued:\n\n{sample}")
+    text = RHYME[:min(20, cfg.context)]
+    _, (_, caches, *_) = gpt_forward(params, TEXT[None, :len(text)], cfg)
+    norm1, qkv, (q, k, v, p), *_ = caches[-1]
+    print("\nThe last layer, a map per head: each row attends to the columns up to its own")
+    draw_heads(p[0], text, text)
+    recited = np.mean([line in RHYME for line in sample.split("\n")])
+    print("\nNext: python transformer.py modern      python transformer.py --heads 1 --layers 1")
+    print_result("rhyme", cfg, loss=losses[-1], recited=float(recited), params=size,
+                 steps=len(losses), seconds=time.perf_counter() - start)
+
+
+# ==== A complete program ends here. Typing along? End it with  main(Config())  and run it. ====
+# ==== The rest: KV cache, the modern block, positions, encoder, encoder-decoder, text, plumbing. ==
+
+MORE = """
+Break it (what to change, and what comes of it)
+    TODO
+Exercises (python gradcheck.py my_answer.py checks an answer)
+    TODO
+Data
+    TODO
+"""
+
+import argparse
+import contextlib
+import ctypes
+import functools
+import gzip
+import inspect
+import json
+import re
+import sys
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse freed memory, which
+    libc = ctypes.CDLL(None)                                    # makes a step up to 3 times faster
+    libc.mallopt(-3, 1 << 30)
+    libc.mallopt(-1, -1)
+
+
+# ---- the attention as a choice -------------------------------------------------------------------
+# The spine's block and model again, with the attention as an argument: a pair of functions that map
+# q, k, v to the output, and its gradient to theirs. The next sections pass it masks, caches,
+# positions.
+
+def attention_forward(q, k, v, mask=True):
+    """out = p v, p = softmax(q k^T / sqrt(d)) over the positions where mask is True.
+    q (B, H, T, d), k, v (B, H, S, d), mask fit for (B, H, T, S) -> out (B, H, T, d)."""
+    scores = q @ k.swapaxes(2, 3) * q.shape[3] ** -0.5  # (B, H, T, S)
+    scores = np.where(mask, scores, -1e9)
+    p = np.exp(scores - scores.max(axis=3, keepdims=True))
+    p /= p.sum(axis=3, keepdims=True)
+    return p @ v, (q, k, v, p)
+
+
+def attention_backward(dout, cache):
+    """As causal_attention_backward: where the mask has made p 0, ds is 0."""
+    q, k, v, p = cache
+    dv = p.swapaxes(2, 3) @ dout
+    dp = dout @ v.swapaxes(2, 3)
+    ds = p * (dp - (p * dp).sum(axis=3, keepdims=True))
+    ds *= q.shape[3] ** -0.5
+    return ds @ k, ds.swapaxes(2, 3) @ q, dv
+
+
+ATTENTION = attention_forward, attention_backward
+
+
+def attend_block_forward(x, p, heads, B, attend, attend_backward):
+    """block_forward with the attention of the arguments.   x (B T, D) -> (B T, D)."""
+    y, norm1 = layernorm_forward(x, p["gamma1"], p["beta1"])
+    y, qkv = linear_forward(y, p["Wqkv"], p["bqkv"])
+    y = y.reshape(B, -1, 3, heads, x.shape[1] // heads)             # (B, T, 3, H, d)
+    q, k, v = y.transpose(2, 0, 3, 1, 4)                            # (B, H, T, d) each
+    y, attention = attend(q, k, v)
+    y, out = linear_forward(y.swapaxes(1, 2).reshape(x.shape), p["Wo"], p["bo"])
+    x = x + y
+    y, norm2 = layernorm_forward(x, p["gamma2"], p["beta2"])
+    y, up = linear_forward(y, p["W1"], p["b1"])
+    y, gelu = gelu_forward(y)
+    y, down = linear_forward(y, p["W2"], p["b2"])
+    return x + y, (norm1, qkv, attention, out, norm2, up, gelu, down, q.shape, attend_backward)
+
+
+def attend_block_backward(dout, cache):
+    """attend_block_forward from bottom to top.   -> dx, gradients."""
+    norm1, qkv, attention, out, norm2, up, gelu, down, (B, H, T, d), attend_backward = cache
+    g = {}
+    dy, g["W2"], g["b2"] = linear_backward(dout, down)
+    dy = gelu_backward(dy, gelu)
+    dy, g["W1"], g["b1"] = linear_backward(dy, up)
+    dy, g["gamma2"], g["beta2"] = layernorm_backward(dy, norm2)
+    dout = dout + dy
+    dy, g["Wo"], g["bo"] = linear_backward(dout, out)
+    dy = dy.reshape(B, T, H, d).swapaxes(1, 2)                      # (B, H, T, d)
+    dqkv = np.stack(attend_backward(dy, attention))                 # (3, B, H, T, d)
+    dqkv = dqkv.transpose(1, 3, 0, 2, 4).reshape(B * T, -1)         # (B T, 3 D)
+    dy, g["Wqkv"], g["bqkv"] = linear_backward(dqkv, qkv)
+    dy, g["gamma1"], g["beta1"] = layernorm_backward(dy, norm1)
+    return dout + dy, g
+
+
+def attend_gpt_forward(params, ids, cfg, attention):
+    """gpt_forward with attention, a pair of functions.   ids (B, T) -> logits (B T, V)."""
+    B, T = ids.shape
+    x = params["E"][ids] + params["P"][:T]                          # (B, T, D)
+    x, caches = x.reshape(B * T, -1), []
+    for i in range(cfg.layers):
+        x, cache = attend_block_forward(x, part(params, f"{i}."), cfg.heads, B, *attention)
+        caches.append(cache)
+    x, norm = layernorm_forward(x, params["gamma"], params["beta"])
+    return x @ params["E"].T, (ids, caches, norm, x, params)
+
+
+def attend_gpt_backward(dout, cache):
+    """attend_gpt_forward from bottom to top -> gradients under the keys of params."""
+    ids, caches, norm, x, params = cache
+    grads = {"E": dout.T @ x, "P": np.zeros_like(params["P"])}      # E is used at the end ...
+    dx, grads["gamma"], grads["beta"] = layernorm_backward(dout @ params["E"], norm)
+    for i in reversed(range(len(caches))):
+        dx, g = attend_block_backward(dx, caches[i])
+        grads.update({f"{i}.{name}": value for name, value in g.items()})
+    np.add.at(grads["E"], ids.ravel(), dx)                          # ... and at the beginning
+    grads["P"][:ids.shape[1]] = dx.reshape(*ids.shape, -1).sum(axis=0)
+    return grads
+
+
+# ---- KV cache: python transformer.py generate --prompt "This is the rat" --temperature 1 ---------
+# A position does not depend on later ones, so its keys and values never change. They are cached,
+# and a new character costs one row of the network instead of all.
+
+@dataclass
+class Generate(Config):
+    """Continue a prompt with cached keys and values, and without."""
+    prompt: str = "This is"  # beginning of the sample
+    count: int = 400        # characters to generate
+    temperature: float = 0.5  # below 1: likely characters more often; above 1: less often
+    top_k: int = 0          # number of likeliest characters to draw from; 0: all
+    load: str = ""          # checkpoint of the task text; none: learn the rhyme first
+
+
+def cached_attention(q, k, v, past):
+    """Attention of the newest positions to those in past and to themselves; past, a dict of keys
+    and values, grows.   q, k, v (B, H, T, d) -> out (B, H, T, d), None: no backward pass."""
+    k = past["k"] = np.concatenate([past["k"], k], axis=2)      # (B, H, S, d)
+    v = past["v"] = np.concatenate([past["v"], v], axis=2)
+    T, S = q.shape[2], k.shape[2]
+    out, _ = attention_forward(q, k, v, np.tri(T, S, S - T, dtype=bool))
+    return out, None
+
+
+def empty_cache(cfg, dtype):
+    """No keys and values yet: a dict per layer."""
+    none = np.zeros((1, cfg.heads, 0, cfg.dim // cfg.heads), dtype)
+    return [{"k": none, "v": none} for _ in range(cfg.layers)]
+
+
+def gpt_next(params, ids, cfg, past):
+    """Logits (V,) of the character after ids (T,), which follow the ones that past holds."""
+    start = past[0]["k"].shape[2]
+    x = params["E"][ids] + params["P"][start:start + len(ids)]          # (T, D)
+    for i in range(cfg.layers):
+        attend = functools.partial(cached_attention, past=past[i])
+        x, _ = attend_block_forward(x, part(params, f"{i}."), cfg.heads, 1, attend, None)
+    x, _ = layernorm_forward(x[-1:], params["gamma"], params["beta"])
+    return (x @ params["E"].T)[0]
+
+
+def sample(params, cfg, ids, count, rng, next_logits, temperature=0.5, top_k=0, cached=True):
+    """-> the list ids, continued by count characters, each drawn from softmax(logits / temperature)
+    of the top_k likeliest. When the context is full, its second half is read anew."""
+    ids, past, first = list(ids), None, max(0, len(ids) - cfg.context)
+    for _ in range(count):
+        if len(ids) - first > cfg.context:
+            first, past = len(ids) - cfg.context // 2, None
+        if past is None or not cached:
+            new, past = ids[first:], empty_cache(cfg, params["E"].dtype)
+        z = next_logits(params, np.array(new), cfg, past).astype(float) / temperature
+        z = np.where(z < np.sort(z)[-top_k:][0], -np.inf, z)            # top_k 0: [-0:] is all
+        p = np.exp(z - z.max())
+        new = [int(rng.choice(len(p), p=p / p.sum()))]
+        ids += new
+    return ids
+
+
+def run_generate(cfg):
+    """Learn the rhyme or load a model, then generate the same text with and without the cache."""
+    start, chars, next_logits = time.perf_counter(), CHARS, gpt_next
+    params = init_params(cfg, np.random.default_rng(cfg.seed))
+    if cfg.load:
+        meta, _, arrays = read_checkpoint(cfg.load)
+        require(meta.get("model") in MODELS, f"--load {cfg.load}", "a model of the task text",
+                meta.get("task"))
+        cfg = replace(cfg, **{name: meta[name] for name in ("layers", "heads", "dim", "context")})
+        params, chars = part(arrays, "params "), meta["chars"]
+        *_, next_logits = MODELS[meta["model"]]
+    require(cfg.prompt and set(cfg.prompt) <= set(chars), "--prompt", "characters of the text",
+            cfg.prompt)
+    print(f"{cfg.load or 'The rhyme'}: {cfg.layers} layers, {cfg.heads} heads, dim {cfg.dim}")
+    if not cfg.load:
+        print(f"chance level: loss {math.log(len(CHARS)):.3f}")
+        train(params, cfg)
+    prompt, texts, seconds = [chars.index(c) for c in cfg.prompt], [], []
+    for cached in (True, False):
+        begin, rng = time.perf_counter(), np.random.default_rng(cfg.seed)
+        texts.append(sample(params, cfg, prompt, cfg.count, rng, next_logits, cfg.temperature,
+                            cfg.top_k, cached))
+        seconds.append(time.perf_counter() - begin)
+    print("\n" + "".join(chars[i] for i in texts[0]))
+    for name, s in zip(("with the cache", "without"), seconds):
+        print(f"{name:>14s}: {1000 * s / cfg.count:.2f} ms per character")
+    print("the same text" if texts[0] == texts[1] else "not the same text")
+    print("\nNext: python transformer.py generate --context 200 --temperature 2")
+    print_result("generate", cfg, same=float(texts[0] == texts[1]), speedup=seconds[1] / seconds[0],
+                 seconds=time.perf_counter() - start)
+
+
+# ---- the modern block: python transformer.py modern ----------------------------------------------
+# LLaMA's choices in place of GPT-2's: RMSNorm for LayerNorm, SwiGLU for GELU, rotary positions for
+# learned ones, no biases. Shazeer 2020, Su 2021, Touvron 2023, Zhang and Sennrich 2019.
+
+@dataclass
+class Modern(Config):
+    """Learn the rhyme with RMSNorm, SwiGLU and rotary positions, and as GPT-2 does."""
+
+
+def rmsnorm_forward(x, gamma, eps=1e-5):
+    """y = gamma xhat, xhat = x / sqrt(mean(x^2) + eps), per row.   x (N, D)."""
+    inv_rms = ((x * x).mean(axis=1, keepdims=True) + eps) ** -0.5
+    xhat = x * inv_rms
+    return gamma * xhat, (xhat, gamma, inv_rms)
+
+
+def rmsnorm_backward(dout, cache):
+    """g = gamma dout, dx = (g - xhat mean(g xhat)) / rms, dgamma = sum_n dout xhat."""
+    xhat, gamma, inv_rms = cache
+    g = gamma * dout
+    dx = (g - xhat * (g * xhat).mean(axis=1, keepdims=True)) * inv_rms
+    return dx, (dout * xhat).sum(axis=0)
+
+
+def swiglu_forward(gate, up):
+    """y = silu(gate) up, silu(z) = z / (1 + e^-z).   gate, up, y (N, M)."""
+    s = 0.5 + 0.5 * np.tanh(0.5 * gate)                 # the sigmoid, without overflow
+    return gate * s * up, (gate, up, s)
+
+
+def swiglu_backward(dout, cache):
+    """dgate = dout up (s + gate s (1 - s)), dup = dout silu(gate): the product rule."""
+    gate, up, s = cache
+    dgate = dout * up * (s + gate * s * (1 - s))
+    return dgate, dout * gate * s
+
+
+def rope_angles(positions, d, dtype):
+    """cos and sin of t / 10000^(2 j / d) for all positions t.   -> (T, d / 2) each."""
+    angles = positions[:, None] * 10000.0 ** (-np.arange(0, d, 2) / d)
+    return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
+
+
+def rope_forward(x, cos, sin):
+    """Rotate each pair (x_j, x_{j + d/2}) of position t by its angle: then q_t k_s depends on t - s
+    only.   x (B, H, T, d), cos, sin (T, d / 2)."""
+    a, b = np.split(x, 2, axis=3)
+    y = np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=3)
+    return y, (cos, sin)
+
+
+def rope_backward(dout, cache):
+    """The inverse rotation: sin changes its sign."""
+    cos, sin = cache
+    return rope_forward(dout, cos, -sin)[0]
+
+
+def rotary_attention_forward(q, k, v):
+    """Causal attention of rotated queries and keys.   q, k, v (B, H, T, d) -> out (B, H, T, d)."""
+    cos, sin = rope_angles(np.arange(q.shape[2]), q.shape[3], q.dtype)
+    q, rope = rope_forward(q, cos, sin)
+    k, rope = rope_forward(k, cos, sin)
+    out, attention = causal_attention_forward(q, k, v)
+    return out, (rope, attention)
+
+
+def rotary_attention_backward(dout, cache):
+    """rotary_attention_forward from bottom to top.   -> dq, dk, dv."""
+    rope, attention = cache
+    dq, dk, dv = causal_attention_backward(dout, attention)
+    return rope_backward(dq, rope), rope_backward(dk, rope), dv
+
+
+ROTARY = rotary_attention_forward, rotary_attention_backward
+
+
+def init_modern(cfg, rng, dtype=np.float32, vocab_size=len(CHARS)):
+    """E (V, D); "0.Wqkv", ... in block 0: gamma1, Wqkv, Wo, gamma2, Wgate, Wup, Wdown; gamma."""
+    D, M = cfg.dim, 8 * round(cfg.dim / 3)              # 8 / 3 D: as many parameters as with 4 D
+    shapes = dict(Wqkv=(D, 3 * D), Wo=(D, D), Wgate=(D, M), Wup=(D, M), Wdown=(M, D))
+    params = {"E": 0.02 * rng.standard_normal((vocab_size, D)), "gamma": np.ones(D)}
+    for i in range(cfg.layers):
+        params[f"{i}.gamma1"], params[f"{i}.gamma2"] = np.ones(D), np.ones(D)
+        for name, (n, m) in shapes.items():
+            params[f"{i}.{name}"] = rng.standard_normal((n, m)) * (2 / (n + m)) ** 0.5
+    return {name: value.astype(dtype) for name, value in params.items()}
+
+
+def modern_block_forward(x, p, heads, B, attend, attend_backward):
+    """x + attention(norm(x)), then x + mlp(norm(x)).   x (B T, D) -> (B T, D)."""
+    y, norm1 = rmsnorm_forward(x, p["gamma1"])
+    qkv = (y @ p["Wqkv"]).reshape(B, -1, 3, heads, x.shape[1] // heads)
+    q, k, v = qkv.transpose(2, 0, 3, 1, 4)                          # (B, H, T, d) each
+    a, attention = attend(q, k, v)
+    a = a.swapaxes(1, 2).reshape(x.shape)
+    x = x + a @ p["Wo"]
+    z, norm2 = rmsnorm_forward(x, p["gamma2"])
+    h, swiglu = swiglu_forward(z @ p["Wgate"], z @ p["Wup"])        # (B T, M)
+    cache = y, norm1, a, attention, z, norm2, h, swiglu, p, q.shape, attend_backward
+    return x + h @ p["Wdown"], cache
+
+
+def modern_block_backward(dout, cache):
+    """modern_block_forward from bottom to top.   -> dx, gradients."""
+    y, norm1, a, attention, z, norm2, h, swiglu, p, (B, H, T, d), attend_backward = cache
+    g = {"Wdown": h.T @ dout}
+    dgate, dup = swiglu_backward(dout @ p["Wdown"].T, swiglu)
+    g["Wgate"], g["Wup"] = z.T @ dgate, z.T @ dup
+    dz = dgate @ p["Wgate"].T + dup @ p["Wup"].T
+    dz, g["gamma2"] = rmsnorm_backward(dz, norm2)
+    dout = dout + dz
+    g["Wo"] = a.T @ dout
+    da = (dout @ p["Wo"].T).reshape(B, T, H, d).swapaxes(1, 2)
+    dqkv = np.stack(attend_backward(da, attention))                 # (3, B, H, T, d)
+    dqkv = dqkv.transpose(1, 3, 0, 2, 4).reshape(B * T, -1)         # (B T, 3 D)
+    g["Wqkv"] = y.T @ dqkv
+    dy, g["gamma1"] = rmsnorm_backward(dqkv @ p["Wqkv"].T, norm1)
+    return dout + dy, g
+
+
+def modern_forward(params, ids, cfg):
+    """ids (B, T) characters -> logits (B T, V) of the next one."""
+    x, caches = params["E"][ids].reshape(ids.size, -1), []
+    for i in range(cfg.layers):
+        x, cache = modern_block_forward(x, part(params, f"{i}."), cfg.heads, len(ids), *ROTARY)
+        caches.append(cache)
+    x, norm = rmsnorm_forward(x, params["gamma"])
+    return x @ params["E"].T, (ids, caches, norm, x, params)
+
+
+def modern_backward(dout, cache):
+    """modern_forward from bottom to top -> gradients under the keys of params."""
+    ids, caches, norm, x, params = cache
+    grads = {"E": dout.T @ x}
+    dx, grads["gamma"] = rmsnorm_backward(dout @ params["E"], norm)
+    for i in reversed(range(len(caches))):
+        dx, g = modern_block_backward(dx, caches[i])
+        grads.update({f"{i}.{name}": value for name, value in g.items()})
+    np.add.at(grads["E"], ids.ravel(), dx)
+    return grads
+
+
+def modern_loss_and_grads(params, batch, cfg):
+    """One forward and one backward pass -> loss, gradients under the keys of params."""
+    ids, targets = batch
+    logits, cache = modern_forward(params, ids, cfg)
+    loss, loss_cache = softmax_cross_entropy_forward(logits, targets.ravel())
+    return loss, modern_backward(softmax_cross_entropy_backward(1.0, loss_cache), cache)
+
+
+def cached_rotary_attention(q, k, v, past):
+    """cached_attention with rotated queries and keys."""
+    start = past["k"].shape[2]
+    cos, sin = rope_angles(start + np.arange(q.shape[2]), q.shape[3], q.dtype)
+    return cached_attention(rope_forward(q, cos, sin)[0], rope_forward(k, cos, sin)[0], v, past)
+
+
+def modern_next(params, ids, cfg, past):
+    """Logits (V,) of the character after ids (T,), which follow the ones that past holds."""
+    x = params["E"][ids]
+    for i in range(cfg.layers):
+        attend = functools.partial(cached_rotary_attention, past=past[i])
+        x, _ = modern_block_forward(x, part(params, f"{i}."), cfg.heads, 1, attend, None)
+    x, _ = rmsnorm_forward(x[-1:], params["gamma"])
+    return (x @ params["E"].T)[0]
+
+
+MODELS = {"gpt": (init_params, loss_and_grads, gpt_forward, gpt_next),
+          "modern": (init_modern, modern_loss_and_grads, modern_forward, modern_next)}
+
+
+def run_modern(cfg):
+    """Train both forms on the rhyme."""
+    start, metrics = time.perf_counter(), {}
+    print(f"chance level: loss {math.log(len(CHARS)):.3f}")
+    for name, (init, loss_of, *_) in MODELS.items():
+        params = init(cfg, np.random.default_rng(cfg.seed))
+        metrics[f"{name}_params"] = sum(p.size for p in params.values())
+        print(f"\n{name}: {metrics[f'{name}_params']} parameters")
+        losses = train(params, cfg, loss_and_grads=loss_of)
+        metrics[f"{name}_loss"] = losses[-1]
+        if len(losses) < cfg.steps:
+            break
+    print("\nNext: python transformer.py positions")
+    print_result("modern", cfg, **metrics, seconds=time.perf_counter() - start)
+
+
+# ---- positions: python transformer.py positions --------------------------------------------------
+# Attention does not see the order of its inputs. Where does position come in? GPT-2 adds a learned
+# vector per position, Vaswani 2017 added sines; Su 2021 rotates q and k; Press 2022 (ALiBi) lowers
+# scores by distance. Without any, the causal mask alone tells positions apart.
+
+@dataclass
+class Positions(Config):
+    """Compare position encodings at the trained length and beyond."""
+    context: int = 32       # characters that the model sees in training
+    steps: int = 300        # optimizer steps, for each encoding
+    position: Literal["learned", "sinusoidal", "none", "rotary", "alibi"] = "learned"  # encoding
+    compare: bool = True    # train with all encodings in turn; else with --position only
+
+
+def sinusoids(T, D, dtype):
+    """sin and cos of t / 10000^(2 j / D).   -> (T, D)."""
+    angles = np.arange(T)[:, None] * 10000.0 ** (-np.arange(0, D, 2) / D)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)[:, :D].astype(dtype)
+
+
+def alibi_attention_forward(q, k, v):
+    """Causal attention with scores q k^T / sqrt(d) - slope_h (t - s), slope_h = 2^(-8 h / H) for
+    h = 1 ... H.   q, k, v, out (B, H, T, d)."""
+    H, T, d = q.shape[1:]
+    slopes = 2.0 ** (-8 * np.arange(1, H + 1) / H)
+    distance = np.arange(T)[:, None] - np.arange(T)                 # (T, T): t - s
+    bias = (-slopes[:, None, None] * distance).astype(q.dtype)      # (H, T, T)
+    scores = q @ k.swapaxes(2, 3) * d ** -0.5 + bias                # (B, H, T, T)
+    scores = np.where(distance >= 0, scores, -1e9)
+    p = np.exp(scores - scores.max(axis=3, keepdims=True))
+    p /= p.sum(axis=3, keepdims=True)
+    return p @ v, (q, k, v, p)
+
+
+CAUSAL = causal_attention_forward, causal_attention_backward
+ALIBI = alibi_attention_forward, causal_attention_backward          # the bias is constant
+POSITIONS = {"learned": CAUSAL, "sinusoidal": CAUSAL, "none": CAUSAL, "rotary": ROTARY,
+             "alibi": ALIBI}
+
+
+def random_verses(rng, B, T):
+    """Verses of the rhyme in random order, cut into B windows.   -> ids (B, T)."""
+    text = "\n".join(rng.choice(VERSES, B * T // 16 + 1))           # no verse is that short
+    return np.searchsorted(CHARS, list(text[:B * T])).reshape(B, T)
+
+
+def positions_batch(cfg, step, dtype=np.float32):
+    """Windows of random verses -> ids (B, T), targets (B, T)."""
+    rng = np.random.default_rng((cfg.seed, step))
+    windows = random_verses(rng, cfg.batch_size, cfg.context + 1)
+    return windows[:, :-1], windows[:, 1:]
+
+
+def init_positions(cfg, rng, dtype=np.float32):
+    """init_params with P for four times the context if it is learned, else without P."""
+    params = init_params(replace(cfg, context=4 * cfg.context), rng, dtype)
+    if cfg.position != "learned":
+        del params["P"]
+    return params
+
+
+def positions_forward(params, ids, cfg):
+    """attend_gpt_forward with the attention and the P of cfg.position."""
+    T, dtype = ids.shape[1], params["E"].dtype
+    P = np.zeros((T, cfg.dim), dtype)
+    if cfg.position == "sinusoidal":
+        P = 0.02 * sinusoids(T, cfg.dim, dtype)                     # as large as E at first
+    params = {"P": P, **params}                                     # or a learned P
+    return attend_gpt_forward(params, ids, cfg, POSITIONS[cfg.position])
+
+
+def positions_loss_and_grads(params, batch, cfg):
+    """One forward and one backward pass -> loss, gradients under the keys of params."""
+    ids, targets = batch
+    logits, cache = positions_forward(params, ids, cfg)
+    loss, loss_cache = softmax_cross_entropy_forward(logits, targets.ravel())
+    grads = attend_gpt_backward(softmax_cross_entropy_backward(1.0, loss_cache), cache)
+    return loss, {name: grads[name] for name in params}             # no gradient of a fixed P
+
+
+def run_positions(cfg):
+    """Train with each encoding; measure the loss on fresh verses, at three lengths."""
+    start, table, lengths = time.perf_counter(), {}, [n * cfg.context for n in (1, 2, 4)]
+    print(f"Verses in random order, windows of {cfg.context}: {cfg.layers} layers, dim {cfg.dim}")
+    print(f"chance level: loss {math.log(len(CHARS)):.3f}")
+    for position in POSITIONS if cfg.compare else [cfg.position]:
+        print(f"\n{position}")
+        one = replace(cfg, position=position)
+        params = init_positions(one, np.random.default_rng(cfg.seed))
+        losses = train(params, one, positions_batch, positions_loss_and_grads)
+        table[position] = []
+        for T in lengths:
+            windows = random_verses(np.random.default_rng((cfg.seed, 10 ** 6)), 50, T + 1)
+            logits, _ = positions_forward(params, windows[:, :-1], one)
+            loss, _ = softmax_cross_entropy_forward(logits, windows[:, 1:].ravel())
+            table[position].append(float(loss))
+        check_finite(table[position], params)
+        if len(losses) < cfg.steps:
+            break
+    floor = math.log(len(VERSES)) / np.mean([len(verse) + 1 for verse in VERSES])
+    print(f"\nLoss on fresh verses, whose order costs {floor:.3f} at least; columns: length of the "
+          f"windows (trained: {cfg.context})")
+    print(" " * 12 + "".join(f"{T:8d}" for T in lengths))
+    for position, row in table.items():
+        print(f"{position:12s}" + "".join(f"{loss:8.3f}" for loss in row))
+    print("\nNext: python transformer.py fill")
+    print_result("positions", cfg, **{f"{name}_x4": row[2] for name, row in table.items()},
+                 seconds=time.perf_counter() - start)
+
+
+# ---- the encoder: python transformer.py fill -----------------------------------------------------
+# Without the causal mask every position attends to both sides (Devlin 2019, BERT). The model
+# cannot predict the next character any more, since it sees it; so it fills in hidden ones.
+
+@dataclass
+class Fill(Config):
+    """Fill in masked characters from both sides."""
+    context: int = 32       # characters that the model sees
+    steps: int = 400        # optimizer steps
+    mask_ratio: float = 0.2  # share of masked characters
+
+
+MASK = len(CHARS)           # the character that stands for a masked one
+
+
+def masked_verses(rng, B, cfg):
+    """-> ids (B, T) with some replaced by MASK, targets (B, T): what they were; -1 elsewhere."""
+    ids = random_verses(rng, B, cfg.context)
+    masked = rng.random(ids.shape) < cfg.mask_ratio
+    masked[:, rng.integers(cfg.context)] = True                     # one or more per window
+    return np.where(masked, MASK, ids), np.where(masked, ids, -1)
+
+
+def fill_batch(cfg, step, dtype=np.float32):
+    """-> ids (B, T), targets (B, T), as masked_verses."""
+    return masked_verses(np.random.default_rng((cfg.seed, step)), cfg.batch_size, cfg)
+
+
+def init_fill(cfg, rng, dtype=np.float32):
+    """init_params with one more character: MASK."""
+    return init_params(cfg, rng, dtype, len(CHARS) + 1)
+
+
+def fill_loss_and_grads(params, batch, cfg):
+    """The GPT with another attention, and a loss on the masked characters only."""
+    ids, targets = batch
+    masked = np.flatnonzero(targets >= 0)
+    logits, cache = attend_gpt_forward(params, ids, cfg, ATTENTION)
+    loss, loss_cache = softmax_cross_entropy_forward(logits[masked], targets.ravel()[masked])
+    dlogits = np.zeros_like(logits)
+    dlogits[masked] = softmax_cross_entropy_backward(1.0, loss_cache)
+    return loss, attend_gpt_backward(dlogits, cache)
+
+
+def run_fill(cfg):
+    """Train, fill in fresh verses, and show what each head of the last layer attends to."""
+    start = time.perf_counter()
+    params = init_fill(cfg, np.random.default_rng(cfg.seed))
+    size = sum(p.size for p in params.values())
+    print(f"Verses in random order, {cfg.mask_ratio:.0%} of the characters masked: {cfg.layers} "
+          f"layers, {cfg.heads} heads, dim {cfg.dim}, {size} parameters")
+    print(f"chance level: loss {math.log(len(CHARS)):.3f}")
+    losses = train(params, cfg, fill_batch, fill_loss_and_grads)
+    ids, targets = masked_verses(np.random.default_rng((cfg.seed, 10 ** 6)), 200, cfg)
+    logits, (_, caches, *_) = attend_gpt_forward(params, ids, cfg, ATTENTION)
+    guess = logits[:, :MASK].argmax(axis=1).reshape(ids.shape)
+    masked = targets >= 0
+    right = float((guess == targets)[masked].mean())
+    check_finite(logits.max(), params)
+    common = np.bincount(targets[masked]).max() / masked.sum()
+    print()
+    for name, row in (("masked", ids[0]), ("filled in", np.where(masked, guess, ids)[0]),
+                      ("the text", np.where(masked, targets, ids)[0])):
+        print(f"{name:>9s}: " + "".join((CHARS + ["?"])[i] for i in row).replace("\n", "/"))
+    print(f"{right:.1%} of the masked characters of fresh verses right; always the most frequent "
+          f"one: {common:.1%}\n")
+    norm1, qkv, (q, k, v, p), *_ = caches[-1]
+    text = "".join((CHARS + ["?"])[i] for i in ids[0, :20])
+    print("The last layer, a map per head: each row attends to the columns on both sides")
+    draw_heads(p[0, :, :20, :20], text, text)
+    print("\nNext: python transformer.py reverse")
+    print_result("fill", cfg, right=right, common=common, loss=losses[-1], params=size,
+                 steps=len(losses), seconds=time.perf_counter() - start)
+
+
+# ---- images: python transformer.py mnist --data mnist --------------------------------------------
+# The rows of an image, or square patches, as tokens (Dosovitskiy 2021, ViT); the average of the
+# encoder's outputs is classified.
+
+@dataclass
+class Mnist:
+    """Classify handwritten digits, whose rows or patches are the tokens."""
+    layers: int = 2         # transformer blocks
+    heads: int = 4          # attention heads
+    dim: int = 64           # embedding dimension
+    patch: int = 0          # side of the square patches; 0: rows
+    dropout: float = 0.0    # share of the embedded tokens' entries set to 0 in training
+    label_smoothing: float = 0.0  # share of the target probability spread over all classes
+    batch_size: int = 64    # images per step
+    steps: int = 2000       # optimizer steps
+    lr: float = 0.002       # peak learning rate
+    warmup: int = 100       # steps of linear warmup
+    weight_decay: float = 0.01  # AdamW weight decay
+    grad_clip: float = 1.0  # largest gradient norm; 0: no limit
+    threads: int = 2        # micro-batches, each on a thread of its own
+    data: str = ""          # folder of MNIST
+    save: str = ""          # checkpoint file (.npz), written every 200 steps
+    load: str = ""          # checkpoint file to resume from
+    seed: int = 0           # random seed
 
 
 def read_idx(path):
-    """An IDX file of bytes, gzipped or not: 0 0 8 ndim, the sizes as big-endian uint32, the bytes -> array."""
+    """An IDX file of bytes, gzipped or not: 0 0 8 ndim, sizes as big-endian uint32, the bytes.
+    -> array of uint8.   Raises InputError."""
     try:
         raw = path.read_bytes()
-        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     except (OSError, EOFError, zlib.error) as error:
-        require(False, path, "a whole gzip file", str(error))
-    whole = raw[:3] == b"\0\0\x08" and len(raw) >= 4 + 4 * raw[3]
-    require(whole, path, "an IDX file of bytes (0 0 8) with its sizes", raw[:8])
+        raise InputError(f"{path}: expected a whole gzip file, found: {error}") from None
+    known = raw[:3] == b"\0\0\x08" and len(raw) > 3 and len(raw) >= 4 + 4 * raw[3]
+    require(known, path, "an IDX file of bytes (0 0 8) with its sizes, gzip or not", raw[:8])
     sizes = np.frombuffer(raw[4:4 + 4 * raw[3]], ">u4").tolist()
     body = np.frombuffer(raw[4 + 4 * raw[3]:], np.uint8)
-    require(len(body) == np.prod(sizes), path, f"{' x '.join(map(str, sizes))} bytes after the header", len(body))
+    expected = f"{' x '.join(map(str, sizes))} bytes after the header"
+    require(len(body) == math.prod(sizes), path, expected, len(body))
     return body.reshape(sizes)
 
 
 @functools.lru_cache
 def load_mnist(folder):
-    """The four files of MNIST -> {"train": (x, y), "validation" (the last 5,000 training pictures), "test"}; x (N, 784)
-    with mean 0, variance 1, y (N,). With no folder, noise in the same shape: enough to check gradients and speed on."""
+    """The four files of MNIST, or of a data set in its format, gzipped or not.   -> dict: train,
+    validation (the last 5,000 training images, or a tenth of fewer), test; each images (N, 784)
+    with mean 0 and variance 1, labels (N,).   Without a folder noise, for gradient checks.
+    Raises InputError."""
     if not folder:
         noise = np.random.default_rng(0).standard_normal((1000, 784)).astype(np.float32)
-        return {"train": (noise, np.arange(1000) % 10)}
-    parts = {}
+        return dict.fromkeys(("train", "validation", "test"), (noise, np.arange(1000) % 10))
+    flag, parts = f"--data {folder}", {}
     for prefix in ("train", "t10k"):
-        for kind in ("images-idx3", "labels-idx1"):
-            name = f"{prefix}-{kind}-ubyte"
-            paths = [path for path in (Path(folder) / f"{name}.gz", Path(folder) / name) if path.is_file()]
-            require(paths, f"--data {folder}", f"a folder with {name}.gz", "no such file")
-            parts[prefix, kind[:6]] = read_idx(paths[0])
-        x, y = parts[prefix, "images"], parts[prefix, "labels"]
-        require(x.shape == (len(y), 28, 28) and y.max(initial=0) < 10, f"--data {folder}",
-                f"{prefix}: as many 28 x 28 pictures as labels from 0 to 9", f"{x.shape} and {y.shape}")
-        x = (x.reshape(len(x), 784) * np.float32(1 / 255) - np.float32(0.1307)) * np.float32(1 / 0.3081)
-        parts[prefix] = x, y.astype(int)
+        for kind, ndim in (("images", 3), ("labels", 1)):       # mirrors name them .idx3-ubyte, too
+            paths = sorted(Path(folder).glob(f"{prefix}-{kind}?idx{ndim}-ubyte*"))
+            expected = f"a folder with {prefix}-{kind}-idx{ndim}-ubyte.gz"
+            require(paths, flag, expected, "no such file")
+            parts[kind] = read_idx(paths[0])
+        images, labels = parts["images"], parts["labels"]
+        require(images.shape[1:] == (28, 28) and labels.shape == images.shape[:1], flag,
+                f"{prefix}: images of 28 x 28 pixels and as many labels",
+                (images.shape, labels.shape))
+        require(len(images) >= 20, flag, f"{prefix}: 20 images or more", len(images))
+        require(labels.max() < 10, flag, f"{prefix}: labels from 0 to 9",
+                f"labels from {labels.min()} to {labels.max()}")
+        x = images.reshape(len(images), 784) * np.float32(1 / 255)
+        parts[prefix] = (x - np.float32(0.1307)) * np.float32(1 / 0.3081), labels.astype(int)
     x, y = parts["train"]
-    return {"train": (x[:-5000], y[:-5000]), "validation": (x[-5000:], y[-5000:]), "test": parts["t10k"]}
+    n = min(5000, len(x) // 10)
+    return {"train": (x[:-n], y[:-n]), "validation": (x[-n:], y[-n:]), "test": parts["t10k"]}
 
 
-def pad(sequences):
-    """Sequences of numbers -> (B, length of the longest), filled up with PAD."""
-    out = np.full((len(sequences), max(map(len, sequences))), PAD)
-    for row, sequence in zip(out, sequences):
-        row[:len(sequence)] = sequence
-    return out
+def tokens_of(images, patch):
+    """Images (B, 784) -> rows (B, 28, 28), or patches (B, (28 / patch)^2, patch^2)."""
+    if not patch:
+        return images.reshape(-1, 28, 28)
+    n = 28 // patch
+    return images.reshape(-1, n, patch, n, patch).swapaxes(2, 3).reshape(-1, n * n, patch * patch)
 
 
-def as_batch(sources, targets, most):
-    """Sequences of numbers, cut to the most that there may be -> source (B, S), target (B, T) from START on, answers
-    (B, T) up to END, -1 at padding."""
-    source = pad([s[:most] for s in sources])
-    target = pad([[START, *t[:most - 1]] for t in targets])
-    answers = pad([[*t[:most - 1], END] for t in targets])
-    return source, target, np.where(answers == PAD, -1, answers)
+def init_mnist(cfg, rng, dtype=np.float32):
+    """init_params, where E (10, D) is only the output matrix; Wp (P, D), bp: embedding of tokens of
+    P pixels."""
+    _, T, P = tokens_of(np.zeros((1, 784)), cfg.patch).shape
+    params = init_params(Config(cfg.layers, cfg.heads, cfg.dim, T), rng, dtype, 10)
+    params["Wp"] = (rng.standard_normal((P, cfg.dim)) * P ** -0.5).astype(dtype)
+    params["bp"] = np.zeros(cfg.dim, dtype)
+    return params
 
 
-def as_tokens(x, cfg):
-    """Pictures (B, 784) -> rows (B, 28, 28), or patches (B, (28 / patch)^2, patch^2)."""
-    if not cfg.patch:
-        return x.reshape(-1, 28, 28)
-    n = 28 // cfg.patch
-    return x.reshape(-1, n, cfg.patch, n, cfg.patch).swapaxes(2, 3).reshape(-1, n * n, cfg.patch ** 2)
+def mnist_batch(cfg, step, dtype=np.float32):
+    """-> tokens (B, T, P), labels (B,), keep: dropout mask of 0 and 1 / (1 - dropout), or of 1."""
+    rng = np.random.default_rng((cfg.seed, step))
+    images, labels = load_mnist(cfg.data)["train"]
+    pick = rng.integers(0, len(images), cfg.batch_size)
+    x = tokens_of(images[pick].astype(dtype), cfg.patch)
+    shape = (*x.shape[:2], cfg.dim) if cfg.dropout else (len(x), 1, 1)
+    keep = (rng.random(shape, np.float32) >= cfg.dropout) / (1 - cfg.dropout)
+    return x, labels[pick], keep.astype(dtype)
 
 
-def positions(cfg):
-    """The most tokens of a sequence."""
-    if cfg.task == "mnist":
-        return (28 // cfg.patch) ** 2 if cfg.patch else 28
-    return cfg.length + 1 if cfg.task in ("sort", "reverse") else cfg.context
+def mnist_forward(params, x, cfg, keep=1.0):
+    """x (B, T, P) tokens, keep: dropout mask -> logits (B, 10)."""
+    B, T, P = x.shape
+    x, embed = linear_forward(x.reshape(B * T, P), params["Wp"], params["bp"])
+    x = (x.reshape(B, T, -1) + params["P"]) * keep
+    x, caches = x.reshape(B * T, -1), []
+    for i in range(cfg.layers):
+        x, cache = attend_block_forward(x, part(params, f"{i}."), cfg.heads, B, *ATTENTION)
+        caches.append(cache)
+    x, norm = layernorm_forward(x, params["gamma"], params["beta"])
+    x = x.reshape(B, T, -1).mean(axis=1)                            # (B, D)
+    return x @ params["E"].T, (embed, keep, caches, norm, x, (B, T), params)
 
 
-def make_batch(cfg, rng, dtype=np.float32):
-    """-> source, target (None, if the model has no such side), answers (-1: none asked for), what dropout keeps in the
-    encoder, in the decoder (None: all).   sort, reverse: digits, as many as one likes up to length.
-    text: the next token everywhere.    letters: those that are hidden.    mnist: the class of a picture."""
-    source = target = None
-    if cfg.task in ("sort", "reverse"):
-        digits = [rng.integers(0, 10, n) + len(SPECIAL) for n in rng.integers(1, cfg.length + 1, cfg.batch)]
-        source, target, answers = as_batch(digits, [np.sort(d) if cfg.task == "sort" else d[::-1] for d in digits],
-                                           positions(cfg))
-    elif cfg.task == "pairs":                           # neighbours in the order of length: little padding
-        pairs = pairs_of(cfg)["train"]
-        start = rng.integers(0, max(1, len(pairs) - cfg.batch + 1))
-        source, target, answers = as_batch(*zip(*pairs[start:start + cfg.batch]), cfg.context)
-    elif cfg.task == "mnist":
-        x, y = load_mnist(cfg.data)["train"]
-        pick = rng.integers(0, len(x), cfg.batch)
-        source, answers = as_tokens(x[pick].astype(dtype), cfg), y[pick]
-    else:
-        ids = load_corpus(cfg.data, cfg.tokens, cfg.merges, cfg.load)["train"]
-        windows = ids[rng.integers(0, len(ids) - cfg.context, cfg.batch)[:, None] + np.arange(cfg.context + 1)]
-        if cfg.task == "letters":
-            source, answers = hide_letters(windows[:, :-1], cfg, rng)
-        else:
-            target, answers = windows[:, :-1], windows[:, 1:]
-    threshold, keeps = round(256 * cfg.dropout), []
-    for ids, n in ((source, 2), (target, 2 + (source is not None))):
-        shape = ids is not None and (len(ids), 1 + n * cfg.layers, ids.shape[1], cfg.width)
-        keeps.append(rng.integers(0, 256, shape, np.uint8) >= threshold if shape and threshold else None)
-    return source, target, answers, *keeps
+def mnist_backward(dout, cache):
+    """mnist_forward from bottom to top -> gradients under the keys of params."""
+    embed, keep, caches, norm, x, (B, T), params = cache
+    grads = {"E": dout.T @ x}
+    dx = np.repeat(dout @ params["E"] / T, T, axis=0)               # the mean of T tokens
+    dx, grads["gamma"], grads["beta"] = layernorm_backward(dx, norm)
+    for i in reversed(range(len(caches))):
+        dx, g = attend_block_backward(dx, caches[i])
+        grads.update({f"{i}.{name}": value for name, value in g.items()})
+    dx = dx.reshape(B, T, -1) * keep
+    grads["P"] = dx.sum(axis=0)
+    _, grads["Wp"], grads["bp"] = linear_backward(dx.reshape(B * T, -1), embed)
+    return grads
 
 
-def hide_letters(ids, cfg, rng):
-    """-> ids with some replaced by MASK, answers: what was there, -1 elsewhere. In each row one at least is hidden."""
-    hidden = rng.random(ids.shape) < cfg.masked
-    hidden[np.arange(len(ids)), rng.integers(0, ids.shape[1], len(ids))] = True
-    return np.where(hidden, MASK, ids), np.where(hidden, ids, -1)
+def smoothed_cross_entropy_forward(logits, targets, label_smoothing):
+    """-mean_n sum_k y_nk log softmax(logits)_nk, y = (1 - s) onehot(targets) + s / K, s the label
+    smoothing (Szegedy 2016).   logits (N, K), targets (N,) ids -> scalar."""
+    N, K = logits.shape
+    logits = logits - logits.max(axis=1, keepdims=True)
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    y = np.full_like(logits, label_smoothing / K)
+    y[np.arange(N), targets] += 1 - label_smoothing
+    return -(y * log_p).sum(axis=1).mean(), (log_p, y)
 
 
-def split_batch(batch, parts):
-    """The batch cut into parts of some sequences each -> [(share of the answers, part), ...]."""
-    asked = max(1, (batch[2] >= 0).sum())
-    cut = [[None] * parts if a is None else np.array_split(a, parts) for a in batch]
-    return [(float((part[2] >= 0).sum() / asked), part) for part in zip(*cut)]
+def smoothed_cross_entropy_backward(dout, cache):
+    """dlogits = (p - y) / N."""
+    log_p, y = cache
+    return (np.exp(log_p) - y) * (dout / len(y))
 
 
-# ---- use: one token after the other ----------------------------------------------------------------------------------
-
-def next_scores(params, ids, cfg, past, memory=None, memory_mask=None, source=None):
-    """Scores of the token after ids.   ids (B, T), new since the last call with this past -> (B, V).
-    With copy, they are log(e^z + sum of e^c over the places where a symbol stands in the source (B, S))."""
-    x, _ = side_forward(params, ids, "dec", cfg, True, memory, memory_mask, past=past)
-    x = x.reshape(*ids.shape, -1)[:, -1]
-    z, _ = project_forward(x, params.get("Wz", params.get("E")))
-    if cfg.copy:
-        c, _ = pointer_forward(x, memory, part(params, "copy"), len(ids), memory_mask, past[-1]["copy"])
-        top = np.maximum(z.max(axis=1), c.max(axis=1))[:, None]
-        p = np.exp(z - top)
-        np.add.at(p, (np.arange(len(ids))[:, None], source), np.exp(c - top))
-        z = np.log(np.maximum(p, 1e-30))
-    return z
+def mnist_loss_and_grads(params, batch, cfg):
+    """One forward and one backward pass -> loss, gradients under the keys of params."""
+    x, labels, keep = batch
+    logits, cache = mnist_forward(params, x, cfg, keep)
+    loss, loss_cache = smoothed_cross_entropy_forward(logits, labels, cfg.label_smoothing)
+    return loss, mnist_backward(smoothed_cross_entropy_backward(1.0, loss_cache), cache)
 
 
-def new_past(cfg):
-    """Nothing is known yet: no keys, no values, in no layer."""
-    return [{"attn": {}, "cross": {}, "copy": {}} for _ in range(cfg.layers)]
+def classify(params, images, cfg):
+    """-> the most probable class of each image (N, 784)."""
+    parts = np.array_split(images, math.ceil(len(images) / 500))
+    logits = [mnist_forward(params, tokens_of(part, cfg.patch), cfg)[0] for part in parts]
+    return np.concatenate(logits).argmax(axis=1)
 
 
-def sample_tokens(params, ids, cfg, rng, cached=True):
-    """Token after token, drawn from softmax(scores / temperature), of the top_k likeliest. When the context is full,
-    its second half is read anew. With the cache, each token is read once; without, all are read for every new one."""
-    window, past = [int(i) for i in ids][-cfg.context:], new_past(cfg)
-    new = window
-    for _ in range(cfg.sample):
-        if len(window) > cfg.context:
-            window, past = window[-cfg.context // 2:], new_past(cfg)
-            new = window
-        if not cached:
-            new, past = window, new_past(cfg)
-        z = next_scores(params, np.array([new]), cfg, past)[0].astype(float)
-        z[:len(SPECIAL)] = -math.inf
-        if cfg.top_k:
-            z[z < np.sort(z)[-cfg.top_k:][0]] = -math.inf
-        p = np.exp((z - z.max()) / cfg.temperature)
-        token = int(rng.choice(len(p), p=p / p.sum()))
-        window, new = [*window, token], [token]
-        yield token
+def run_mnist(cfg):
+    """Train on MNIST, report the accuracy on the test set, and show errors."""
+    start = time.perf_counter()
+    require(cfg.data, "--data", "the folder of MNIST (--help says where to get it)", cfg.data)
+    data = load_mnist(cfg.data)
+    params = init_mnist(cfg, np.random.default_rng(cfg.seed))
+    size, T = sum(p.size for p in params.values()), len(params["P"])
+    print(f"{len(data['train'][0])} images as {T} {'patches' if cfg.patch else 'rows'}: "
+          f"{cfg.layers} layers, {cfg.heads} heads, dim {cfg.dim}, {size} parameters")
+    print("chance level: loss 2.303")
+
+    def accuracy(part, n=None):
+        images, labels = data[part]
+        return float((classify(params, images[:n], cfg) == labels[:n]).mean())
+
+    meta = dict(task="mnist", heads=cfg.heads, patch=cfg.patch)
+    losses = train_long(params, cfg, meta, mnist_batch, mnist_loss_and_grads,
+                        lambda: f"  validation {accuracy('validation', 1000):.1%}")
+    check_finite(losses[-1], params)
+    images, labels = data["test"]
+    guess = classify(params, images, cfg)
+    wrong = np.flatnonzero(guess != labels)[:3]
+    ink = (images[wrong].reshape(-1, 14, 2, 28).mean(axis=2) + 0.4) / 3     # half the rows
+    print("\nErrors on the test set")
+    print("   ".join(f"a {labels[n]}, read as {guess[n]}".ljust(28) for n in wrong))
+    shades = np.array(list(" .:-=+*#%@"))[(np.clip(ink, 0, 1) * 9.99).astype(int)]
+    for lines in shades.swapaxes(0, 1):
+        print("   ".join("".join(line) for line in lines))
+    print_result("mnist", cfg, accuracy=float((guess == labels).mean()), params=size,
+                 steps=len(losses), seconds=time.perf_counter() - start)
 
 
-def search(params, source, cfg, beam):
-    """Beam search: of all ways to go on, keep the best, by log p / ((5 + length) / 6)^penalty (Wu 2016).
-    source (B, S) -> for each the best output, list of numbers; its log p (B,)."""
-    B, dtype = len(source), params["E"].dtype
-    memory, _ = side_forward(params, source, "enc", cfg, False)
-    memory = np.repeat(memory.reshape(B, -1, cfg.width), beam, axis=0).reshape(-1, cfg.width)
-    source = np.repeat(source, beam, axis=0)
-    memory_mask = hide_padding(source, dtype)
-    ids, past = np.full((B * beam, 1), START), new_past(cfg)
-    logp = np.where(np.arange(beam), -1e9, np.zeros((B, 1)))                # (B, beam): alike at first, so one counts
-    ended, length = np.zeros(B * beam, bool), np.zeros((B, beam))
-    rows = np.arange(B)[:, None]
-    for _ in range(positions(cfg)):
-        z = next_scores(params, ids[:, -1:], cfg, past, memory, memory_mask, source).astype(float)
-        z[:, [PAD, START, MASK]] = -1e9
-        z -= z.max(axis=1, keepdims=True)
-        z -= np.log(np.exp(z).sum(axis=1, keepdims=True))
-        z[ended] = -1e9
-        z[ended, PAD] = 0                               # what has ended stays as it is
-        total = logp[:, :, None] + z.reshape(B, beam, -1)
-        now = length + ~ended.reshape(B, beam)
-        value = (total / ((5 + now) / 6)[:, :, None] ** cfg.penalty).reshape(B, -1)
-        best = np.argpartition(-value, beam - 1, axis=1)[:, :beam]
-        origin, token = np.divmod(best, z.shape[1])
-        logp, length = total.reshape(B, -1)[rows, best], now[rows, origin]
-        order, token = (rows * beam + origin).ravel(), token.ravel()
-        ids = np.concatenate([ids[order], token[:, None]], axis=1)
-        ended = ended[order] | (token == END)
-        for layer in past:
-            for held in layer.values():
-                held.update({name: a[order] for name, a in held.items()})
-        if ended.all():
-            break
-    best = (logp / ((5 + length) / 6) ** cfg.penalty).argmax(axis=1)
-    outputs = ids.reshape(B, beam, -1)[np.arange(B), best, 1:]
-    return [[int(i) for i in row if i >= len(SPECIAL)] for row in outputs], logp[np.arange(B), best]
+# ---- the encoder-decoder: python transformer.py reverse, or sort ---------------------------------
+# The transformer of 2017: the encoder reads the source, the decoder writes the target and attends
+# to the encoder's output as well (cross-attention). Around every sublayer f stands a residual
+# connection: norm(x + f(x)) in 2017 (postnorm), x + f(norm(x)) since Xiong 2020 (prenorm).
+
+PAD, BOS, EOS = 0, 1, 2     # padding, beginning and end of a sequence; digit n is token n + 3
 
 
-def translate(params, sources, cfg, beam):
-    """Texts -> texts, log p; those of like length together."""
-    words = vocabulary(cfg)
-    ids = [words.encode(s)[:cfg.context] for s in sources]
-    order, out, logp = np.argsort([len(i) for i in ids], kind="stable"), [""] * len(ids), np.zeros(len(ids))
-    for part in np.array_split(order, -(-len(ids) // 50)):
-        found, logp[part] = search(params, pad([ids[n] for n in part]), cfg, beam)
-        for n, output in zip(part, found):
-            out[n] = words.decode(output)
-    return out, logp
+@dataclass
+class Reverse(Config):
+    """Write a sequence of digits backwards."""
+    layers: int = 1         # layers of the encoder, and of the decoder
+    norm: Literal["postnorm", "prenorm"] = "postnorm"  # norm(x + f(x)) or x + f(norm(x))
+    context: int = 8        # most digits of a sequence
+    batch_size: int = 64    # sequences per step
+    steps: int = 700        # optimizer steps
+    lr: float = 0.005       # peak learning rate
 
 
-# ---- scores ----------------------------------------------------------------------------------------------------------
-
-def bleu_tokens(text):
-    """Words and signs, as mteval-v13a and sacrebleu cut them."""
-    text = f" {text} "
-    for pattern, new in ((r"([\{-\~\[-\` -\&\(-\+\:-\@\/])", r" \1 "), (r"([^0-9])([\.,])", r"\1 \2 "),
-                         (r"([\.,])([^0-9])", r" \1 \2"), (r"([0-9])(-)", r"\1 \2 ")):
-        text = re.sub(pattern, new, text)
-    return text.split()
+@dataclass
+class Sort(Reverse):
+    """Write the digits of a sequence in order."""
 
 
-def ngrams(tokens, n):
-    """How often each run of n tokens occurs."""
-    return collections.Counter(zip(*(tokens[k:] for k in range(n))))
+def multihead_forward(x, p, heads, B, mask, memory):
+    """Attention, queries from x (B T, D), keys and values from memory (B S, D).   -> (B T, D)."""
+    D = x.shape[1]
+    q, q_cache = linear_forward(x, p["Wq"], p["bq"])
+    kv, kv_cache = linear_forward(memory, p["Wkv"], p["bkv"])       # (B S, 2 D)
+    q = q.reshape(B, -1, heads, D // heads).swapaxes(1, 2)          # (B, H, T, d)
+    kv = kv.reshape(B, -1, 2, heads, D // heads)                    # (B, S, 2, H, d)
+    k, v = kv.transpose(2, 0, 3, 1, 4)                              # (B, H, S, d) each
+    y, attention = attention_forward(q, k, v, mask)
+    y, out = linear_forward(y.swapaxes(1, 2).reshape(x.shape), p["Wo"], p["bo"])
+    return y, (q_cache, kv_cache, attention, out, q.shape)
 
 
-def bleu(outputs, references):
-    """Papineni 2002, on lists of tokens: the geometric mean of the shares of right runs of 1 to 4 tokens, over all
-    sentences; less if the outputs are short. A share of 0 counts as 1/2, 1/4, ... of one run, as sacrebleu does."""
-    right, all_, share, smooth = [0] * 4, [0] * 4, [], 1
-    for output, reference in zip(outputs, references):
-        for n in range(4):
-            found = ngrams(output, n + 1)
-            right[n] += (found & ngrams(reference, n + 1)).total()
-            all_[n] += found.total()
-    for n in range(4):
-        smooth *= 1 if right[n] else 2
-        share.append(right[n] / all_[n] if right[n] else 1 / (smooth * max(1, all_[n])))
-    said, wanted = sum(map(len, outputs)), sum(map(len, references))
-    brevity = min(0.0, 1 - wanted / max(said, 1))
-    return 100 * math.exp(brevity + sum(map(math.log, share)) / 4) if right[0] and all_[3] else 0.0
+def multihead_backward(dout, cache):
+    """multihead_forward from bottom to top.   -> dx, gradients, dmemory."""
+    q_cache, kv_cache, attention, out, (B, H, T, d) = cache
+    g = {}
+    dy, g["Wo"], g["bo"] = linear_backward(dout, out)
+    dy = dy.reshape(B, T, H, d).swapaxes(1, 2)
+    dq, dk, dv = attention_backward(dy, attention)
+    dq = dq.swapaxes(1, 2).reshape(B * T, H * d)
+    dkv = np.stack([dk, dv]).transpose(1, 3, 0, 2, 4).reshape(-1, 2 * H * d)
+    dx, g["Wq"], g["bq"] = linear_backward(dq, q_cache)
+    dmemory, g["Wkv"], g["bkv"] = linear_backward(dkv, kv_cache)
+    return dx, g, dmemory
 
 
-def rouge_tokens(text):
-    """Words of small letters and digits, as rouge_score cuts them."""
-    return re.findall(r"[a-z0-9]+", text.lower())
+def self_attention_forward(x, p, heads, B, mask):
+    """multihead_forward with x as its own memory."""
+    return multihead_forward(x, p, heads, B, mask, memory=x)
 
 
-def rouge(outputs, references):
-    """Lin 2004, on lists of tokens: F of the common words, pairs of words, and of the longest common subsequence, each
-    the mean over all sentences, in percent -> {"rouge1", "rouge2", "rougeL"}."""
-    found = {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
-    for output, reference in zip(outputs, references):
-        for n, name in ((1, "rouge1"), (2, "rouge2")):
-            a, b = ngrams(output, n), ngrams(reference, n)
-            found[name] += 200 * (a & b).total() / max(1, a.total() + b.total())
-        row = [0] * (len(reference) + 1)
-        for token in output:                            # longest common subsequence, row by row of its table
-            last = row[:]
-            for k, other in enumerate(reference, 1):
-                row[k] = last[k - 1] + 1 if token == other else max(last[k], row[k - 1])
-        found["rougeL"] += 200 * row[-1] / max(1, len(output) + len(reference))
-    return {name: total / max(1, len(outputs)) for name, total in found.items()}
+def self_attention_backward(dout, cache):
+    """x is used twice, so gradients add.   -> dx, gradients."""
+    dx, g, dmemory = multihead_backward(dout, cache)
+    return dx + dmemory, g
 
 
-# ---- pictures in text ------------------------------------------------------------------------------------------------
-
-SHADES = np.array(list(" .:-=+*#%@"))
-
-
-def shade(values):
-    """Numbers from 0 to 1 -> characters from blank to dark, in an array of the same shape."""
-    return SHADES[(np.clip(values, 0, 1) * 9.99).astype(int)]
+def ffn_forward(x, p):
+    """y = gelu(x W1 + b1) W2 + b2.   x (N, D) -> (N, D)."""
+    y, up = linear_forward(x, p["W1"], p["b1"])
+    y, gelu = gelu_forward(y)
+    y, down = linear_forward(y, p["W2"], p["b2"])
+    return y, (up, gelu, down)
 
 
-def loss_curve(losses, width=60):
-    """The losses from first to last in one line of text, dark where high (the scale is logarithmic)."""
-    means = np.log([np.mean(part) + 1e-12 for part in np.array_split(losses, min(width, len(losses)))])
-    return "".join(shade((means - means.min()) / (np.ptp(means) + 1e-12)))
+def ffn_backward(dout, cache):
+    """ffn_forward from bottom to top.   -> dx, gradients."""
+    up, gelu, down = cache
+    g = {}
+    dy, g["W2"], g["b2"] = linear_backward(dout, down)
+    dy, g["W1"], g["b1"] = linear_backward(gelu_backward(dy, gelu), up)
+    return dy, g
 
 
-def side_by_side(titles, pictures, gap="   "):
-    """Several pictures of equal height, each a list of lines, next to each other under their titles -> text."""
-    columns = [[title, *lines] for title, lines in zip(titles, pictures)]
-    widths = [max(map(len, column)) for column in columns]
-    return "\n".join(gap.join(map(str.ljust, row, widths)).rstrip() for row in zip(*columns))
+def prenorm_forward(x, p, sublayer, *inputs):
+    """x + f(norm(x)); sublayer: the functions f_forward, f_backward.   x (N, D) -> (N, D)."""
+    f_forward, f_backward = sublayer
+    y, norm = layernorm_forward(x, p["gamma"], p["beta"])
+    y, cache = f_forward(y, p, *inputs)
+    return x + y, (norm, cache, f_backward)
 
 
-def attention_maps(cache, layer, name):
-    """The weights of all heads in a layer, out of the cache of side_forward; name: attn or cross -> (B, H, T, S)."""
-    caches, *_ = cache[2][layer]
-    return next(cache for kind, _, cache, _ in caches if kind == name)[3][3]
+def prenorm_backward(dout, cache):
+    """prenorm_forward from bottom to top.   -> dx, gradients, and dmemory if f has a memory."""
+    norm, cache, f_backward = cache
+    dy, g, *dmemory = f_backward(dout, cache)
+    dy, g["gamma"], g["beta"] = layernorm_backward(dy, norm)
+    return dout + dy, g, *dmemory
 
 
-def draw_weights(weights, rows, columns):
-    """Who (rows) looks at whom (columns): dark is 1, half dark 1/4.   weights (T, S) -> lines of text."""
-    tall, wide = max(map(len, columns)), max(map(len, rows))
-    top = [" " * (wide + 2) + "".join(name.rjust(tall)[k] for name in columns) for k in range(tall)]
-    return top + [f"{name.rjust(wide)} |{''.join(line)}|" for name, line in zip(rows, shade(weights ** 0.5))]
+def postnorm_forward(x, p, sublayer, *inputs):
+    """norm(x + f(x)); sublayer: the functions f_forward, f_backward.   x (N, D) -> (N, D)."""
+    f_forward, f_backward = sublayer
+    y, cache = f_forward(x, p, *inputs)
+    y, norm = layernorm_forward(x + y, p["gamma"], p["beta"])
+    return y, (norm, cache, f_backward)
 
 
-def describe_head(weights, cross=False):
-    """What a head does most, measured.   weights: a list of (T, S), one a sequence -> a sentence. As wide as n tokens:
-    e to the entropy of the weights; n equal ones have n."""
-    def mean(where):
-        found = [np.mean(part) for part in (where(w) for w in weights if len(w) > 1) if part.size]
-        return float(np.mean(found)) if found else 0.0
-    spread = mean(lambda w: np.exp(-(w * np.log(w + 1e-30)).sum(axis=1)))
-    share = {"first token": mean(lambda w: w[1:, 0]), "same place": mean(np.diagonal)}
-    if cross:
-        share["mirrored place"] = mean(lambda w: np.diagonal(w[:w.shape[1], ::-1]))
-        share["place before"] = mean(lambda w: np.diagonal(w, -1))
-        share["place after"] = mean(lambda w: np.diagonal(w, 1))
-    else:
-        share["previous token"] = mean(lambda w: np.diagonal(w, -1))
-        share["next token"] = mean(lambda w: np.diagonal(w, 1))
-    what, most = max(share.items(), key=lambda item: item[1])
-    if most < 0.3:
-        what = f"spread out (most on the {what}"
-        return f"{what}, {most:.0%}; as wide as {spread:.1f} tokens)"
-    return f"{what}: {most:.0%} of its attention (as wide as {spread:.1f} tokens)"
+def postnorm_backward(dout, cache):
+    """postnorm_forward from bottom to top.   -> dx, gradients, and dmemory if f has a memory."""
+    norm, cache, f_backward = cache
+    dout, dgamma, dbeta = layernorm_backward(dout, norm)
+    dx, g, *dmemory = f_backward(dout, cache)
+    return dout + dx, {**g, "gamma": dgamma, "beta": dbeta}, *dmemory
 
 
-def show_heads(title, weights, rows, columns, more, cross=False):
-    """All heads' maps of one sequence (H, T, S) side by side, and a sentence a head, from more of them (B, H, T, S)."""
-    print(title + "; dark is 1, half dark 1/4 (_ a blank, | within the frame a new line)")
-    heads = [f"head {h + 1}" for h in range(len(weights))]
-    print(side_by_side(heads, [draw_weights(w, rows, columns) for w in weights]))
-    tell_heads(more, cross)
+SELF_ATTENTION = self_attention_forward, self_attention_backward
+CROSS_ATTENTION = multihead_forward, multihead_backward
+MLP = ffn_forward, ffn_backward
+RESIDUALS = {"prenorm": (prenorm_forward, prenorm_backward),
+             "postnorm": (postnorm_forward, postnorm_backward)}
 
 
-def tell_heads(weights, cross=False):
-    """A sentence a head, from the weights in many sequences (B, H, T, S)."""
-    for h in range(weights.shape[1]):
-        print(f"  head {h + 1} looks at: {describe_head(weights[:, h], cross)}")
+def named(grads, prefix):
+    """The inverse of part: prefix before every name."""
+    return {prefix + name: g for name, g in grads.items()}
 
 
-# ---- training and demo -----------------------------------------------------------------------------------------------
-
-def train_transformer(cfg, rng, note=lambda params: "", quiet=False):
-    """-> params, progress. note(params): what a line of progress says besides the loss."""
-    params, state, first, clipped = init_params(cfg, rng), {}, 0, 0
-    words = vocabulary(cfg)
-    about = dict({name: getattr(cfg, name) for name in ("task", "heads", "norm", "order", "activation", "position")},
-                 vocabulary=dict(chars=words.chars, merges=[list(pair) for pair in words.merges]))
-    parts = {"params": params, "adam": state}
-    if cfg.load:
-        first = load_checkpoint(cfg.load, rng, about, parts)
-    if cfg.save:
-        save_checkpoint(cfg.save, first, rng, about, parts, trial=True)    # before the work, not after it
-    progress = Progress(cfg.steps, first + 1, quiet)
-    with Workers(cfg, params) as workers:
-        for step in progress:
-            loss, grads = workers.loss_and_grads(params, split_batch(make_batch(cfg, rng), cfg.workers))
-            clipped += clip_norm(grads, cfg.clip) > cfg.clip > 0
-            adamw_update(params, grads, state, learning_rate(step, cfg), cfg.decay)
-            progress.report(loss, lambda: note(params))
-            if cfg.save and (step % 200 == 0 or step == cfg.steps or progress.stopped):
-                save_checkpoint(cfg.save, step, rng, about, parts)
-    if clipped and not quiet:
-        print(f"the gradient was clipped to norm {cfg.clip} in {clipped} of {len(progress.losses)} steps")
-    return params, progress
+def encoder_layer_forward(x, p, norm, heads, B, mask):
+    """Self-attention and mlp, each in a residual connection.   x (B S, D) -> (B S, D)."""
+    residual, residual_backward = RESIDUALS[norm]
+    x, attention = residual(x, part(p, "self."), SELF_ATTENTION, heads, B, mask)
+    x, mlp = residual(x, part(p, "mlp."), MLP)
+    return x, (attention, mlp, residual_backward)
 
 
-def save_checkpoint(path, step, rng, about, parts, trial=False):
-    """Everything that a training needs to go on, in an .npz file that is either whole or not there. about: what has to
-    be the same when it goes on; parts: {"params": dict of arrays, ...}, dicts of arrays and numbers. trial: only find
-    out whether it can be written, and leave what stands there."""
-    require(not os.path.isdir(path), f"--save {path}", "a file", "a folder")
-    arrays = {f"{part} {name}": a for part, named in parts.items() for name, a in named.items()}
-    arrays["about"] = np.array(json.dumps({**about, "step": step, "rng": rng.bit_generator.state}))
+def encoder_layer_backward(dout, cache):
+    """encoder_layer_forward from bottom to top.   -> dx, gradients."""
+    attention, mlp, residual_backward = cache
+    dout, g_mlp = residual_backward(dout, mlp)
+    dout, g_self = residual_backward(dout, attention)
+    return dout, {**named(g_self, "self."), **named(g_mlp, "mlp.")}
+
+
+def decoder_layer_forward(x, p, norm, heads, B, mask, memory, memory_mask):
+    """Self-attention, cross-attention to memory (B S, D), mlp.   x (B T, D) -> (B T, D)."""
+    residual, residual_backward = RESIDUALS[norm]
+    x, attention = residual(x, part(p, "self."), SELF_ATTENTION, heads, B, mask)
+    x, cross = residual(x, part(p, "cross."), CROSS_ATTENTION, heads, B, memory_mask, memory)
+    x, mlp = residual(x, part(p, "mlp."), MLP)
+    return x, (attention, cross, mlp, residual_backward)
+
+
+def decoder_layer_backward(dout, cache):
+    """decoder_layer_forward from bottom to top.   -> dx, gradients, dmemory."""
+    attention, cross, mlp, residual_backward = cache
+    dout, g_mlp = residual_backward(dout, mlp)
+    dout, g_cross, dmemory = residual_backward(dout, cross)
+    dout, g_self = residual_backward(dout, attention)
+    g = {**named(g_self, "self."), **named(g_cross, "cross."), **named(g_mlp, "mlp.")}
+    return dout, g, dmemory
+
+
+def init_encdec(cfg, rng, dtype=np.float32):
+    """E (V, D), used three times; "enc0.self.Wq", ..., "dec0.cross.Wq", ...; last norms."""
+    D, params = cfg.dim, {"E": rng.standard_normal((13, cfg.dim)) * cfg.dim ** -0.5}
+    attention = {"q": (D, D), "kv": (D, 2 * D), "o": (D, D)}
+    mlp = {"1": (D, 4 * D), "2": (4 * D, D)}
+    sublayers = [("enc", "self"), ("enc", "mlp"), ("dec", "self"), ("dec", "cross"), ("dec", "mlp")]
+    for i in range(cfg.layers):
+        for stack, sublayer in sublayers:
+            at = f"{stack}{i}.{sublayer}."
+            for name, (n, m) in (mlp if sublayer == "mlp" else attention).items():
+                params[f"{at}W{name}"] = rng.standard_normal((n, m)) * (2 / (n + m)) ** 0.5
+                params[f"{at}b{name}"] = np.zeros(m)
+            params[f"{at}gamma"], params[f"{at}beta"] = np.ones(D), np.zeros(D)
+    for stack in ("enc", "dec"):
+        params[f"{stack}.gamma"], params[f"{stack}.beta"] = np.ones(D), np.zeros(D)
+    return {name: value.astype(dtype) for name, value in params.items()}
+
+
+def encdec_forward(params, source, target, cfg):
+    """source (B, S), target (B, T) from BOS on -> logits (B T, V) of the token after each."""
+    (B, S), T, D = source.shape, target.shape[1], cfg.dim
+    padding_mask = (source != PAD)[:, None, None]                   # (B, 1, 1, S)
+    causal_mask = np.tri(T, dtype=bool)                             # (T, T)
+    table, caches = sinusoids(max(S, T), D, params["E"].dtype), []
+    x = (D ** 0.5 * params["E"][source] + table[:S]).reshape(B * S, D)
+    for i in range(cfg.layers):
+        p = part(params, f"enc{i}.")
+        x, cache = encoder_layer_forward(x, p, cfg.norm, cfg.heads, B, padding_mask)
+        caches.append(cache)
+    memory, enc_norm = layernorm_forward(x, params["enc.gamma"], params["enc.beta"])
+    x = (D ** 0.5 * params["E"][target] + table[:T]).reshape(B * T, D)
+    for i in range(cfg.layers):
+        p = part(params, f"dec{i}.")
+        x, cache = decoder_layer_forward(x, p, cfg.norm, cfg.heads, B, causal_mask, memory,
+                                         padding_mask)
+        caches.append(cache)
+    x, dec_norm = layernorm_forward(x, params["dec.gamma"], params["dec.beta"])
+    return x @ params["E"].T, (source, target, caches, enc_norm, dec_norm, x, params, cfg)
+
+
+def encdec_backward(dout, cache):
+    """encdec_forward from bottom to top -> gradients under the keys of params."""
+    source, target, caches, enc_norm, dec_norm, x, params, cfg = cache
+    grads, dmemory = {"E": dout.T @ x}, 0
+    dx = dout @ params["E"]
+    dx, grads["dec.gamma"], grads["dec.beta"] = layernorm_backward(dx, dec_norm)
+    for i in reversed(range(cfg.layers)):
+        dx, g, dm = decoder_layer_backward(dx, caches[cfg.layers + i])
+        dmemory = dmemory + dm                                      # every layer attends to it
+        grads.update(named(g, f"dec{i}."))
+    np.add.at(grads["E"], target.ravel(), cfg.dim ** 0.5 * dx)
+    dx, grads["enc.gamma"], grads["enc.beta"] = layernorm_backward(dmemory, enc_norm)
+    for i in reversed(range(cfg.layers)):
+        dx, g = encoder_layer_backward(dx, caches[i])
+        grads.update(named(g, f"enc{i}."))
+    np.add.at(grads["E"], source.ravel(), cfg.dim ** 0.5 * dx)
+    return grads
+
+
+def encdec_loss_and_grads(params, batch, cfg):
+    """Loss over the targets that are not padding, gradients under the keys of params."""
+    source, target, targets = batch
+    real = np.flatnonzero(targets != PAD)
+    logits, cache = encdec_forward(params, source, target, cfg)
+    loss, loss_cache = softmax_cross_entropy_forward(logits[real], targets.ravel()[real])
+    dlogits = np.zeros_like(logits)
+    dlogits[real] = softmax_cross_entropy_backward(1.0, loss_cache)
+    return loss, encdec_backward(dlogits, cache)
+
+
+def draw_digits(rng, B, cfg):
+    """B sequences of 1 to cfg.context digits, padded -> source, target from BOS on, targets up to
+    EOS, each (B, context + 1)."""
+    batch = np.full((3, B, cfg.context + 1), PAD)
+    for source, target, targets in batch.swapaxes(0, 1):
+        n = rng.integers(1, cfg.context + 1)
+        source[:n] = rng.integers(3, 13, n)
+        targets[:n] = np.sort(source[:n]) if isinstance(cfg, Sort) else source[:n][::-1]
+        targets[n] = EOS
+        target[0], target[1:n + 1] = BOS, targets[:n]
+    return batch
+
+
+def encdec_batch(cfg, step, dtype=np.float32):
+    """-> source (B, S), target (B, T), targets (B, T)."""
+    return tuple(draw_digits(np.random.default_rng((cfg.seed, step)), cfg.batch_size, cfg))
+
+
+def greedy(params, source, cfg):
+    """The most probable token, again and again, up to EOS.   source (B, S) -> (B, context + 1)."""
+    target = np.full((len(source), 1), BOS)
+    for _ in range(cfg.context + 1):
+        logits, _ = encdec_forward(params, source, target, cfg)
+        best = logits.reshape(*target.shape, -1)[:, -1].argmax(axis=1)
+        ended = (target == EOS).any(axis=1)
+        target = np.column_stack([target, np.where(ended, PAD, best)])
+    return target[:, 1:]
+
+
+def run_encdec(cfg):
+    """Train, write fresh sequences, and show what each head attends to."""
+    start, task = time.perf_counter(), type(cfg).__name__.lower()
+    params = init_encdec(cfg, np.random.default_rng(cfg.seed))
+    size = sum(p.size for p in params.values())
+    print(f"1 to {cfg.context} digits to {task}: {cfg.layers} + {cfg.layers} layers, {cfg.heads} "
+          f"heads, dim {cfg.dim}, {cfg.norm}, {size} parameters")
+    print(f"chance level: loss {math.log(11):.3f}")
+    losses = train(params, cfg, encdec_batch, encdec_loss_and_grads)
+    source, target, targets = draw_digits(np.random.default_rng((cfg.seed, 10 ** 6)), 1000, cfg)
+    logits, (_, _, caches, *_) = encdec_forward(params, source, target, cfg)
+    check_finite(logits, params)
+    exact = float((greedy(params, source, cfg) == targets).all(axis=1).mean())
+    other = {**params, "E": np.where(np.arange(13)[:, None] == PAD, 1, params["E"])}
+    changed, _ = encdec_forward(other, source, target, cfg)         # column PAD changes: E is tied
+    padding = float(np.abs(changed - logits)[(targets != PAD).ravel(), PAD + 1:].max())
+    self_attention, (norm, cross, _), *_ = caches[-1]
+    q_cache, kv_cache, (q, k, v, p), *_ = cross
+    full = source[:, -2] != PAD                                     # of the greatest length
+    p, source, targets = p[full, :, :, :-1], source[full, :-1], targets[full]
+    rows, columns = ([" <>0123456789"[i] for i in ids[0]] for ids in (targets, source))
+    print("\nThe last layer's cross-attention, a map per head: each row, a digit to be written or\n"
+          "> for the end, attends to the columns, the source")
+    draw_heads(p[0], rows, columns)
+    equal = source[:, None, None] == targets[:, None, :-1, None]    # (n, 1, context, context)
+    share = (p[:, :, :-1] * equal).sum(axis=3).mean(axis=(0, 2))
+    print(f"\nOn digits equal to the one to be written (chance {equal.mean():.0%}): "
+          + ", ".join(f"head {h + 1} {s:.0%}" for h, s in enumerate(share)))
+    print(f"Another embedding of the padding changes the logits by {padding:.0e}")
+    print(f"{exact:.1%} of 1000 fresh sequences entirely right")
+    print("\nNext: python transformer.py sort      python transformer.py reverse --norm prenorm")
+    print_result(task, cfg, exact=exact, padding=padding, loss=losses[-1], params=size,
+                 steps=len(losses), seconds=time.perf_counter() - start)
+
+
+# ---- any text: python transformer.py text --data tinyshakespeare.txt -----------------------------
+
+@dataclass
+class Text(Config):
+    """Predict the next character of a text file."""
+    data: str = ""          # UTF-8 text file, its last tenth for validation
+    model: Literal["modern", "gpt"] = "modern"  # with RMSNorm, SwiGLU, rotary, or as the rhyme
+    layers: int = 4         # transformer blocks
+    dim: int = 128          # embedding dimension
+    batch_size: int = 12    # sequences per step
+    steps: int = 2000       # optimizer steps
+    lr: float = 0.003       # peak learning rate
+    threads: int = 2        # micro-batches, each on a thread of its own
+    save: str = ""          # checkpoint file (.npz), written every 200 steps
+    load: str = ""          # checkpoint file to resume from
+
+
+def read_text(path):
+    """The text of a UTF-8 file, without a byte order mark.   Raises InputError."""
     try:
-        with open(path + ".tmp", "wb") as file:
-            np.savez(file, **arrays)
-        os.remove(path + ".tmp") if trial else os.replace(path + ".tmp", path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
-        raise InputError(f"--save {path}: expected a place to write to, found: {error.strerror}") from None
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        found = f"byte {error.object[error.start]:#x} at {error.start}"
+        raise InputError(f"{path}: expected UTF-8 text, found {found}") from None
+    except (OSError, ValueError) as error:
+        found = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: expected a text file, found: {found}") from None
+    require(text.strip(), path, "some text", "an empty file")
+    return text
+
+
+@functools.lru_cache
+def load_text(path, context):
+    """-> the characters of the text, sorted; its first nine tenths and its last as indices into
+    them. Without a path the rhyme, ten times.   Raises InputError."""
+    text = read_text(path) if path else RHYME * 10
+    chars = sorted(set(text))
+    ids = np.searchsorted(chars, list(text))
+    train, validation = np.split(ids, [len(ids) * 9 // 10])
+    require(len(validation) > context, f"--data {path}", f"over {10 * context} characters",
+            len(text))
+    return chars, train, validation
+
+
+def init_text(cfg, rng, dtype=np.float32):
+    """init_params or init_modern with an embedding for every character of the file."""
+    chars, _, _ = load_text(cfg.data, cfg.context)
+    return MODELS[cfg.model][0](cfg, rng, dtype, len(chars))
+
+
+def text_batch(cfg, step, dtype=np.float32):
+    """Random windows of the training part -> ids (B, T), targets (B, T)."""
+    rng = np.random.default_rng((cfg.seed, step))
+    _, train, _ = load_text(cfg.data, cfg.context)
+    starts = rng.integers(0, len(train) - cfg.context, cfg.batch_size)
+    windows = train[starts[:, None] + np.arange(cfg.context + 1)]
+    return windows[:, :-1], windows[:, 1:]
+
+
+def text_loss_and_grads(params, batch, cfg):
+    """loss_and_grads of the model that was chosen."""
+    return MODELS[cfg.model][1](params, batch, cfg)
+
+
+def validation_loss(params, cfg, most=None):
+    """Mean loss over the windows of the validation part, or the first ones of them."""
+    _, _, ids = load_text(cfg.data, cfg.context)
+    n, total = min((len(ids) - 1) // cfg.context, most or len(ids)), 0.0
+    for k in range(0, n, 32):
+        starts = cfg.context * np.arange(k, min(n, k + 32))
+        windows = ids[starts[:, None] + np.arange(cfg.context + 1)]
+        logits, _ = MODELS[cfg.model][2](params, windows[:, :-1], cfg)
+        loss, _ = softmax_cross_entropy_forward(logits, windows[:, 1:].ravel())
+        total += float(loss) * len(starts)
+    return total / n
+
+
+def train_long(params, cfg, meta, make_batch, loss_and_grads, note):
+    """train on cfg.threads threads, from the checkpoint cfg.load, with checkpoints to cfg.save."""
+    state, losses = {}, []
+    if cfg.load:
+        load_checkpoint(cfg.load, meta, params, state, losses)
+    if cfg.save:
+        save_checkpoint(cfg.save, meta, params, state, losses, dry_run=True)
+
+    def save(step):
+        if cfg.save and step % 200 == 0:
+            save_checkpoint(cfg.save, meta, params, state, losses)
+
+    with ThreadPoolExecutor(cfg.threads) as pool:
+        threaded = functools.partial(threaded_loss_and_grads, loss_and_grads, pool)
+        train(params, cfg, make_batch, threaded, state, losses, note, save)
+    if cfg.save:
+        save_checkpoint(cfg.save, meta, params, state, losses)      # after Ctrl-C as well
+    return losses
+
+
+def run_text(cfg):
+    """Train on a text file, report the validation loss, continue the text."""
+    start, rng = time.perf_counter(), np.random.default_rng(cfg.seed)
+    require(cfg.data, "--data", "a UTF-8 text file (--help says where to get one)", cfg.data)
+    chars, train, _ = load_text(cfg.data, cfg.context)
+    params = init_text(cfg, rng)
+    size = sum(p.size for p in params.values())
+    print(f"{cfg.data}: {len(train)} characters to learn from, {len(chars)} different\n"
+          f"{cfg.model}: {cfg.layers} layers, {cfg.heads} heads, dim {cfg.dim}, {size} parameters")
+    print(f"chance level: loss {math.log(len(chars)):.3f}")
+    meta = dict(task="text", chars="".join(chars), model=cfg.model, layers=cfg.layers,
+                heads=cfg.heads, dim=cfg.dim, context=cfg.context)
+    losses = train_long(params, cfg, meta, text_batch, text_loss_and_grads,
+                        lambda: f"  validation {validation_loss(params, cfg, 50):.4f}")
+    loss = validation_loss(params, cfg)
+    check_finite(loss, params)
+    ids = sample(params, cfg, train[:1], 300, rng, MODELS[cfg.model][3])
+    print("\n" + "".join(chars[i] for i in ids) + "\n")
+    half = cfg.context // 2
+    other = np.concatenate([train[:half], train[:cfg.context - half] * 0])
+    windows = np.stack([train[:cfg.context], other])                # with equal first halves
+    logits, _ = MODELS[cfg.model][2](params, windows, cfg)
+    logits = logits.reshape(2, cfg.context, -1)[:, :half]
+    leak = float(np.abs(logits[0] - logits[1]).max())
+    print(f"Other characters in the second half of a window change the logits of the first half by "
+          f"{leak:.0e}")
+    print("Next: python transformer.py generate --load FILE.npz, which --save has written")
+    print_result("text", cfg, validation=loss, future=leak, params=size, steps=len(losses),
+                 seconds=time.perf_counter() - start)
+
+
+# ---- threads: micro-batches on several cores -----------------------------------------------------
+
+def split_batch(batch, n):
+    """n micro-batches, each with its share of the loss terms (here: of the rows)."""
+    parts = zip(*(np.array_split(array, n) for array in batch))
+    return [(len(part[0]) / len(batch[0]), part) for part in parts]
+
+
+def threaded_loss_and_grads(loss_and_grads, pool, params, batch, cfg):
+    """Every thread takes a micro-batch: NumPy releases the interpreter lock while it computes. The
+    gradient of a mean is the mean of the gradients, weighted by the shares of the loss terms."""
+    shares, parts = zip(*split_batch(batch, cfg.threads))
+    results = list(pool.map(lambda part: loss_and_grads(params, part, cfg), parts))
+    loss = sum(share * loss for share, (loss, _) in zip(shares, results))
+    grads = {name: sum(share * g[name] for share, (_, g) in zip(shares, results))
+             for name in params}
+    return loss, grads
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+def save_checkpoint(path, meta, params, state, losses, dry_run=False):
+    """All that a training needs to go on, in one .npz file; written beside it, then renamed. meta:
+    what must agree on loading. dry_run: only try whether it can be written.   Raises InputError."""
+    require(not os.path.isdir(path), f"--save {path}", "a file", "a folder")
+    check_finite(0.0, params)                           # never over a good one
+    arrays = {f"params {name}": value for name, value in params.items()}
+    arrays.update({f"state {name}": value for name, value in state.items()})
+    beside = f"{path}.{os.getpid()}"
+    try:
+        with open(beside, "wb") as file:
+            np.savez(file, meta=json.dumps(meta), losses=losses, **arrays)
+        os.remove(beside) if dry_run else os.replace(beside, path)
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError):
+            os.remove(beside)
+        raise InputError(f"--save {path}: expected a file to write, found: {error}") from None
 
 
 def read_checkpoint(path):
-    """A file of save_checkpoint -> about, arrays by name."""
+    """A file of save_checkpoint -> meta, losses, arrays by name.   Raises InputError."""
     try:
-        zipfile.ZipFile(path).close()                   # an .npz is a zip file of arrays; np.load takes others, too
+        zipfile.ZipFile(path).close()                   # an .npz is a zip file of arrays
         with np.load(path, allow_pickle=False) as saved:
             arrays = dict(saved)
-        about = json.loads(str(arrays.pop("about")))
-        return {**about, "step": int(about["step"]), "rng": dict(about["rng"])}, arrays
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        found = getattr(error, "strerror", None) or error
-        raise InputError(f"--load {path}: expected a file that --save wrote, found: {found}") from None
+        meta, losses = json.loads(str(arrays.pop("meta"))), arrays.pop("losses").tolist()
+        return dict(meta), list(losses), arrays
+    except (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, zlib.error,
+            zipfile.BadZipFile) as error:
+        raise InputError(f"--load {path}: expected a file of --save, found: {error}") from None
 
 
-def load_checkpoint(path, rng, about, parts):
-    """Fill rng and parts from a file of save_checkpoint; what it is about must be the same -> number of steps done."""
-    found, arrays = read_checkpoint(path)
-    for name, value in about.items():
-        require(found.get(name) == value, f"--load {path}", f"{name} {value}", found.get(name))
-    for part, named in parts.items():
-        held = {name[len(part) + 1:]: a if a.ndim else a.item() for name, a in arrays.items()
-                if name.startswith(part + " ")}
-        for name in sorted(named.keys() | held.keys()) if part == "params" else ():
-            shape, other = (np.shape(d[name]) if name in d else "no such array" for d in (named, held))
-            require(shape == other, f"--load {path}", f"{name} {shape}", other)
-        named.update(held)
-    rng.bit_generator.state = found["rng"]
-    print(f"going on from {path}, after {found['step']} steps")
-    return found["step"]
+def load_checkpoint(path, meta, params, state, losses):
+    """Fill params, state, losses from a file of save_checkpoint; meta and all shapes must agree.
+    Raises InputError."""
+    found, past, arrays = read_checkpoint(path)
+    for name, value in meta.items():
+        require(found.get(name) == value, f"--load {path}", f"{name} {value!r}", found.get(name))
+    saved = {name[7:]: value for name, value in arrays.items() if name.startswith("params ")}
+    for name in sorted(saved.keys() | params.keys()):
+        old, new = (d[name].shape if name in d else "no such array" for d in (saved, params))
+        require(old == new, f"--load {path}", f"{name} {new}", old)
+    params.update(saved)
+    state.update({name[6:]: value if value.ndim else value.item()
+                  for name, value in arrays.items() if name.startswith("state ")})
+    losses.extend(past)
+    print(f"resuming {path} after {len(past)} steps")
 
 
-def announce_model(cfg, text, chance):
-    """What is being learned, and by what."""
-    size = sum(p.size for p in init_params(cfg, np.random.default_rng(0)).values())
-    print(f"\n{text}: {cfg.model}, {cfg.layers} layers, {cfg.heads} heads, width {cfg.width}, {cfg.order}-norm "
-          f"{cfg.norm}, {cfg.activation}, {cfg.position}, lr {cfg.lr}, batch {cfg.batch}, {size} parameters")
-    print(f"chance level: {chance}")
-
-
-def held_out(params, cfg, limit=100_000):
-    """Loss on held-out data, nats a token: text and letters, the last tenth; pairs, those for validation."""
-    rng, total, count = np.random.default_rng(1), 0.0, 0
-    if cfg.task == "pairs":
-        data = pairs_of(cfg)
-        pairs = [tuple(map(data["vocabulary"].encode, pair)) for pair in data["validation"]]
-        pairs.sort(key=lambda pair: len(pair[1]))
-        batches = [as_batch(*zip(*pairs[k:k + 50]), cfg.context) for k in range(0, len(pairs), 50)]
-    else:
-        ids = load_corpus(cfg.data, cfg.tokens, cfg.merges, cfg.load)["validation"][:limit]
-        n = (len(ids) - 1) // cfg.context
-        x, y = (ids[k:k + n * cfg.context].reshape(n, -1) for k in (0, 1))
-        batches = [(None, x[k:k + 50], y[k:k + 50]) for k in range(0, n, 50)]
-        if cfg.task == "letters":
-            hidden = [hide_letters(a, cfg, rng) for _, a, _ in batches]
-            batches = [(source, None, answers) for source, answers in hidden]
-    for source, target, answers in batches:
-        places = np.flatnonzero(answers >= 0)
-        z, _ = transformer_forward(params, source, target, cfg, places)
-        if cfg.copy:
-            loss, _ = copy_cross_entropy_forward(z, answers.ravel()[places], source[places // target.shape[1]], 0.0)
-        else:
-            loss, _ = smoothed_cross_entropy_forward(z, answers.ravel()[places], 0.0)
-        total += float(loss) * len(places)
-        count += len(places)
-    return total / count
-
-
-def change_future(params, cfg, ids):
-    """Change the second half of a text: nothing may change in the first.   -> the largest difference of scores."""
-    other, half = ids.copy(), len(ids) // 2
-    other[half:] = np.roll(ids[half:], 1)
-    a, b = (transformer_forward(params, None, x[None], cfg)[0][:half] for x in (ids, other))
-    print(f"other tokens in the second half change the scores in the first by {np.abs(a - b).max():.0e}")
-    return float(np.abs(a - b).max())
-
-
-def change_padding(params, cfg, batch):
-    """Give padding another embedding: nothing may change in what is not padding.   -> the largest difference."""
-    source, target, answers, *_ = batch
-    places = np.flatnonzero(answers >= 0)
-    other = {name: np.where(np.arange(len(E))[:, None] == PAD, 1, E) if name in ("E", "Es") else E
-             for name, E in params.items()}
-    a, b = (transformer_forward(p, source, target, cfg, places)[0][:, PAD + 1:] for p in (params, other))
-    a, b = np.maximum(a, -1e6), np.maximum(b, -1e6)             # hidden is hidden, however -1e9 has been rounded
-    print(f"another vector for padding ({(source == PAD).mean():.0%} of the source) changes the scores by "
-          f"{np.abs(a - b).max():.0e}")
-    return float(np.abs(a - b).max())
-
-
-def learn_order(cfg, rng):
-    """Sort digits, or say them backwards."""
-    announce_model(cfg, f"Digits, up to {cfg.length}, to {cfg.task}", "loss 2.398")
-    params, progress = train_transformer(cfg, rng)
-    print("loss", loss_curve(progress.losses or [0]))
-    fresh = make_batch(replace(cfg, batch=1000), np.random.default_rng(1000))
-    source, target, answers, *_ = fresh
-    outputs, _ = search(params, source, cfg, 1)
-    exact = np.mean([output == answer[answer > END].tolist() for output, answer in zip(outputs, answers)])
-    full = (source != PAD).all(axis=1)
-    _, (_, cache, *_) = transformer_forward(params, source[full], target[full], cfg)
-    maps = attention_maps(cache, cfg.layers - 1, "cross")
-    show_heads(f"Layer {cfg.layers}, the heads that look from the output (downwards, beginning with its start) to the "
-               "input (across)", maps[0], DIGITS.names(target[full][0]), DIGITS.names(source[full][0]), maps, True)
-    changed = change_padding(params, cfg, fresh)
-    print(f"{exact:.1%} of 1000 fresh sequences entirely right")
-    return {"exact": float(exact), "padding": changed}, params, progress
-
-
-def learn_gpt(cfg, rng):
-    """The next token of a text."""
-    data = load_corpus(cfg.data, cfg.tokens, cfg.merges, cfg.load)
-    words, shortest = data["vocabulary"], min(len(data["train"]), len(data["validation"]))
-    require(shortest > cfg.context + 1, f"--context {cfg.context}", "less than the last tenth of the text",
-            f"{shortest} tokens")
-    prompt = words.encode(cfg.prompt or "\n", lambda c: require(False, "--prompt", "characters of the text", c))
-    announce_model(cfg, f"Text, {len(data['train'])} tokens of {words.size} kinds, windows of {cfg.context}",
-                   f"loss {math.log(words.size):.3f}")
-    params, progress = train_transformer(cfg, rng, lambda params: f"  validation {held_out(params, cfg, 20_000):.4f}")
-    print("loss", loss_curve(progress.losses or [0]))
-    prompt = prompt if len(prompt) else data["validation"][:1]
-    print(f"A sample, token by token:\n{cfg.prompt}", end="")
-    decoder, tokens, seconds = codecs.getincrementaldecoder("utf-8")("replace"), {}, {}
-    for cached in (True, False):
-        start, tokens[cached] = time.perf_counter(), []
-        for token in sample_tokens(params, prompt, cfg, np.random.default_rng(cfg.seed), cached):
-            tokens[cached].append(token)
-            if cached:
-                print(decoder.decode(words.raw([token])), end="", flush=True)
-        seconds[cached] = time.perf_counter() - start
-    speedup, same = seconds[False] / seconds[True], tokens[True] == tokens[False]
-    print(f"\n\nWith keys and values kept: {seconds[True] / cfg.sample * 1e3:.2f} ms a token, all read anew for each: "
-          f"{seconds[False] / cfg.sample * 1e3:.2f} ms; {'the same' if same else 'not the same'} {cfg.sample} tokens")
-    ids = data["validation"][:cfg.context * 20]
-    ids = ids[:len(ids) // cfg.context * cfg.context].reshape(-1, cfg.context)
-    _, (_, cache, *_) = transformer_forward(params, None, ids, cfg)
-    n = min(20, cfg.context)
-    for layer in range(cfg.layers):
-        maps = attention_maps(cache, layer, "attn")
-        if layer == 0:
-            show_heads("Layer 1, who (downwards) looks at whom (across)", maps[0][:, :n, :n], words.names(ids[0][:n]),
-                       words.names(ids[0][:n]), maps)
-        else:
-            print(f"Layer {layer + 1}")
-            tell_heads(maps)
-    changed = change_future(params, cfg, ids[0])
-    loss = held_out(params, cfg)
-    a_letter = loss * len(data["validation"]) / data["chars"]
-    print(f"validation loss {loss:.4f} nats a token, {a_letter:.4f} a character, on the last tenth"
-          + ("   (expected on tinyshakespeare: 1.75; by the longer run, 1.55)" if cfg.data else
-             "   (which repeats what stands before it)"))
-    return {"validation": loss, "same": float(same), "speedup": speedup, "future": changed}, params, progress
-
-
-def learn_holes(cfg, rng):
-    """Letters that are hidden, from those before and behind."""
-    data = load_corpus(cfg.data, cfg.tokens, cfg.merges, cfg.load)
-    words, ids = data["vocabulary"], data["validation"]
-    shortest = min(len(data["train"]), len(ids))
-    require(shortest > cfg.context + 1, f"--context {cfg.context}", "less than the last tenth of the text",
-            f"{shortest} tokens")
-    announce_model(cfg, f"Letters to fill in, {cfg.masked:.0%} of {len(data['train'])}, {words.size} kinds",
-                   f"loss {math.log(words.size):.3f}")
-    params, progress = train_transformer(cfg, rng, lambda params: f"  validation {held_out(params, cfg, 20_000):.4f}")
-    print("loss", loss_curve(progress.losses or [0]))
-    ids = ids[:min(len(ids) // cfg.context, 200) * cfg.context].reshape(-1, cfg.context)
-    ids = np.tile(ids, (-(-200 // len(ids)), 1))                            # a short text: hide other letters each time
-    hidden, answers = hide_letters(ids, cfg, np.random.default_rng(1))
-    z, (cache, *_) = transformer_forward(params, hidden, None, cfg)
-    guess = z[:, len(SPECIAL):].argmax(axis=1).reshape(ids.shape) + len(SPECIAL)
-    right = float((guess == answers)[answers >= 0].mean())
-    filled = np.where(answers >= 0, guess, ids)
-    for name, row in (("read", hidden[0]), ("filled in", filled[0]), ("was", ids[0])):
-        print(f"{name:>10s}: " + "".join("?" if i == MASK else words.names([i])[0] for i in row))
-    n = min(20, cfg.context)
-    maps = attention_maps(cache, cfg.layers - 1, "attn")
-    show_heads(f"Layer {cfg.layers}, who (downwards) looks at whom (across)", maps[0][:, :n, :n],
-               ["?" if i == MASK else words.names([i])[0] for i in hidden[0][:n]],
-               ["?" if i == MASK else words.names([i])[0] for i in hidden[0][:n]], maps)
-    loss, common = held_out(params, cfg), np.bincount(data["train"]).argmax()
-    print(f"{right:.1%} of the hidden letters right on the last tenth (always the commonest: "
-          f"{(answers[answers >= 0] == common).mean():.1%}), validation loss {loss:.4f}")
-    return {"right": right, "validation": loss}, params, progress
-
-
-def learn_scans(cfg, rng):
-    """Handwritten digits, their rows or patches as tokens."""
-    require(cfg.data, "--data", "the folder of MNIST (--help says where to get it)", cfg.data)
-    data = load_mnist(cfg.data)
-
-    def answers(params, x):
-        return np.concatenate([transformer_forward(params, as_tokens(part, cfg), None, cfg)[0]
-                               for part in np.array_split(x, -(-len(x) // 500))]).argmax(axis=1)
-    tokens = f"{positions(cfg)} {'patches' if cfg.patch else 'rows'}"
-    announce_model(cfg, f"Digits, {len(data['train'][0])} pictures as {tokens}", "loss 2.303")
-    x, y = data["validation"]
-    params, progress = train_transformer(
-        cfg, rng, lambda params: f"  validation {(answers(params, x[:2000]) == y[:2000]).mean():.2%} right")
-    print("loss", loss_curve(progress.losses or [0]))
-    x, y = data["test"]
-    guess = answers(params, x)
-    wrong = np.flatnonzero(guess != y)[:5]
-    ink = (x[wrong].reshape(-1, 14, 2, 28).mean(axis=2) + 0.4) / 3              # half the rows: letters are tall
-    print(side_by_side([f"a {y[n]} read as {guess[n]}" for n in wrong],
-                       [["".join(row) for row in shade(picture)] for picture in ink]))
-    _, (cache, *_) = transformer_forward(params, as_tokens(x[:100], cfg), None, cfg)
-    for layer in range(cfg.layers):
-        print(f"Layer {layer + 1}")
-        tell_heads(attention_maps(cache, layer, "attn"))
-    right = float((guess == y).mean())
-    print(f"test accuracy {right:.4f} on {len(y)} pictures (expected 0.97)")
-    return {"accuracy": right}, params, progress
-
-
-def learn_pairs(cfg, rng):
-    """Translate, or shorten: whatever the pairs do."""
-    require(cfg.data, "--data", "a file of lines source TAB target", cfg.data)
-    data = pairs_of(cfg)
-    words = data["vocabulary"]
-    announce_model(cfg, f"{len(data['train'])} pairs, {words.size} kinds of tokens", f"loss {math.log(words.size):.3f}")
-    sources, references = zip(*data["validation"][:200])
-
-    def note(params):
-        outputs, _ = translate(params, sources, cfg, 1)
-        return f"  validation {held_out(params, cfg):.4f} bleu " + "{:.1f} rouge {:.1f} {:.1f} {:.1f}".format(
-            *pair_scores(outputs, references).values())
-    params, progress = train_transformer(cfg, rng, note)
-    print("loss", loss_curve(progress.losses or [0]))
-    found = {"validation": held_out(params, cfg)}
-    sources, references = zip(*data["test"])
-    lead = pair_scores([" ".join(source.split()[:12]) for source in sources], references)
-    print("the first twelve words of the source: " + "  ".join(f"{name} {value:.2f}" for name, value in lead.items()))
-    for beam in sorted({1, cfg.beam}):
-        start = time.perf_counter()
-        outputs, logp = translate(params, sources, cfg, beam)
-        found.update(pair_scores(outputs, references))
-        print(f"beam {beam}: " + "  ".join(f"{name} {value:.2f}" for name, value in list(found.items())[1:])
-              + f"   mean log p {logp.mean():.3f}, {time.perf_counter() - start:.1f} s for {len(outputs)} test lines")
-    for k in range(0, len(outputs), -(-len(outputs) // 10)):
-        print("".join(f"  {name:<10s}{text.strip()[:200]}\n" for name, text in (
-            ("source", sources[k]), ("reference", references[k]), ("output", outputs[k]))))
-    return found, params, progress
-
-
-def pair_scores(outputs, references):
-    """BLEU and ROUGE of texts, in percent."""
-    score = bleu([bleu_tokens(text) for text in outputs], [bleu_tokens(text) for text in references])
-    return {"bleu": score, **rouge([rouge_tokens(text) for text in outputs], [rouge_tokens(t) for t in references])}
-
-
-def main(cfg):
-    """Run one task, or the three of the demo: a model of each kind."""
-    start, rng, figures = time.perf_counter(), np.random.default_rng(cfg.seed), {}
-    learn = {"sort": learn_order, "reverse": learn_order, "text": learn_gpt, "letters": learn_holes,
-             "pairs": learn_pairs, "mnist": learn_scans}
-    examples, seconds, size, steps = 0, 0.0, 0, 0
-    print("transformer.py: every token looks at every other one")
-    for task in ("reverse", "text", "letters") if cfg.task == "demo" else (cfg.task,):
-        part = replace(cfg, task=task, model="auto", **(presets(cfg, task) if cfg.task == "demo" else {}))
-        found, params, progress = learn[task](part, rng)
-        figures.update({f"{task}_{name}" if cfg.task == "demo" else name: value for name, value in found.items()})
-        examples, seconds = examples + len(progress.losses) * part.batch, seconds + progress.seconds
-        steps, size = steps + progress.step, size + sum(p.size for p in params.values())
-        if progress.stopped:
-            break
-    print("\nNext: python transformer.py --task sort      python transformer.py --task text --position alibi")
-    print_result(task=cfg.task, **figures, params=size, steps=steps, seconds=time.perf_counter() - start,
-                 examples_per_s=int(examples / max(seconds, 1e-9)))
-
-
-# ---- workers: one batch, several processes ---------------------------------------------------------------------------
-
-ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OPENBLAS", "OMP", "MKL", "VECLIB", "BLIS")}
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}      # see run()
-
-
-@contextlib.contextmanager
-def ignoring(name):
-    """While this lasts, a signal, if the platform knows it, does nothing."""
-    number = getattr(signal, name, None)
-    previous = number and signal.signal(number, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        if number:
-            signal.signal(number, previous)
-
-
-def memory_plan(arrays):
-    """Where each array of a dict goes in a block of memory -> {name: (start, shape, dtype)}, size of the block."""
-    plan, size = {}, 0
-    for name, a in arrays.items():
-        plan[name] = size, a.shape, a.dtype
-        size += -(-a.nbytes // 64) * 64                 # each begins at a multiple of 64 bytes
-    return plan, size
-
-
-def shared_arrays(block, plan):
-    """The arrays of a memory_plan, as views into a block of shared memory -> {name: array}."""
-    return {name: np.frombuffer(block, dtype, math.prod(shape), start).reshape(shape)
-            for name, (start, shape, dtype) in plan.items()}
-
-
-def work_through(params, parts, cfg, grads, running):
-    """Add up loss, gradients and running statistics of some parts of a batch, each times its weight: into grads and
-    running -> loss. Every part begins with the same running statistics, as if all were done at once."""
-    total, before = 0.0, {name: a.copy() for name, a in running.items()}
-    for a in (*grads.values(), *running.values()):
-        a[...] = 0
-    for weight, part in parts:
-        after = {name: a.copy() for name, a in before.items()}
-        loss, found = loss_and_grads(params, part, cfg, *[after] * bool(after))
-        total += weight * float(loss)
-        for name, g in found.items():
-            grads[name] += weight * g
-        for name, a in after.items():
-            running[name] += weight * a
-    return total
-
-
-def worker(pipe, cfg, blocks, plans):
-    """What a worker process does: wait for parts of a batch, work through them, answer with the loss; until the pipe
-    closes. Parameters, gradients and running statistics are in shared memory, so they need not be sent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches every process; the first one decides
-    np.seterr(over="ignore", invalid="ignore")
-    params, running, grads, after = map(shared_arrays, blocks, plans)
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            parts = pipe.recv()
-            for name, a in running.items():
-                after[name][...] = a
-            try:
-                answer = work_through(params, parts, cfg, grads, after)
-            except MemoryError as error:
-                answer = f"out of memory: {error}"
-            pipe.send(answer)
-
-
-class Workers:
-    """Data-parallel training. Element-wise NumPy runs on one core, so a second core comes from a second process: each
-    takes some parts of the batch, all with the same parameters, and the gradients of the parts are added up. So the
-    update, and the course of the loss, is that of one process, up to the rounding of sums in another order."""
-
-    def __init__(self, cfg, params, running=None):
-        self.cfg, self.running, self.processes, self.pipes = cfg, running or {}, [], []
-        self.grads = {name: np.zeros_like(p) for name, p in params.items()}
-        if cfg.workers == 1:                            # then this process does it all
-            return
-        plans, sizes = zip(*map(memory_plan, (params, self.running)))
-        start, environ = multiprocessing.get_context("spawn"), dict(os.environ)
-        os.environ.update({**ONE_THREAD, **KEEP_MEMORY})            # read when NumPy is imported, so only by them
-        try:
-            common = [start.RawArray("b", size + 1) for size in sizes]      # parameters, running: read by all
-            self.shared, self.results = list(map(shared_arrays, common, plans)), []
-            for _ in range(cfg.workers):
-                own = [start.RawArray("b", size + 1) for size in sizes]     # gradients, running: written by one
-                self.results.append(list(map(shared_arrays, own, plans)))
-                pipe, end = start.Pipe()
-                self.pipes.append(pipe)
-                self.processes.append(start.Process(target=worker, daemon=True,
-                                                    args=(end, cfg, [*common, *own], plans * 2)))
-                with ignoring("SIGINT"):                # they inherit it, and Ctrl-C finds them ready at any time
-                    self.processes[-1].start()
-                end.close()
-        except (OSError, ImportError, RuntimeError) as error:
-            self.close()
-            raise InputError(f"--workers {cfg.workers}: expected a platform that starts processes with shared memory, "
-                             f"found: {error} (without the flag it runs in one process)") from None
-        finally:
-            os.environ.clear()
-            os.environ.update(environ)
-
-    def loss_and_grads(self, params, parts):
-        """parts [(weight, part of a batch), ...] -> loss, gradients; running is brought up to date as well."""
-        if not self.processes:
-            return work_through(params, parts, self.cfg, self.grads, self.running), self.grads
-        for views, values in zip(self.shared, (params, self.running)):
-            for name, a in values.items():
-                views[name][...] = a
-        for k, pipe in enumerate(self.pipes):
-            with ignoring("SIGPIPE"), contextlib.suppress(OSError):         # a dead one is noticed below
-                pipe.send(parts[k::len(self.pipes)])
-        total = sum(self.answer(k) for k in range(len(self.pipes)))
-        for k, (grads, running) in enumerate(self.results):
-            for own, found in ((self.grads, grads), (self.running, running)):
-                for name, a in found.items():
-                    own[name][...] = a if k == 0 else own[name] + a
-        return total, self.grads
-
-    def answer(self, k):
-        """The loss from worker k, or MemoryError if it has died: most often the system ended it for want of memory."""
-        process, answer = self.processes[k], None
-        with contextlib.suppress(EOFError, OSError):
-            answer = self.pipes[k].recv()
-        if isinstance(answer, float):
-            return answer
-        process.join(1)
-        raise MemoryError(f"worker {k + 1} of {len(self.processes)}, process {process.pid}: expected a loss, found "
-                          f"{answer or f'its end (exit code {process.exitcode})'}; fewer --workers need less memory")
-
-    def close(self):
-        """End all workers: their pipes close, and whoever does not leave within seconds is ended."""
-        for pipe in self.pipes:
-            pipe.close()
-        for process in self.processes:
-            if process.pid:
-                process.join(5)
-                process.terminate()
-        self.processes, self.pipes = [], []
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.close()
-
-
-# ---- plumbing: the same in every lesson; whoever types along may stop here -------------------------------------------
+# ---- flags and errors: the same in every lesson --------------------------------------------------
 
 class InputError(ValueError):
-    """A flag, value or file that cannot be used; the program ends with its text in one line and exit status 2."""
+    """A flag, value or file that cannot be used: the program ends with one line, exit status 2."""
 
 
 def require(ok, what, expected, found):
@@ -1861,40 +1663,87 @@ def require(ok, what, expected, found):
         raise InputError(f"{what}: expected {expected}, found {found!r}")
 
 
-def read_flags(argv=None):
-    """Every field of Config is a flag, its comment the help text -> Config."""
+class Task(NamedTuple):
+    """What a command runs; gradcheck.py drives the same functions."""
+    config: type
+    init_params: object
+    make_batch: object
+    loss_and_grads: object
+    main: object
+
+
+MAY_BE_ZERO = ("seed", "warmup", "top_k", "crop", "window", "fuse", "patch")    # other int: >= 1
+ABOVE_ZERO = ("lr", "temperature")                                              # other float: >= 0
+
+
+def check(cfg):
+    """Raise InputError unless every value has the type of its field, is one of its choices, is
+    finite and in range, and CONSTRAINTS of this kind of Config hold."""
+    for f in fields(cfg):
+        flag, value = "--" + f.name.replace("_", "-"), getattr(cfg, f.name)
+        if get_args(f.type):
+            choices = get_args(f.type)
+            require(value in choices, flag, " or ".join(map(str, choices)), value)
+        elif f.type in (str, bool):
+            require(isinstance(value, f.type), flag, f.type.__name__, value)
+        elif f.type is int:
+            least = 0 if f.name in MAY_BE_ZERO else 1
+            require(type(value) is int, flag, "a whole number", value)
+            require(least <= value < 2 ** 31, flag, f"{least} or more, below 2^31", value)
+        else:
+            require(type(value) in (int, float), flag, "a number", value)
+            above = value > 0 if f.name in ABOVE_ZERO else value >= 0
+            least = "above 0" if f.name in ABOVE_ZERO else "0 or more"
+            require(above and value < math.inf, flag, f"a number {least}, and finite", value)
+    for ok, what, expected, found in CONSTRAINTS.get(type(cfg), lambda cfg: [])(cfg):
+        require(ok, what, expected, found)
+
+
+def read_flags(tasks, argv):
+    """-> the name of the task that argv begins with (else of the first), its Config: every field is
+    a flag, its comment the help text."""
     def fail(message):
-        raise InputError(f"{message} (--help lists the flags)")
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+        hint = "; tasks are commands: python FILE TASK" if "--task" in message else ""
+        raise InputError(f"{message} (--help lists the flags{hint})")
+
+    parser = argparse.ArgumentParser(description=__doc__ + MORE, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
-    for field in fields(Config):
-        kind = dict(type=field.type, metavar=field.name.upper())
-        if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif get_args(field.type):
-            kind = dict(choices=get_args(field.type))
-        text = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
-        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=text, **kind)
-    known = parser.parse_known_args(argv)[0]
-    data, experiment = (getattr(known, name, "") for name in ("data", "experiment"))
-    for key in (known.task, f"{known.task} --data" if data else "", experiment):
-        parser.set_defaults(**PRESETS.get(key, {}))
-    return Config(**vars(parser.parse_args(argv)))
+    parser.error, commands = fail, parser.add_subparsers(dest="task", metavar="task")
+    for name, task in tasks.items():
+        command = commands.add_parser(name, help=task.config.__doc__, allow_abbrev=False,
+                                      description=task.config.__doc__)
+        command.error, comments = fail, {}
+        with contextlib.suppress(OSError, TypeError):   # no source text in a notebook cell
+            for c in reversed(task.config.__mro__[:-1]) if {"-h", "--help"} & set(argv) else ():
+                comments.update(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(c), re.M))
+        for f in fields(task.config):
+            kind = dict(type=f.type, metavar=f.name.upper())
+            if f.type is bool:
+                kind = dict(action=argparse.BooleanOptionalAction)
+            elif get_args(f.type):
+                kind = dict(choices=get_args(f.type))
+            text = f"{comments.get(f.name, '')} (default: {f.default!r})".replace("%", "%%")
+            flag = "--" + f.name.replace("_", "-")
+            command.add_argument(flag, default=f.default, help=text, **kind)
+    named = argv and (argv[0] in ("-h", "--help") or not argv[0].startswith("-"))
+    flags = vars(parser.parse_args(argv if named else [next(iter(tasks)), *argv]))
+    name = flags.pop("task")
+    cfg = tasks[name].config(**flags)
+    check(cfg)
+    return name, cfg
 
 
-def run(main):
-    """Call main with the Config of the flags; what is not a bug ends in one line, not in a traceback."""
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")      # each line at once, on any console
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)                           # `| head` ends the program quietly
-    np.seterr(over="ignore", invalid="ignore")          # a run that diverges shows in its loss, which Progress checks
-    with contextlib.suppress(AttributeError, OSError, TypeError):               # Linux: keep freed memory for reuse
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30), libc.mallopt(-1, -1)
+def run(tasks):
+    """Run what the command line asks for; user errors end in one line, without a traceback."""
+    if sys.stdout and sys.stdout is sys.__stdout__:     # a console, not a notebook
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+        with contextlib.suppress(AttributeError, ValueError):   # Windows; not the main thread
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends it quietly
+    np.seterr(over="ignore", invalid="ignore")          # divergence: see progress and check_finite
+    pasted = "ipykernel" in sys.argv[0]                 # into a notebook cell: argv is not ours
     try:
-        main(read_flags())
+        name, cfg = read_flags(tasks, [] if pasted else sys.argv[1:])
+        tasks[name].main(cfg)
     except (InputError, FloatingPointError, MemoryError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
@@ -1902,50 +1751,73 @@ def run(main):
         sys.exit(130)
 
 
-class Progress:
-    """for step in progress: ... progress.report(loss).   Prints about ten lines with the time left. Ctrl-C ends the
-    loop after the step at hand, a second one quits. A loss that is not finite raises FloatingPointError."""
-
-    def __init__(self, steps, first=1, quiet=False, lines=10):
-        self.steps, self.first, self.quiet, self.lines = steps, first, quiet, lines
-        self.step, self.losses, self.printed, self.stopped = first - 1, [], 0, False
-        self.start, self.seconds = time.perf_counter(), 0.0
-
-    def __iter__(self):
-        previous = signal.signal(signal.SIGINT, self.interrupt)
-        try:
-            while self.step < self.steps and not self.stopped:
-                self.step += 1
-                yield self.step
-        finally:
-            signal.signal(signal.SIGINT, previous)
-        if self.stopped:
-            print(f"stopped after step {self.step}; this is what has been learned so far")
-
-    def interrupt(self, signum, frame):
-        """Called on Ctrl-C."""
-        if self.stopped:
-            raise KeyboardInterrupt
-        self.stopped = True
-
-    def report(self, loss, note=lambda: ""):
-        """Keep the loss of this step; if a line is due, print it, with what note() says."""
-        if not np.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {self.step}: training diverged; try a smaller --lr")
-        self.losses.append(float(loss))
-        self.seconds = time.perf_counter() - self.start
-        if not self.quiet and (self.step % -(-self.steps // self.lines) == 0 or self.step == self.steps):
-            recent = self.losses[self.printed:]
-            self.printed = len(self.losses)
-            left = self.seconds / len(self.losses) * (self.steps - self.step)
-            print(f"step {self.step:6d}/{self.steps}  loss {sum(recent) / len(recent):.4f}{note()}  |  "
-                  f"{self.seconds:.1f} s  ({left:.0f} s left)")
+def constraints(cfg):
+    """What must hold between the values of a task: (ok, what, expected, found) for each."""
+    d = cfg.dim / cfg.heads
+    yield d % 1 == 0, "--dim", f"a multiple of --heads {cfg.heads}", cfg.dim
+    if isinstance(cfg, (Modern, Positions)) or getattr(cfg, "model", "") == "modern":
+        yield d % 2 == 0, "--dim", "an even number per head", d
+    if type(cfg) in (Config, Generate, Modern):
+        yield 1 < cfg.context < len(TEXT), "--context", f"2 to {len(TEXT) - 1}", cfg.context
+    if isinstance(cfg, Fill):
+        yield 0 < cfg.mask_ratio < 1, "--mask-ratio", "between 0 and 1", cfg.mask_ratio
+    if isinstance(cfg, Mnist):
+        yield not cfg.patch or 28 % cfg.patch == 0, "--patch", "0 or a divisor of 28", cfg.patch
+        yield cfg.dropout < 1, "--dropout", "below 1", cfg.dropout
+        yield cfg.label_smoothing <= 1, "--label-smoothing", "at most 1", cfg.label_smoothing
+    if isinstance(cfg, (Text, Mnist)):
+        yield cfg.threads <= cfg.batch_size, "--threads", "at most --batch-size", cfg.threads
+        yield not cfg.save or cfg.save != cfg.data, "--save", "another file than --data", cfg.save
 
 
-def print_result(**figures):
-    """The last line of a run, for comparing runs."""
-    print("result: " + " ".join(f"{k}={v:#.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items()))
+TASKS = {
+    "rhyme": Task(Config, init_params, make_batch, loss_and_grads, main),
+    "generate": Task(Generate, init_params, make_batch, loss_and_grads, run_generate),
+    "modern": Task(Modern, init_modern, make_batch, modern_loss_and_grads, run_modern),
+    "positions": Task(Positions, init_positions, positions_batch, positions_loss_and_grads,
+                      run_positions),
+    "fill": Task(Fill, init_fill, fill_batch, fill_loss_and_grads, run_fill),
+    "mnist": Task(Mnist, init_mnist, mnist_batch, mnist_loss_and_grads, run_mnist),
+    "reverse": Task(Reverse, init_encdec, encdec_batch, encdec_loss_and_grads, run_encdec),
+    "sort": Task(Sort, init_encdec, encdec_batch, encdec_loss_and_grads, run_encdec),
+    "text": Task(Text, init_text, text_batch, text_loss_and_grads, run_text)}
+CONSTRAINTS = {task.config: constraints for task in TASKS.values()}
 
+
+def cases(rng):
+    """Inputs of operations of this file, for gradcheck.py."""
+    x, memory = rng.standard_normal((10, 6)), rng.standard_normal((14, 6))      # B 2, T 5, S 7, D 6
+    q, a, b, k, v = (rng.standard_normal((2, 3, n, 6)) for n in (5, 5, 5, 7, 7))
+    mask, memory_mask = np.tri(5, dtype=bool), rng.random((2, 1, 1, 7)) < 0.7
+    block = part(init_params(Config(dim=6), rng, float), "0.")
+    modern_block = part(init_modern(Config(dim=6), rng, float), "0.")
+    encoder = part(init_encdec(Reverse(dim=6), rng, float), "enc0.")
+    decoder = part(init_encdec(Reverse(dim=6), rng, float), "dec0.")
+    attention, mlp = ({n: w for n, w in part(encoder, name).items() if n not in ("gamma", "beta")}
+                      for name in ("self.", "mlp."))
+    layer = [dict(x=x, p=encoder, norm=norm, heads=3, B=2, mask=mask) for norm in RESIDUALS]
+    memories = dict(memory=memory, memory_mask=memory_mask)
+    return {
+        "attention": dict(q=q, k=k, v=v, mask=memory_mask),
+        "rotary_attention": dict(q=q, k=a, v=b),
+        "block": dict(x=x, p=block, heads=3, B=2),
+        "attend_block": dict(x=x, p=block, heads=3, B=2, attend=CAUSAL[0],
+                             attend_backward=CAUSAL[1]),
+        "modern_block": dict(x=x, p=modern_block, heads=3, B=2, attend=ROTARY[0],
+                             attend_backward=ROTARY[1]),
+        "smoothed_cross_entropy": dict(logits=x, targets=rng.integers(0, 6, 10), smoothing=0.3),
+        "multihead": dict(x=x, p=attention, heads=3, B=2, mask=memory_mask, memory=memory),
+        "self_attention": dict(x=x, p=attention, heads=3, B=2, mask=mask),
+        "ffn": dict(x=x, p=mlp),
+        "prenorm": dict(x=x, p=part(encoder, "mlp."), sublayer=MLP),
+        "postnorm": dict(x=x, p=part(encoder, "mlp."), sublayer=MLP),
+        "encoder_layer": layer,
+        "decoder_layer": [dict(case, p=decoder, **memories) for case in layer]}
+
+
+GRADCHECK = {name: lambda rng, name=name: cases(rng)[name] for name in (
+    "attention rotary_attention block attend_block modern_block smoothed_cross_entropy multihead "
+    "self_attention ffn prenorm postnorm encoder_layer decoder_layer").split()}
 
 if __name__ == "__main__":
-    run(main)
+    run(TASKS)
