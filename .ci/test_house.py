@@ -1,105 +1,242 @@
-"""The rules of the house a program can hold: one name, one meaning; imports; the four names; float32; plain ASCII."""
+"""What a program can see of the house rules, in every lesson that has a spine."""
 import ast
-import importlib.util
-import inspect
+import builtins
+import random
 import re
+import symtable
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 import numpy as np
 import pytest
+from lessons import LESSONS, MARKER, NEW, ROOT, comments, load, pairs, source, spine, tasks, top_level
 
-ROOT = Path(__file__).resolve().parent.parent
-LESSONS = sorted(p for p in ROOT.glob("*.py") if p.name != "gradcheck.py")
-OWN = {"Config", "PRESETS", "init_params", "make_batch", "loss_and_grads", "main"}
-
-
-def load(path):
-    """A lesson as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem + "_lesson", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+BUDGET = {      # lines of the spine, of the whole file (to be met within 10 %)
+    "perceptron": (250, 450), "mlp": (280, 850), "vanilla_rnn": (280, 620), "lstm": (300, 720),
+    "seq2seq": (360, 680), "attention": (480, 950), "nested_attention": (440, 920),
+    "cnn": (430, 1080), "transformer": (390, 1250), "translation": (480, 1000), "mae": (490, 1000),
+    "autodiff": (360, 750), "vae": (420, 850), "gan": (380, 800), "diffusion": (450, 1100),
+    "ssm": (450, 900), "moe": (400, 800), "faster": (400, 950), "lora": (460, 950),
+    "rlhf": (460, 950), "gradcheck": (0, 1000)}
+HEAD = '\n\n# /// script\n# requires-python = ">=3.10"\n# dependencies = ["numpy"]\n# ///\n\nimport '
+FREE = (r"main|train|characters|TASKS|CONSTRAINTS|MORE|GRADCHECK|RESULTS?|Expr|Import|ImportFrom"
+        r"|(run|init)_\w+|(\w+_)?batch|(\w+_)?loss_and_grads")
+BRANCHES = {}   # "file, function": why its mathematics demands an if
+LATER = {}      # "file, function": why it names something that the reader meets below it
+WORDS = {       # in code and text: what to write instead
+    r"portions?": "chunk", r"where_to_look": "causal_mask", r"hide_padding": "padding_mask",
+    r"put_back": "scatter", r"channelnorm": "batchnorm2d", r"rows_of": "im2col",
+    r"at its height": "peak", r"places": "positions", r"symbols?": "token",
+    r"whoever": "readers who", r"letters?": "character", r"nats an?": "nats per",
+    r"(it|model|net|network|decoder|encoder|head|layer) (says|said|knows|knew|looks|looked)":
+        "outputs, depends, attends"}
+ALLOWED = [r"a-z|a to z|26 letters|letters?\.py"]       # lines in which such a word is right
+NAMES = {       # of variables, functions, fields
+    "answers": "targets", "kinds": "tokens", "Vocabulary": "tokenizer", "spell": "decode",
+    "START": "BOS", "STOP": "EOS", "END": "EOS", "inner": "mlp_dim", "embed": "embed_dim",
+    "figures": "metrics", "corners": "window", "forcing": "teacher_forcing", "feed": "ffn",
+    "slices": "micro_batches", "decay": "weight_decay", "readers": "states", "solved": "exact"}
+FLAGS = {"task", "batch", "width", "clip", "smoothing", "penalty", "masked", "order", "workers",
+         "group", "place", "tokens"} | NAMES.keys()     # words that are no name of a flag
+TOP = {f"{name}.py" for name in BUDGET} | {"README.md", "LICENSE", ".gitignore", ".ci", ".github"}
 
 
 def test_top_level():
-    allowed = {"perceptron.py", "mlp.py", "vanilla_rnn.py", "lstm.py", "seq2seq.py", "attention.py",
-               "nested_attention.py", "cnn.py", "transformer.py", "mae.py", "gradcheck.py", "README.md", "LICENSE",
-               ".gitignore", ".ci", ".git"}
-    assert {p.name for p in ROOT.iterdir()} - allowed <= {"__pycache__", ".ruff_cache"}
+    assert {p.name for p in ROOT.iterdir()} - TOP <= {
+        ".git", ".venv", "__pycache__", ".ruff_cache", ".pytest_cache"}
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_loads(name):
+    assert load(name).TASKS
 
 
 def test_same_name_same_code():
-    seen = {}
-    for path in LESSONS:
-        source = path.read_text(encoding="utf-8")
-        for node in ast.parse(source).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in OWN:
-                name, text = node.name, ast.get_source_segment(source, node)
-            elif isinstance(node, ast.Assign) and node.targets[0].id not in OWN:
-                name, text = node.targets[0].id, ast.unparse(node)
-            else:
-                continue
-            first, where = seen.setdefault(name, (text, path.name))
-            assert first == text, f"{name} differs in {where} and {path.name}"
+    seen, differ = {}, []
+    for name in NEW:
+        for key, text in top_level(source(name)).items():
+            free = re.fullmatch(FREE, key) or text.startswith("@dataclass")
+            first, where = seen.setdefault(key, (text, name))
+            if first != text and not free:
+                differ.append(f"{key} in {where} and {name}")
+    assert not differ
 
 
-@pytest.mark.parametrize("path", [*LESSONS, ROOT / "gradcheck.py"], ids=lambda p: p.name)
-def test_file(path):
-    source = path.read_text(encoding="utf-8")
-    assert source.isascii() and "\t" not in source and max(map(len, source.splitlines())) <= 120
-    head = '# /// script\n# requires-python = ">=3.10"\n# dependencies = ["numpy"]\n# ///\n"""'
-    assert source.startswith(head + path.name)
-    tree = ast.parse(source)
+@pytest.mark.parametrize("name", [*NEW, "gradcheck.py"])
+def test_file(name):
+    text = source(name)
+    assert text.isascii() and "\t" not in text and "\r" not in text
+    long = [n for n, line in enumerate(text.splitlines(), 1) if len(line) > 100]
+    assert not long, f"lines over 100 characters: {long}"
+    tree = ast.parse(text)
+    doc = tree.body[0]
+    assert text.startswith(f'"""{name}: ') and doc.end_lineno <= 30, doc.end_lineno
+    assert "\n".join(text.splitlines()[doc.end_lineno - 1:]).startswith(f'"""{HEAD}')
     for node in ast.walk(tree):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) else []
-        for name in names:
-            assert name.split(".")[0] in sys.stdlib_module_names | {"numpy"}, f"imports {name}"
-    for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        for imported in names:
+            assert imported.split(".")[0] in sys.stdlib_module_names | {"numpy"}, imported
+            assert f"{imported}.py" not in LESSONS
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node in tree.body:
             assert ast.get_docstring(node), f"{node.name} has no docstring"
 
 
-@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.name)
-def test_lesson(path, capsys):
-    state = np.random.get_state()[1].copy()
-    module = load(path)
-    untouched = np.array_equal(state, np.random.get_state()[1])
-    assert capsys.readouterr().out == "" and untouched, "something happens at import"
-    for heading in ("\nRun\n", "\nBreak it\n", "\nPapers: "):
-        assert heading in module.__doc__
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(module.Config), re.M))
-    for field in fields(module.Config):
-        assert comments.get(field.name), f"{field.name} has no comment"
-    for name in (n[:-9] for n in vars(module) if n.endswith("_backward")):
-        lines = inspect.getsource(module).splitlines()
-        at = {kind: next(i for i, line in enumerate(lines) if line.startswith(f"def {name}_{kind}("))
-              for kind in ("forward", "backward")}
-        between = [line for line in lines[at["forward"] + 1:at["backward"]] if line.startswith(("def ", "class "))]
-        assert not between, f"{name}_forward does not stand directly above {name}_backward"
-    for task in module.Config.__dataclass_fields__["task"].type.__args__:
-        cfg = module.Config(task=task)
-        params = module.init_params(cfg, np.random.default_rng(0), np.float32)
-        batch = module.make_batch(cfg, np.random.default_rng(1), np.float32)
-        loss, grads = module.loss_and_grads(params, batch, cfg)
-        assert list(params) and set(grads) == set(params) and np.isfinite(loss)
-        assert all(a.dtype == np.float32 for a in [*params.values(), *grads.values()])
-        assert all(getattr(a, "dtype", np.float32) != np.float64 for a in batch)
+@pytest.mark.parametrize("name", [*NEW, "gradcheck.py"])
+def test_budget(name):
+    text = source(name)
+    most_spine, most = BUDGET[name.removesuffix(".py")]
+    assert len(text.splitlines()) <= 1.1 * most
+    if name in NEW:
+        assert len(spine(name).splitlines()) <= most_spine
+        first = next(n.lineno for n in ast.parse(text).body if isinstance(n, ast.FunctionDef))
+        assert first < 70, f"the first function stands at line {first}"
 
 
-@pytest.mark.parametrize("name", ["cnn.py", "transformer.py", "mae.py"])
-def test_portions_do_not_change_the_gradients(name, monkeypatch):
-    module = load(next(path for path in LESSONS if path.name == name))
-    cfg = module.Config()
-    params = module.init_params(cfg, np.random.default_rng(0), np.float64)
-    batch = module.make_batch(cfg, np.random.default_rng(1), np.float64)
-    loss, grads = module.loss_and_grads(params, batch, cfg)
-    cut, slices = [], module.portions
-    monkeypatch.setattr(module, "PORTION", 5000)
-    monkeypatch.setattr(module, "portions", lambda *args: cut.append(slices(*args)) or cut[-1])
-    again, same = module.loss_and_grads(params, batch, cfg)
-    assert max(map(len, cut)) > 2 and abs(loss - again) < 1e-12
-    assert all(np.allclose(g, same[key], rtol=0, atol=1e-12) for key, g in grads.items())
+@pytest.mark.parametrize("name", NEW)
+def test_parts_of_a_lesson(name):
+    text = source(name)
+    assert text.count(f"\n{MARKER} Typing along? End it with  main(Config())  and run it. ====\n"
+                      "# ==== The rest adds to it: ") == 1
+    doc, more = ast.get_docstring(ast.parse(text)), load(name).MORE
+    for heading in (r"^Run ", r"^Papers: "):
+        assert re.search(heading, doc, re.M), heading
+    assert re.search(r"^Break it", more, re.M)
+    assert text.endswith('\n\nif __name__ == "__main__":\n    run(TASKS)\n')
+    sections = re.findall(r"^# ---- ([^:\n]*?)(?:: .*)? -*$", spine(name), re.M)
+    for first, second in (("layers", "data"), ("data", "model"), ("model", "optimizer"),
+                          ("optimizer", "training")):
+        at = [[i for i, s in enumerate(sections) if s.startswith(x)][:1] for x in (first, second)]
+        assert not all(at) or at[0] < at[1], f"{first} stands below {second}"
+
+
+def length(name, section, last=None):
+    """Lines from the heading of a section to the next heading, or to the end of a function."""
+    lines = source(name).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"# ---- {section}"))
+    end = next((i for i, line in enumerate(lines) if i > start and line.startswith("# ----")),
+               len(lines))
+    for node in ast.parse(source(name)).body:
+        if getattr(node, "name", "") == last:
+            end = node.end_lineno
+    return len("\n".join(lines[start:end]).rstrip().splitlines())
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_plumbing(name):
+    assert length(name, "flags and errors", "run") <= 120
+    for function, section, most in (("save_checkpoint", "checkpoints", 45),
+                                    ("threaded_loss_and_grads", "threads", 25)):
+        if function in top_level(source(name)):
+            assert length(name, section) <= most, section
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_operations(name):
+    tree, missing = ast.parse(source(name)), []
+    for above, node in zip([None, *tree.body], tree.body):
+        op = getattr(node, "name", "")
+        if op.endswith("_backward") and getattr(above, "name", "") != op[:-8] + "forward":
+            missing.append(op)
+    assert not missing, "its forward does not stand directly above it"
+    for node in ast.parse(spine(name)).body:
+        if re.search("_(forward|backward)$", getattr(node, "name", "")):
+            branches = [n for n in ast.walk(node) if isinstance(n, (ast.If, ast.IfExp))]
+            assert not branches or f"{name}, {node.name}" in BRANCHES, node.name
+
+
+def global_names(table):
+    """(function, name) for every name of the top level that a symbol table and those in it use."""
+    inside = table.get_type() == "function"
+    for symbol in table.get_symbols():
+        if symbol.is_referenced() and (symbol.is_global() or table.get_type() == "module"):
+            yield table.get_name() if inside else "", symbol.get_name()
+    for child in table.get_children():
+        for function, used in global_names(child):
+            yield table.get_name() if inside else function, used
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_spine_stands_alone(name):
+    text = spine(name)
+    table = symtable.symtable(text, name, "exec")
+    defined = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
+    used = set(global_names(table))
+    unknown = {n for _, n in used} - defined - set(dir(builtins)) - {"__name__", "__doc__"}
+    assert not unknown, "defined below the line, or nowhere"
+    imported = {s.get_name() for s in table.get_symbols() if s.is_imported()}
+    assert not imported - {n for _, n in used}, "imported and not used in the spine"
+    order = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    below = {f"{name}, {f}: {n}" for f, n in used if f in order and n in order
+             and order.index(n) > order.index(f) and f"{name}, {f}" not in LATER}
+    assert not below, "the reader meets a name before its definition"
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_words(name):
+    found = []
+    for number, line in enumerate(source(name).splitlines(), 1):
+        for word, better in WORDS.items():
+            match = re.search(rf"\b{word}\b", line, re.I)
+            if match and not any(re.search(allowed, line) for allowed in ALLOWED):
+                found.append(f"{number}: {match[0]} -> {better}")
+    for node in ast.walk(ast.parse(source(name))):
+        used = getattr(node, "id", None) or getattr(node, "arg", None) or getattr(node, "name", "")
+        if used in NAMES or str(used).startswith("learn_"):
+            found.append(f"{node.lineno}: {used} -> {NAMES.get(used, 'run_...')}")
+    for task, row in tasks(name).items():
+        found += [f"{task} --{f.name}" for f in fields(row.config) if f.name in FLAGS]
+    assert not found
+
+
+def test_import_does_nothing():
+    for name in NEW:
+        code = compile(source(name), name, "exec")
+        before = np.random.get_state()[1].copy(), random.getstate(), sys.stdout.tell
+        exec(code, {"__name__": "imported"})
+        assert np.array_equal(np.random.get_state()[1], before[0]), name
+        assert random.getstate() == before[1], name
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_import_prints_nothing(name, capsys):
+    exec(compile(source(name), name, "exec"), {"__name__": "imported"})
+    assert capsys.readouterr() == ("", "")
+
+
+def arrays(value):
+    """All arrays in nested tuples, lists and dicts."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        return [array for item in value for array in arrays(item)]
+    return [value] if isinstance(value, np.ndarray) else []
+
+
+@pytest.mark.parametrize("name, task", pairs())
+def test_task(name, task):
+    """Comments for help; a batch depends on nothing but cfg and step; float32 stays float32."""
+    row = tasks(name)[task]
+    for config in row.config.__mro__[:-1]:
+        assert config.__doc__ and not config.__doc__.startswith(config.__name__ + "(")
+    assert not {f.name for f in fields(row.config)} - comments(row.config).keys()
+    assert len(fields(load(name).Config)) <= 12
+    load(name).check(row.config())
+    if row[1:4] == (None, None, None):                  # it compares trainings of other tasks
+        return
+    cfg, state = row.config(), np.random.get_state()[1].copy()
+    params = row.init_params(cfg, np.random.default_rng(0), np.float32)
+    batch = row.make_batch(cfg, 1, np.float32)
+    again, other = row.make_batch(cfg, 1, np.float32), row.make_batch(cfg, 2, np.float32)
+    before = [a.copy() for a in arrays([params, batch])]
+    loss, grads, *_ = row.loss_and_grads(params, batch, cfg)
+    assert list(params) and set(grads) == set(params) and np.isfinite(loss) and loss > 0
+    assert all(grads[key].shape == value.shape for key, value in params.items())
+    assert all(np.array_equal(a, b) for a, b in zip(before, arrays([params, batch])))
+    assert all(np.array_equal(a, b) for a, b in zip(arrays(batch), arrays(again)))
+    assert all(a.dtype == np.float32 for a in arrays([params, grads]))
+    assert not any(a.dtype == np.float64 for a in arrays([batch, other]))
+    double = row.init_params(cfg, np.random.default_rng(0), np.float64)
+    assert all(a.dtype == np.float64 for a in double.values())
+    assert np.array_equal(state, np.random.get_state()[1])

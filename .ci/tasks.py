@@ -1,0 +1,146 @@
+"""Run what needs no file and hold the metrics of the last line against floors.
+
+    python .ci/tasks.py              every built-in task of every lesson
+    python .ci/tasks.py mlp.py       those of one lesson
+    python .ci/tasks.py --spines     every spine alone, cut at its line, ended with main(Config())
+"""
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from lessons import LESSONS, NEW, ROOT, spine, tasks
+
+SECONDS = 30        # for one task on two cores; machines differ, so twice as long is tolerated
+FILE = "needs --data"
+FLOORS = {          # lesson: {task: {metric: at least (>=) or at most (<=)}}; old form: one default run
+    "perceptron.py": {
+        "gates": {f"{gate}_{n}": ">= 1" for gate in ("AND", "OR", "NAND") for n in (2, 3)} | {
+            "XOR_2": "<= 0.75", "XOR_3": ">= 1"},
+        "names": {"counted": "<= 2.2", "trained": "<= 2.2"}, "mnist": FILE},
+    "mlp.py": {
+        "points": {"xor_accuracy": ">= 1", "xor_loss": "<= 0.0002", "spirals_accuracy": ">= 0.99"},
+        "net": {"accuracy": ">= 0.99"}, "gates": {"accuracy": ">= 1"}, "inits": {},
+        "optimizers": {"sgd": ">= 0.9", "momentum": ">= 0.99", "adam": ">= 0.99", "adamw": ">= 0.99"},
+        "names": {"test_loss": "<= 3.29"}, "mnist": FILE},
+    "vanilla_rnn.py": {"": {
+        "unclipped_steps": "<= 199", "clipped_loss": "<= 0.05", "value_loss": "<= 0.05",
+        "wave_mse": "<= 0.003", "wave_own_mse": "<= 0.05", "recall_bits": ">= 0.99",
+        "recall_bits_cut": "<= 0.97", "recall_bits_twice": "<= 0.97"}},
+    "lstm.py": {"": {"remember_error": "<= 0.005", "remember_error_at_100": "<= 0.05", "reverse_exact": ">= 0.999",
+                "add_mse": "<= 0.001", "add_plain_mse": ">= 0.01"}},
+    "transformer.py": {"rhyme": {"loss": "<= 0.1", "recited": ">= 0.99"},
+                       "modern": {"gpt2_loss": "<= 0.1"}, "text": {"validation": "<= 0.1"}},
+    "mae.py": {"": {
+        "error": "<= 0.22", "mean_patch_error": ">= 0.35", "raw": "<= 0.26", "untrained": "<= 0.32",
+        "probe": ">= 0.34", "ratio": ">= 1.4", "raw_10": "<= 0.26", "untrained_10": "<= 0.5",
+        "probe_10": ">= 0.58"}},
+    "seq2seq.py": {"": {"reverse_forwards": ">= 0.99", "translate_backwards": ">= 0.99",
+                        "words_backwards": ">= 0.99"}},
+    "cnn.py": {"": {"accuracy": ">= 0.97", "linear": "<= 0.5"}},
+    "attention.py": {"": {
+        "reverse_exact": ">= 0.99", "reverse_alignment": ">= 0.95", "copy_exact": ">= 0.99",
+        "copy_alignment": ">= 0.95", "dates_exact": ">= 0.99", "dates_alignment": ">= 0.9"}},
+    "nested_attention.py": {"": {
+        "d1": "<= 1e-12", "delta": ">= 0.99", "hebb": "<= 0.65", "delta_128": ">= 0.98",
+        "delta_512": ">= 0.98", "periods_gain": ">= 0.15", "momentum_repeat": "<= 0.7",
+        "adam_axes": "<= 0.6", "adam_rotated": ">= 0.8"}},
+    "translation.py": {"": FILE},
+}
+
+
+def jobs(name, spines):
+    """-> (label, command, floors) of one lesson; floors None: nobody has written them."""
+    floors = FLOORS.get(name, {})
+    if spines:
+        first = next(iter(tasks(name)), "")
+        return [("spine", [f"my_{name}"], floors.get(first))]
+    if name not in NEW:
+        return [("", [ROOT / name], floors.get(""))]
+    assert tasks(name), f"{name} cannot be loaded"
+    return [(task, [ROOT / name, task], floors.get(task)) for task in tasks(name)]
+
+
+def run(command, folder):
+    """-> exit status, output, errors, seconds (of the clock or, if the machine is busy with other
+    programs, of the processor), the longest time without a line."""
+    with open(Path(folder, "errors.txt"), "w+") as errors:
+        start, cpu = time.perf_counter(), sum(os.times()[2:4])
+        last = start
+        lines, silence = [], 0
+        with subprocess.Popen([sys.executable, "-W", "error", *command], cwd=folder, text=True,
+                              stdout=subprocess.PIPE, stderr=errors) as process:
+            for line in process.stdout:
+                now = time.perf_counter()
+                silence, last = max(silence, now - last), now
+                lines.append(line)
+        errors.seek(0)
+        seconds = min(time.perf_counter() - start, sum(os.times()[2:4]) - cpu)
+        return process.returncode, "".join(lines), errors.read(), seconds, silence
+
+
+def faults(status, out, errors, floors):
+    """What is wrong with a run, as a list of sentences."""
+    if floors is None:
+        return ["has no floors"]
+    if floors == FILE:
+        refused = status == 2 and "--data" in errors and len(errors.splitlines()) == 1
+        return [] if refused else [f"exit status {status}, expected 2: {errors[-2000:]}"]
+    if status or errors:
+        return [f"exit status {status}\n{out[-2000:]}\n{errors[-2000:]}"]
+    metrics, found = dict(re.findall(r"(\S+)=(\S+)", out.splitlines()[-1])), []
+    for name, floor in floors.items():
+        kind, bound = floor.split()
+        value = float(metrics.get(name, "nan"))
+        if not (value >= float(bound) if kind == ">=" else value <= float(bound)):
+            found.append(f"{name} is {value}, the floor is {floor}")
+    return found
+
+
+def form(text, first, trains):
+    """What an output lacks: chance level, progress, a picture under its legend, commands, result."""
+    lines = text.splitlines()
+    dense = [line.replace(" ", "") for line in lines]
+    drawn = [i for i, line in enumerate(dense) if len(line) > 2 and not lines[i].startswith("step")
+             and 2 * len(re.findall("[-.:=+*#%@ox]", line)) >= len(line)]
+    legend = [i for i, line in enumerate(lines) if re.search(r"(?i)rows|columns|shades|dark|blank|@ is", line)]
+    wanted = {"chance level": not trains or re.search(r"chance level: loss \d", text),
+              "progress": not trains or re.search(r"^step +\d+/\d+  mean loss \S+.*\|  [\d.]+ s  \(", text, re.M),
+              "a picture": not first or len(drawn) >= 4,
+              "a legend": not drawn or legend and legend[0] < drawn[-1],
+              "Next:": re.search(r"^Next: python \S+\.py", text, re.M),
+              "result": lines[-1].startswith("result: task="),
+              "ASCII": text.isascii() and "\r" not in text,
+              "at most 100 columns": max(map(len, lines[:-1]), default=0) <= 100}
+    return [f"not in the output: {name}" for name, ok in wanted.items() if not ok]
+
+
+def main(names, spines):
+    """Run and report -> number of faults."""
+    missed = 0
+    for name in names or (NEW if spines else LESSONS):
+        with tempfile.TemporaryDirectory() as folder:
+            if spines:
+                Path(folder, f"my_{name}").write_text(spine(name) + "\nmain(Config())\n", "utf-8")
+            for label, command, floors in jobs(name, spines):
+                status, out, errors, seconds, silence = run(command, folder)
+                found = faults(status, out, errors, floors)
+                if name in NEW and not status:
+                    found += form(out, label in ("spine", next(iter(tasks(name)))), "step " in out)
+                    if seconds > 2 * SECONDS or silence > 2 * SECONDS:
+                        found.append(f"{seconds:.0f} s, {silence:.0f} s of them without a line")
+                late = " (slow)" if name in NEW and seconds > SECONDS else ""
+                last = (out.splitlines() or errors.splitlines() or [""])[-1]
+                print(f"{name:19s} {label:11s} {seconds:5.1f} s{late}  {last}", flush=True)
+                for sentence in found:
+                    print(f"    FAIL  {name} {label}: {sentence}", flush=True)
+                missed += len(found)
+    print(f"{missed} misses" if missed else "every floor holds")
+    return missed
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main([a for a in sys.argv[1:] if a != "--spines"], "--spines" in sys.argv)))
