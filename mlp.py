@@ -39,7 +39,7 @@ class Config:
     """Learn XOR, then the points of --points."""
     points: Literal["xor", "spirals"] = "spirals"  # points in the plane, of two classes
     hidden: str = "32,32"   # widths of the hidden layers
-    batch_size: int = 128   # points per step (XOR: always its four)
+    batch_size: int = 128   # points per step
     steps: int = 3000       # optimizer steps
     lr: float = 0.01        # learning rate
     seed: int = 0           # random seed
@@ -89,8 +89,8 @@ def binary_cross_entropy_backward(dout, cache):
 # ---- data ----------------------------------------------------------------------------------------
 
 def xor_points(rng, n):
-    """The corners of a square, whatever n is; class 1 where the signs differ.   -> x, labels."""
-    x = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)])
+    """The corners of a square, over and over; class 1 where the signs differ.   -> x, labels."""
+    x = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)])[np.arange(n) % 4]
     return x, x[:, 0] != x[:, 1]
 
 
@@ -478,8 +478,8 @@ GATES = {"AND": (0, 0, 0, 1), "OR": (0, 1, 1, 1), "NAND": (1, 1, 1, 0), "XOR": (
 
 
 def gate_points(rng, n):
-    """The corners of a square, whatever n is; a column for each gate.   -> x, labels (4, 4)."""
-    return xor_points(rng, n)[0], np.array(list(GATES.values())).T
+    """The corners of a square, over and over; a column for each gate.   -> x, labels (n, 4)."""
+    return xor_points(rng, n)[0], np.array(list(GATES.values())).T[np.arange(n) % 4]
 
 
 POINTS = {"spirals": spiral_points, "xor": xor_points, "gates": gate_points}
@@ -500,7 +500,7 @@ def init_layers(sizes, init, norm, rng, dtype):
     for i, (D, M) in enumerate(zip(sizes, sizes[1:])):
         std = {"he": (2 / D) ** 0.5, "xavier": (2 / (D + M)) ** 0.5, "normal": 1.0, "small": 0.01}
         params[f"W{i}"] = rng.standard_normal((D, M)) * std[init]
-        if norm == "batch" and i < len(sizes) - 2:
+        if {"none": False, "batch": True}[norm] and i < len(sizes) - 2:
             params[f"gamma{i}"], params[f"beta{i}"] = np.ones(M), np.zeros(M)
         else:
             params[f"b{i}"] = np.zeros(M)
@@ -699,7 +699,7 @@ def run_net(cfg):
     side_by_side(titles, [draw_regions(output(k), x, labels[:, k], cols, rows)
                           for k in range(len(titles))])
     print(f"test loss {loss:.3g}, {accuracy:.2%} right on "
-          + ("2000 fresh points" if cfg.points == "spirals" else "the four points"))
+          + ("2000 fresh points" if cfg.points == "spirals" else "the four corners"))
     print("\nNext: python mlp.py inits      python mlp.py optimizers      python vanilla_rnn.py")
     task = "gates" if type(cfg) is Gates else "net"
     print_result(task, cfg, accuracy=accuracy, test_loss=loss, params=size, steps=len(losses),
@@ -956,7 +956,7 @@ def run_names(cfg):
     size = sum(p.size for p in params.values())
     print(f"{cfg.data or 'the built-in names'}: {len(ids)} characters to predict, each from the "
           f"{cfg.context} before it,\n{len(chars)} different ones; hidden layers {cfg.hidden}, "
-          f"{size} parameters, {cfg.steps} steps")
+          f"{size} parameters,\n{cfg.steps} steps ({cfg.epochs} epochs at most)")
     print(f"chance level: loss {math.log(len(chars)):.3f}")
     sample = ids[np.random.default_rng(0).permutation(len(ids))[:10000]]
 
@@ -1097,7 +1097,7 @@ def run_mnist(cfg):
     outputs = forward(x[:2000]).argmax(axis=1)
     wrong = np.flatnonzero(outputs != labels[:2000])[:5]
     ink = (x[wrong].reshape(-1, 14, 2, 28).mean(axis=2) + 0.4) / 3      # characters are tall
-    print("Test images that the net gets wrong (two rows of pixels per line):")
+    print("Test images that the net gets wrong; blank is paper, @ ink, a line two rows of pixels:")
     side_by_side([f"{labels[n]} taken for {outputs[n]}"[:17] for n in wrong],
                  [["".join(row) for row in shade(image)] for image in ink[:3]])
     print(f"test accuracy {accuracy:.2%} of {len(x)} images (expected on MNIST: 98.5 %)")
