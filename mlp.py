@@ -171,8 +171,8 @@ def adam_update(params, grads, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
 
 
 def check_finite(loss, params=None):
-    """Raise FloatingPointError unless the loss and all parameters are finite."""
-    if not all(np.isfinite(value).all() for value in (loss, *(params or {}).values())):
+    """Raise FloatingPointError unless the loss and all parameters are finite, and below 1e10."""
+    if not all(np.abs(value).max() < 1e10 for value in (loss, *(params or {}).values())):
         raise FloatingPointError(f"training diverged (loss {loss:.4g}); try a smaller --lr")
 
 

@@ -140,8 +140,8 @@ def loss_and_grads(params, batch, cfg):
 # ---- training and pictures -----------------------------------------------------------------------
 
 def check_finite(loss, params=None):
-    """Raise FloatingPointError unless the loss and all parameters are finite."""
-    if not all(np.isfinite(value).all() for value in (loss, *(params or {}).values())):
+    """Raise FloatingPointError unless the loss and all parameters are finite, and below 1e10."""
+    if not all(np.abs(value).max() < 1e10 for value in (loss, *(params or {}).values())):
         raise FloatingPointError(f"training diverged (loss {loss:.4g}); try a smaller --lr")
 
 
