@@ -16,6 +16,13 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = "# ==== A complete program ends here."
+BUDGET = {      # lines of the spine, of the whole file (which is to aim at, not enforced)
+    "perceptron": (250, 450), "mlp": (280, 850), "vanilla_rnn": (280, 620), "lstm": (300, 720),
+    "seq2seq": (360, 680), "attention": (480, 950), "nested_attention": (440, 920),
+    "cnn": (430, 1080), "transformer": (390, 1250), "translation": (480, 1000), "mae": (490, 1000),
+    "autodiff": (360, 750), "vae": (420, 850), "gan": (380, 800), "diffusion": (450, 1100),
+    "ssm": (450, 900), "moe": (400, 800), "faster": (400, 950), "lora": (460, 950),
+    "rlhf": (460, 950), "gradcheck": (0, 1000)}
 ASCII_CONSOLE = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
 
 
@@ -31,7 +38,7 @@ OLD = [name for name in LESSONS if name not in NEW]
 
 def spine(name):
     """The text above the marker."""
-    return source(name).partition(f"\n{MARKER}")[0] + "\n"
+    return source(name).partition(f"\n{MARKER}")[0].rstrip() + "\n"
 
 
 @functools.lru_cache

@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from lessons import LESSONS, NEW, ROOT, spine, tasks
+from lessons import BUDGET, LESSONS, NEW, ROOT, source, spine, tasks
 
 SECONDS = 30        # for one task on two cores; machines differ, so twice as long is tolerated
 FILE = "needs --data"
@@ -30,10 +30,17 @@ FLOORS = {          # lesson: {task: {metric: at least (>=) or at most (<=)}}; o
         "unclipped_steps": "<= 199", "clipped_loss": "<= 0.05", "value_loss": "<= 0.05",
         "wave_mse": "<= 0.003", "wave_own_mse": "<= 0.05", "recall_bits": ">= 0.99",
         "recall_bits_cut": "<= 0.97", "recall_bits_twice": "<= 0.97"}},
-    "lstm.py": {"": {"remember_error": "<= 0.005", "remember_error_at_100": "<= 0.05", "reverse_exact": ">= 0.999",
-                "add_mse": "<= 0.001", "add_plain_mse": ">= 0.01"}},
-    "transformer.py": {"rhyme": {"loss": "<= 0.1", "recited": ">= 0.99"},
-                       "modern": {"gpt2_loss": "<= 0.1"}, "text": {"validation": "<= 0.1"}},
+    "lstm.py": {
+        "remember": {"error": "<= 0.005"}, "long": {"error_after_100": "<= 0.05"},
+        "gradient": {"rnn": "<= 1e-4", "lstm": ">= 1e-3"},
+        "add": {"lstm_mse": "<= 0.001", "rnn_mse": ">= 0.01"},
+        "reverse": {"exact": ">= 0.999", "padding": "<= 0"}, "text": {"validation": "<= 0.2"}},
+    "transformer.py": {
+        "rhyme": {"loss": "<= 0.1", "recited": ">= 0.99"}, "generate": {"same": ">= 1"},
+        "modern": {"gpt_loss": "<= 0.1", "modern_loss": "<= 0.1"}, "positions": {},
+        "fill": {"right": ">= 0.8"}, "mnist": FILE, "reverse": {"exact": ">= 0.995", "padding": "<= 0"},
+        "sort": {"exact": ">= 0.995", "padding": "<= 0"},
+        "text": FILE},
     "mae.py": {"": {
         "error": "<= 0.22", "mean_patch_error": ">= 0.35", "raw": "<= 0.26", "untrained": "<= 0.32",
         "probe": ">= 0.34", "ratio": ">= 1.4", "raw_10": "<= 0.26", "untrained_10": "<= 0.5",
@@ -44,10 +51,15 @@ FLOORS = {          # lesson: {task: {metric: at least (>=) or at most (<=)}}; o
     "attention.py": {"": {
         "reverse_exact": ">= 0.99", "reverse_alignment": ">= 0.95", "copy_exact": ">= 0.99",
         "copy_alignment": ">= 0.95", "dates_exact": ">= 0.99", "dates_alignment": ">= 0.9"}},
-    "nested_attention.py": {"": {
-        "d1": "<= 1e-12", "delta": ">= 0.99", "hebb": "<= 0.65", "delta_128": ">= 0.98",
-        "delta_512": ">= 0.98", "periods_gain": ">= 0.15", "momentum_repeat": "<= 0.7",
-        "adam_axes": "<= 0.6", "adam_rotated": ">= 0.8"}},
+    "nested_attention.py": {
+        "recall": {"delta_accuracy": ">= 0.99", "hebb_accuracy": "<= 0.65"},
+        "rule": {"accuracy_32": ">= 0.99", "accuracy_128": ">= 0.98", "accuracy_512": ">= 0.98"},
+        "rules": {"delta_accuracy_32": ">= 0.99", "delta_accuracy_512": ">= 0.98",
+                  "hebb_accuracy_32": "<= 0.65"},
+        "memories": {"gain_over_4_4_4": ">= 0.15", "gain_over_16_16_16": ">= 0.15"},
+        "inner": {"momentum_over_delta_repeated": "<= 0.7", "adam_over_delta_axes": "<= 0.6",
+                  "adam_over_delta_rotated": ">= 0.8"},
+        "identities": {"identity_error": "<= 1e-12"}},
     "translation.py": {"": FILE},
 }
 
@@ -129,12 +141,18 @@ def main(names, spines):
                 status, out, errors, seconds, silence = run(command, folder)
                 found = faults(status, out, errors, floors)
                 if name in NEW and not status:
-                    found += form(out, label in ("spine", next(iter(tasks(name)))), "step " in out)
+                    first = next(iter(tasks(name)))
+                    config = tasks(name)[first if label == "spine" else label].config
+                    found += form(out, label in ("spine", first), hasattr(config, "steps"))
                     if seconds > 2 * SECONDS or silence > 2 * SECONDS:
                         found.append(f"{seconds:.0f} s, {silence:.0f} s of them without a line")
                 late = " (slow)" if name in NEW and seconds > SECONDS else ""
                 last = (out.splitlines() or errors.splitlines() or [""])[-1]
                 print(f"{name:19s} {label:11s} {seconds:5.1f} s{late}  {last}", flush=True)
+                if spines:
+                    sizes = [len(text.splitlines()) for text in (spine(name), source(name))]
+                    print("    lines of the spine {}, of the file {}; budgets {}, {}".format(
+                        *sizes, *BUDGET[name.removesuffix(".py")]))
                 for sentence in found:
                     print(f"    FAIL  {name} {label}: {sentence}", flush=True)
                 missed += len(found)

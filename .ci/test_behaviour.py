@@ -27,6 +27,15 @@ def small(name, task):
             for word in ("--" + f.name.replace("_", "-"), str(SMALL.get(f.name, 16)))]
 
 
+def data_flags(name, task, folder):
+    """--data with data in miniature, for a task that reads any."""
+    if (name, task) not in pairs("data"):
+        return []
+    folder = folder / "data"
+    folder.mkdir(exist_ok=True)
+    return ["--data", data_for(task, folder)]
+
+
 # ---- flags ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", NEW)
@@ -78,7 +87,25 @@ REFUSED = {     # values that do not go together, or are out of range: command, 
         ("names --fuse 1", "--fuse 1"), ("names --data nowhere", "nowhere"),
         ("names --hidden 8,", "--hidden"), ("mnist", "--data MNIST"),
         ("mnist --data nowhere", "nowhere train-images-idx3-ubyte.gz")],
-    "transformer.py": [("rhyme --dim 30", "--dim multiple --heads 4 30")],
+    "lstm.py": [
+        ("add --length 1", "--length 2"), ("gradient --length 1", "--length 2"),
+        ("text --threads 17", "--threads --batch-size 16"), ("text --data nowhere", "nowhere"),
+        ("add --cell foo", "--cell foo")],
+    "nested_attention.py": [
+        ("recall --keys 1", "--keys 2"), ("rule --mu 1", "--mu below 1"), ("rule --rule foo", "--rule foo"),
+        ("rules --length 1", "--length 2"), ("memories --periods 0", "--periods"),
+        ("memories --periods 1,x", "--periods 1,x"), ("memories --length 8", "--length 8.0"),
+        ("inner --length 8", "--length --dim 8"), ("recall --junk 1", "--junk below 1")],
+    "transformer.py": [
+        ("rhyme --dim 30", "--dim multiple --heads 4 30"), ("generate --context 1", "--context 2"),
+        ("rhyme --context 500", "--context 500"), ("modern --dim 12", "--dim even 3.0"),
+        ("positions --dim 30", "--dim --heads 4"), ("positions --dim 12", "--dim even"),
+        ("fill --mask-ratio 0", "--mask-ratio"), ("fill --mask-ratio 1", "--mask-ratio"),
+        ("mnist --patch 5", "--patch 28 5"), ("mnist --dropout 1", "--dropout below"),
+        ("mnist", "--data MNIST"), ("mnist --data nowhere", "nowhere train-images-idx3-ubyte.gz"),
+        ("reverse --dim 30", "--dim --heads 4"), ("sort --dim 30", "--dim --heads 4"),
+        ("text --threads 99", "--threads --batch-size"), ("text --data nowhere", "nowhere"),
+        ("text --heads 3", "--dim --heads 3")],
 }
 
 
@@ -94,7 +121,7 @@ def test_what_does_not_go_together(name, command, expected, tmp_path):
 def test_every_constraint_is_tried(name):
     constrained = {c.__name__ for c in load(name).CONSTRAINTS}
     commands = [row[0].split()[0] for row in REFUSED.get(name, [])]
-    assert not constrained - {tasks(name)[task].config.__name__ for task in commands}
+    assert constrained <= {tasks(name)[task].config.__name__ for task in commands}
 
 
 @pytest.mark.parametrize("name, task", pairs())
@@ -139,6 +166,7 @@ def test_every_flag_is_used(name, task, monkeypatch, tmp_path):
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 STOP = """import signal, sys, {module} as m
+signal.signal(signal.SIGINT, signal.default_int_handler)
 original = m.progress
 def progress(*args, **kwargs):
     for step in original(*args, **kwargs):
@@ -167,7 +195,7 @@ def outcome(done):
 @pytest.mark.parametrize("name, task", pairs("save", "load"))
 def test_resume_bit_for_bit(name, task, tmp_path):
     """Stopped by Ctrl-C and resumed: the same as never stopped. What does not agree is refused."""
-    common = [task, *small(name, task), "--steps", "14"]
+    common = [task, *small(name, task), *data_flags(name, task, tmp_path), "--steps", "14"]
     half, module = tmp_path / "half.npz", load(name)
     whole = outcome(lesson(name, *common))
     done = stopped(name, 5, *common, "--save", str(half))
@@ -176,14 +204,15 @@ def test_resume_bit_for_bit(name, task, tmp_path):
     assert outcome(resumed) == whole and "after 5 steps" in resumed.stdout
     ended = lesson(name, *common, "--load", str(tmp_path / "end.npz"))
     assert outcome(ended)[-1] == whole[-1], "a training that is at its end already"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["end.npz", "half.npz"]
+    assert {p.name for p in tmp_path.iterdir()} - {"data"} == {"end.npz", "half.npz"}
     for f in fields(module.TASKS[task].config):
         if f.type is int and f.name in ("hidden", "dim", "layers", "embed_dim"):
             flags = [*common, "--" + f.name.replace("_", "-"), "32", "--load", str(half)]
             is_refused(lesson(name, *flags), "half.npz")
     for other in tasks(name):
-        if other != task and (name, other) in pairs("load"):
-            is_refused(lesson(name, other, "--steps", "3", "--load", str(half)), "half.npz", task)
+        if other != task and (name, other) in pairs("save", "load"):
+            data = data_flags(name, other, tmp_path)
+            is_refused(lesson(name, other, *data, "--steps", "3", "--load", str(half)), "half.npz")
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in pairs("load")}))
@@ -198,7 +227,8 @@ def test_damaged_checkpoint(name, tmp_path):
     def is_read():
         found, state, losses = {"W": np.zeros((2, 3))}, {}, []
         module.load_checkpoint(str(path), {"task": "x"}, found, state, losses)
-        return np.array_equal(found["W"], params["W"]) and state == {"t": 3} and losses == [1.5, 1.25]
+        assert state in ({"t": 3}, {})                  # a zip does not protect its directory
+        return np.array_equal(found["W"], params["W"]) and losses == [1.5, 1.25]
     assert is_read()
     for meta, found in (({"task": "y"}, params), ({"task": "x"}, {"W": np.zeros((3, 3))}),
                         ({"task": "x"}, {"W": params["W"], "b": np.zeros(3)}), ({"task": "x"}, {})):
@@ -227,16 +257,18 @@ def test_damaged_checkpoint(name, tmp_path):
 @pytest.mark.parametrize("name, task", pairs("save", "load"))
 def test_checkpoint_that_cannot_be_written(name, task, tmp_path):
     """Found out before the training."""
+    common = [task, *data_flags(name, task, tmp_path), "--steps", "3"]
     for where in ("no/such/folder/a.npz", str(tmp_path)):
-        done = lesson(name, task, "--save", where)
+        done = lesson(name, *common, "--save", where)
         is_refused(done, f"--save {where}")
         assert not re.search("^step ", done.stdout, re.M)
-    is_refused(lesson(name, task, "--load", "nowhere.npz"), "--load nowhere.npz")
+    is_refused(lesson(name, *common, "--load", "nowhere.npz"), "--load nowhere.npz")
     if os.name != "nt":                                 # the disk is full
         done = subprocess.run(["bash", "-c", 'ulimit -f 1; exec "$@"', "", sys.executable, ROOT / name,
-                               task, "--save", tmp_path / "a.npz"], capture_output=True, text=True)
+                               *common, "--save", tmp_path / "a.npz"], capture_output=True, text=True)
         is_refused(done, "--save", "a.npz")
-        assert not re.search("^step ", done.stdout, re.M) and not list(tmp_path.iterdir())
+        assert not re.search("^step ", done.stdout, re.M)
+        assert {p.name for p in tmp_path.iterdir()} <= {"data"}
 
 
 # ---- ends of a run -------------------------------------------------------------------------------
@@ -245,8 +277,7 @@ def test_checkpoint_that_cannot_be_written(name, task, tmp_path):
 def test_divergence(name, task, tmp_path):
     """One sentence, status 1, nothing drawn, and no checkpoint over a good one."""
     flags, file = [task, "--lr", "1e39", "--steps", "1"], tmp_path / "a.npz"
-    if (name, task) in pairs("data"):
-        flags += ["--data", data_for(task, tmp_path)]
+    flags += data_flags(name, task, tmp_path)
     if (name, task) in pairs("save"):
         file.write_bytes(b"a good one")
         flags += ["--save", str(file)]
@@ -259,7 +290,7 @@ def test_divergence(name, task, tmp_path):
 
 @pytest.mark.parametrize("name, task", pairs("lr", "steps"))
 def test_same_seed_same_numbers(name, task, tmp_path):
-    data = ["--data", data_for(task, tmp_path)] if (name, task) in pairs("data") else []
+    data = data_flags(name, task, tmp_path)
 
     def numbers(*flags):
         done = lesson(name, task, "--steps", "4", *data, *flags)
@@ -273,7 +304,7 @@ def test_same_seed_same_numbers(name, task, tmp_path):
 @pytest.mark.parametrize("name", NEW)
 def test_ascii_console(name):
     done = lesson(name, "--steps", "30", env=ASCII_CONSOLE)
-    assert done.stdout.isascii() and "\r" not in done.stdout and metrics(done)
+    assert done.stdout.isascii() and "\r" not in done.stdout and metrics(done)["seed"] == "0"
     done = lesson(name, "--help", env=ASCII_CONSOLE)
     assert done.returncode == 0 and "Break it" in done.stdout and done.stdout.isascii()
 
@@ -293,7 +324,7 @@ def test_text_beyond_ascii(name, task, tmp_path):
 @pytest.mark.parametrize("name, task", pairs("steps"))
 def test_interrupt(name, task, tmp_path):
     """The first Ctrl-C ends all training, and what was learned is shown; the second ends the run."""
-    data = ["--data", data_for(task, tmp_path)] if (name, task) in pairs("data") else []
+    data = data_flags(name, task, tmp_path)
     long = ["--epochs", "100000000"] if (name, task) in pairs("epochs") else []
     command = [sys.executable, "-W", "error", ROOT / name, task, "--steps", "100000000", *long, *data]
     process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -329,14 +360,27 @@ def test_threads_change_no_gradient(name, task, monkeypatch):
     """In float64: the weighted sum over micro-batches is the gradient of the whole batch."""
     from concurrent.futures import ThreadPoolExecutor
     module, row = load(name), load(name).TASKS[task]
-    cfg = row.config(threads=3)
+    cfg = row.config(threads=3, batch_size=7)
     rng = np.random.default_rng(0)
     params, batch = row.init_params(cfg, rng, np.float64), row.make_batch(cfg, 1, np.float64)
     loss, grads, *_ = row.loss_and_grads(params, batch, cfg)
+    if "threaded_loss_and_grads" not in vars(module):   # it carries hidden states as well
+        pytest.skip("see test_threads_change_no_result")
     with ThreadPoolExecutor(3) as pool:
         again, same, *_ = module.threaded_loss_and_grads(row.loss_and_grads, pool, params, batch, cfg)
     assert abs(loss - again) < 1e-12 and same.keys() == grads.keys()
     assert all(np.allclose(g, same[key], rtol=0, atol=1e-10) for key, g in grads.items())
+
+
+@pytest.mark.parametrize("name, task", pairs("threads", "steps"))
+def test_threads_change_no_result(name, task, tmp_path):
+    data = data_flags(name, task, tmp_path)
+
+    def losses(n):
+        done = lesson(name, task, *data, "--batch-size", "7", "--steps", "4", "--threads", n)
+        assert metrics(done)
+        return [float(loss) for loss in re.findall(r"mean loss (\S+)", done.stdout)]
+    assert len(losses("1")) == 4 and np.allclose(losses("1"), losses("3"), rtol=2e-3)
 
 
 def choices(name, task):
@@ -348,7 +392,7 @@ def choices(name, task):
 @pytest.mark.parametrize("name, task", [p for p in pairs("steps") if choices(*p)])
 def test_every_choice(name, task, tmp_path):
     """Each choice of each Literal runs, one at a time, unless the flags' check refuses it."""
-    data = ["--data", data_for(task, tmp_path)] if (name, task) in pairs("data") else []
+    data = data_flags(name, task, tmp_path)
     ran = 0
     for field, choice in choices(name, task):
         flags = [task, "--" + field.replace("_", "-"), str(choice), "--steps", "2", *data]

@@ -316,7 +316,8 @@ def test_result_line(name, task, tmp_path):
     assert all(re.fullmatch(r"[A-Za-z]\w*=\S+", word) for word in words_of_it), words_of_it
     assert len({word.partition("=")[0] for word in words_of_it}) == len(words_of_it)
     assert expected.items() <= last.items(), (expected, last)
-    assert "seconds" in last and set(re.findall(r"^step +(\d+/\d+)", done.stdout, re.M)) == {"1/2", "2/2"}
+    assert "seconds" in last
+    assert set(re.findall(r"^step +\d+/(\d+)", done.stdout, re.M)) in ({"2"}, {"1", "2"})
 
 
 @pytest.mark.parametrize("name, task", pairs("steps"))
