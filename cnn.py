@@ -1294,5 +1294,12 @@ def print_result(**figures):
     print("result: " + " ".join(f"{k}={v:#.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items()))
 
 
+CONV = [dict(stride=1, padding=1, dilation=1, groups=1), dict(stride=2, padding=1, dilation=1, groups=2),
+        dict(stride=1, padding=0, dilation=2, groups=3)]
+GRADCHECK = {name: lambda rng: [        # inputs for gradcheck.py
+    dict(x=rng.standard_normal((2, 7, 5, 6)), W=rng.standard_normal((3, 3, 6 // c["groups"], 6)), **c) for c in CONV]
+    for name in ("conv", "conv_loop")}
+
+
 if __name__ == "__main__":
     run(main)

@@ -501,8 +501,8 @@ Tasks
 
 Break it (python mae.py probe --steps 1500; as it is: error 0.216, probe 30 % with 200 labels and
           61 % with 19,000)
-    decoder_forward: x + 0 * params["Pdec"]     error 0.297, 27 %, 53 %: a mask token no longer knows
-                                                its position, so all masked patches look alike
+    decoder_forward: x + 0 * params["Pdec"]     error 0.297, 27 %, 53 %: a mask token does not know
+                                                its position, and all masked patches look alike
     --mask-ratio 0.25                           0.184, 30 %, 66 %: small gaps are easy to fill; of
     --mask-ratio 0.5                            0.190, 33 %, 64 %  16 patches, 4 are very few
     --norm-pixels                               0.255, 33 %, 61 %: in even patches, what is left is

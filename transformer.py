@@ -394,7 +394,10 @@ Tasks
     python transformer.py positions             five encodings, at and beyond the trained length
     python transformer.py fill                  masked characters, from both sides
     python transformer.py reverse, or sort      encoder-decoder; --norm prenorm
-    python transformer.py text --data tinyshakespeare.txt --model modern --lr 0.003       1.67 nats
+    python transformer.py text --data tinyshakespeare.txt       1.67 nats per character, 5 minutes
+    python transformer.py text --data tinyshakespeare.txt --context 128 --batch-size 32 \\
+        --lr 0.004 --steps 1800 --save ts.npz   below 1.50, 40 minutes
+    python transformer.py generate --load ts.npz --prompt ROMEO: --temperature 0.8
     python transformer.py mnist --data mnist    rows of an image as tokens: 98 %
 
 Break it (what to change, and what comes of it)
@@ -421,8 +424,8 @@ Data
     mnist: python mlp.py --help says where to get it
 
 Papers of these parts: Szegedy et al. 2016 (label smoothing), Devlin et al. 2019 (masked tokens),
-Zhang and Sennrich 2019 (RMSNorm), Shazeer 2020 (SwiGLU), Xiong et al. 2020 (prenorm), Dosovitskiy et
-al. 2021 (images as tokens), Su et al. 2021 (rotary positions), Press et al. 2022 (ALiBi).
+Zhang and Sennrich 2019 (RMSNorm), Shazeer 2020 (SwiGLU), Xiong et al. 2020 (prenorm), Dosovitskiy
+et al. 2021 (images as tokens), Su et al. 2021 (rotary positions), Press et al. 2022 (ALiBi).
 """
 
 import argparse
@@ -1181,11 +1184,12 @@ def run_mnist(cfg):
     guess = classify(params, images, cfg)
     wrong = np.flatnonzero(guess != labels)[:3]
     ink = (images[wrong].reshape(-1, 14, 2, 28).mean(axis=2) + 0.4) / 3     # half the rows
-    print("\nErrors on the test set")
+    print("\nErrors on the test set, drawn with half of their rows; \" \" is paper, \"@\" is ink")
     print("   ".join(f"a {labels[n]}, read as {guess[n]}".ljust(28) for n in wrong))
     shades = np.array(list(" .:-=+*#%@"))[(np.clip(ink, 0, 1) * 9.99).astype(int)]
     for lines in shades.swapaxes(0, 1):
         print("   ".join("".join(line) for line in lines))
+    print("\nNext: python transformer.py mnist --data FOLDER --patch 7")
     print_result("mnist", cfg, accuracy=float((guess == labels).mean()), params=size,
                  steps=len(losses), seconds=time.perf_counter() - start)
 
@@ -1465,16 +1469,17 @@ def run_encdec(cfg):
     padding = float(np.abs(changed - logits)[(targets != PAD).ravel(), PAD + 1:].max())
     self_attention, (norm, cross, _), *_ = caches[-1]
     q_cache, kv_cache, (q, k, v, p), *_ = cross
-    full = source[:, -2] != PAD                                     # of the greatest length
-    p, source, targets = p[full, :, :, :-1], source[full, :-1], targets[full]
-    rows, columns = ([" <>0123456789"[i] for i in ids[0]] for ids in (targets, source))
+    lengths = (source != PAD).sum(axis=1)
+    S, longest = lengths.max(), lengths == lengths.max()
+    p, source, targets = p[longest, :, :S + 1, :S], source[longest, :S], targets[longest, :S + 1]
+    rows, columns = ([" <>0123456789"[i] for i in ids[0, :20]] for ids in (targets, source))
     print("\nThe last layer's cross-attention, a map per head: each row, a digit to be written or\n"
           "> for the end, attends to the columns, the source")
-    draw_heads(p[0], rows, columns)
-    equal = source[:, None, None] == targets[:, None, :-1, None]    # (n, 1, context, context)
-    share = (p[:, :, :-1] * equal).sum(axis=3).mean(axis=(0, 2))
-    print(f"\nOn digits equal to the one to be written (chance {equal.mean():.0%}): "
-          + ", ".join(f"head {h + 1} {s:.0%}" for h, s in enumerate(share)))
+    draw_heads(p[0, :, :20, :20], rows, columns)
+    equal = source[:, None, None] == targets[:, None, :S, None]     # (n, 1, S, S)
+    share = (p[:, :, :S] * equal).sum(axis=3).mean(axis=(0, 2))     # (H,)
+    print("\nShare of each head's attention on digits equal to the one to be written (chance "
+          f"{equal.mean():.0%}):\n" + "  ".join(f"{value:.0%}" for value in share))
     print(f"Another embedding of the padding changes the logits by {padding:.0e}")
     print(f"{exact:.1%} of 1000 fresh sequences entirely right")
     print("\nNext: python transformer.py sort      python transformer.py reverse --norm prenorm")
@@ -1546,17 +1551,18 @@ def text_loss_and_grads(params, batch, cfg):
     return MODELS[cfg.model][1](params, batch, cfg)
 
 
-def validation_loss(params, cfg, most=None):
-    """Mean loss over the windows of the validation part, or the first ones of them."""
+def validation_loss(params, cfg, most=10 ** 9):
+    """Mean loss over the windows of the validation part, or some `most` of them."""
     _, _, ids = load_text(cfg.data, cfg.context)
-    n, total = min((len(ids) - 1) // cfg.context, most or len(ids)), 0.0
-    for k in range(0, n, 32):
-        starts = cfg.context * np.arange(k, min(n, k + 32))
-        windows = ids[starts[:, None] + np.arange(cfg.context + 1)]
+    starts = np.arange(0, len(ids) - cfg.context, cfg.context)
+    starts = starts[::max(1, len(starts) // most)]
+    total = 0.0
+    for some in np.array_split(starts, math.ceil(len(starts) / 32)):
+        windows = ids[some[:, None] + np.arange(cfg.context + 1)]
         logits, _ = MODELS[cfg.model][2](params, windows[:, :-1], cfg)
         loss, _ = softmax_cross_entropy_forward(logits, windows[:, 1:].ravel())
-        total += float(loss) * len(starts)
-    return total / n
+        total += float(loss) * len(some)
+    return total / len(starts)
 
 
 def train_long(params, cfg, meta, make_batch, loss_and_grads, note):
@@ -1571,7 +1577,8 @@ def train_long(params, cfg, meta, make_batch, loss_and_grads, note):
         if cfg.save and step % 200 == 0:
             save_checkpoint(cfg.save, meta, params, state, losses)
 
-    with ThreadPoolExecutor(cfg.threads) as pool:
+    quiet = functools.partial(np.seterr, over="ignore", invalid="ignore")       # as run does
+    with ThreadPoolExecutor(cfg.threads, initializer=quiet) as pool:
         threaded = functools.partial(threaded_loss_and_grads, loss_and_grads, pool)
         train(params, cfg, make_batch, threaded, state, losses, note, save)
     if cfg.save:
@@ -1592,7 +1599,7 @@ def run_text(cfg):
     meta = dict(task="text", chars="".join(chars), model=cfg.model, layers=cfg.layers,
                 heads=cfg.heads, dim=cfg.dim, context=cfg.context)
     losses = train_long(params, cfg, meta, text_batch, text_loss_and_grads,
-                        lambda: f"  validation {validation_loss(params, cfg, 50):.4f}")
+                        lambda: f"  validation {validation_loss(params, cfg, 100):.4f}")
     loss = validation_loss(params, cfg)
     check_finite(loss, params)
     ids = sample(params, cfg, train[:1], 300, rng, MODELS[cfg.model][3])

@@ -1507,5 +1507,10 @@ def print_result(**figures):
     print("result: " + " ".join(f"{k}={v:#.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items()))
 
 
+GRADCHECK = {"attention": lambda rng: dict(     # inputs for gradcheck.py: heads after positions
+    q=rng.standard_normal((2, 5, 3, 6)), k=rng.standard_normal((2, 7, 3, 6)),
+    v=rng.standard_normal((2, 7, 3, 6)), mask=np.where(rng.random((2, 1, 1, 7)) < 0.3, -1e9, 0.0))}
+
+
 if __name__ == "__main__":
     run(main)

@@ -38,7 +38,7 @@ class Config:
     """Learn the next value of a wave, then continue the wave alone."""
     hidden: int = 64        # size of the hidden state
     radius: float = 1.0     # spectral radius of Wh before training
-    length: int = 80       # time steps of a sequence
+    length: int = 80        # time steps of a sequence
     batch_size: int = 64    # sequences per optimizer step
     steps: int = 1000       # optimizer steps
     lr: float = 0.001       # learning rate
@@ -106,7 +106,7 @@ def make_batch(cfg, step, dtype=np.float32):
 # ---- model: input projection, recurrence, output layer -------------------------------------------
 
 def init_params(cfg, rng, dtype=np.float32, inputs=1, outputs=1):
-    """Wx, Wh, b, Wo, bo; an orthogonal matrix has eigenvalues of absolute value 1 only."""
+    """Wx, Wh, b, Wo, bo. All eigenvalues of an orthogonal matrix have absolute value 1."""
     H = cfg.hidden
     params = {"Wx": rng.standard_normal((inputs, H)) * inputs ** -0.5,
               "Wh": cfg.radius * np.linalg.qr(rng.standard_normal((H, H)))[0], "b": np.zeros(H),
@@ -207,7 +207,7 @@ def progress(steps, losses, note=lambda: ""):
 
 def train(params, cfg, make_batch=make_batch, loss_and_grads=loss_and_grads, clip=clip_norm,
           update=adam_update, rate=lambda step, cfg: cfg.lr, state=None, losses=None,
-          note=lambda: "", after_step=lambda step: None):
+          note=lambda: ""):
     """Train params in place -> losses. The later parts of the file pass their own functions."""
     state = {} if state is None else state
     losses = [] if losses is None else losses
@@ -216,7 +216,6 @@ def train(params, cfg, make_batch=make_batch, loss_and_grads=loss_and_grads, cli
         clip(grads, cfg.grad_clip)
         update(params, grads, state, rate(step, cfg))
         losses.append(float(loss))
-        after_step(step)
     check_finite(losses[-1], params)
     return losses
 
@@ -252,7 +251,8 @@ def print_result(task, cfg, **metrics):
 
 def main(cfg):
     """Learn the wave, continue it, and show how the gradient fades on its way back through time."""
-    start, params = time.perf_counter(), init_params(cfg, np.random.default_rng(cfg.seed))
+    start = time.perf_counter()
+    params = init_params(cfg, np.random.default_rng(cfg.seed))
     size = sum(p.size for p in params.values())
     waves, targets = make_batch(replace(cfg, batch_size=500, length=cfg.length + 59), 0)    # fresh
     x, h0 = waves[:cfg.length], np.zeros((500, cfg.hidden), waves.dtype)
@@ -269,9 +269,9 @@ def main(cfg):
     mse, free_mse = float(errors[:-60].mean()), float(errors[-60:].mean())
     check_finite(free_mse, params)
     print(f"mean squared error {mse:.5f} on 500 fresh waves, {free_mse:.5f} on the next 60 steps, "
-          "where\neach input is the output before. Its last 80 steps: . true, o predicted, @ both")
+          "where\neach input is the output before. 80 steps of a wave: . true, o predicted, @ both")
     draw_curves(targets[-80:, 0, 0], y[-80:, 0, 0])
-    print("Norm of the last output's gradient at each step, log10: . before training, o after it")
+    print("log10 of the last output's gradient norm, step by step: . before training, o after it")
     draw_curves(before[-80:], after[-80:])
     print("\nNext: python vanilla_rnn.py explode      python vanilla_rnn.py --radius 0.5")
     print_result("wave", cfg, mse=mse, free_mse=free_mse, gradient=float(10 ** after[0]),
@@ -388,7 +388,7 @@ def run_explode(cfg):
         norms /= norms[-1]
         strip = "".join(shade(0.5 + np.log10(norms + 1e-30) / 8))
         print(f"spectral radius {radius}   step 1 |{strip}| step 50   at step 1: {norms[0]:.0e}")
-        metrics[f"radius_{radius}"] = float(norms[0])
+        metrics[f"radius_{radius}".replace(".", "_")] = float(norms[0])
     print("Slopes of tanh are below 1, so a radius slightly above 1 does not explode the gradient.")
     for name, radius, clip, limit in (("control", 1.0, clip_norm, 0.0),
                                       ("unclipped", cfg.radius, clip_norm, 0.0),
@@ -775,7 +775,7 @@ def save_checkpoint(path, meta, params, state, losses, dry_run=False):
 def read_checkpoint(path):
     """A file of save_checkpoint -> meta, losses, arrays by name.   Raises InputError."""
     try:
-        with np.load(path, allow_pickle=False) as saved:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
             arrays = dict(saved)
         meta, losses = json.loads(str(arrays.pop("meta"))), arrays.pop("losses").tolist()
         return dict(meta), list(losses), arrays
