@@ -255,8 +255,8 @@ def shade(values):
 
 
 def draw_cells(params, x):
-    """Gates and contents of four cells over time, 80 steps at most, for a sequence x (T, 1, 1)."""
-    _, (_, (h, c, gates, _), _, _) = remember_forward(params, x[:80])
+    """Gates and contents of four cells over time, 70 steps at most, for a sequence x (T, 1, 1)."""
+    _, (_, (h, c, gates, _), _, _) = remember_forward(params, x[:70])
     i, f, g, o = gates[:, :, 0].swapaxes(0, 1)              # (T, H) each
     tanh_c = np.tanh(c[1:, 0])
     largest = np.argsort(-np.abs(h[-1, 0] * params["Wo"][:, 0]))[:4]
@@ -876,7 +876,8 @@ def run_text(cfg):
             save_checkpoint(cfg.save, meta, params, state, losses)
         return f"  validation {loss:.4f}"
 
-    with ThreadPoolExecutor(cfg.threads) as pool:
+    quiet = functools.partial(np.seterr, over="ignore", invalid="ignore")       # as run does
+    with ThreadPoolExecutor(cfg.threads, initializer=quiet) as pool:
         step = functools.partial(threaded_text_loss_and_grads, pool, state)
         train(params, cfg, text_batch, step, state, losses, note)
     loss = text_validation(params, cfg)

@@ -256,8 +256,8 @@ def adam_update(params, grads, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
 
 
 def check_finite(loss, params=None):
-    """Raise FloatingPointError unless the loss and all parameters are finite."""
-    if not all(np.isfinite(value).all() for value in (loss, *(params or {}).values())):
+    """Raise FloatingPointError unless the loss and all parameters are finite, and below 1e10."""
+    if not all(np.abs(value).max() < 1e10 for value in (loss, *(params or {}).values())):
         raise FloatingPointError(f"training diverged (loss {loss:.4g}); try a smaller --lr")
 
 
@@ -1260,9 +1260,10 @@ def limits(cfg):
             rows.append((value < 1, "--" + name, "below 1", value))
         if name == "periods":
             ok = re.fullmatch(r"[1-9]\d{0,2}(,[1-9]\d{0,2}){0,7}", value)
-            cycle = cfg.home + cfg.away
+            least = (cfg.home + cfg.away) / 4
+            expected = f"more than (--home + --away) / 4 = {least}"
             rows += [(ok, "--periods", "up to 8 numbers from 1 to 999, such as 1,4,16", value),
-                     (4 * cfg.length > cycle, "--length", f"more than {cycle} / 4", cfg.length)]
+                     (cfg.length > least, "--length", expected, cfg.length)]
     if type(cfg) is Inner:
         rows.append((cfg.length > cfg.dim, "--length", f"more than --dim {cfg.dim}", cfg.length))
     return rows

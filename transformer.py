@@ -1216,6 +1216,8 @@ class Reverse(Config):
 @dataclass
 class Sort(Reverse):
     """Write the digits of a sequence in order."""
+    batch_size: int = 128   # sequences per step
+    steps: int = 900        # optimizer steps
 
 
 def multihead_forward(x, p, heads, B, mask, memory):
@@ -1659,7 +1661,7 @@ def save_checkpoint(path, meta, params, state, losses, dry_run=False):
 def read_checkpoint(path):
     """A file of save_checkpoint -> meta, losses, arrays by name.   Raises InputError."""
     try:
-        with np.load(path, allow_pickle=False) as saved:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
             arrays = dict(saved)
         meta, losses = json.loads(str(arrays.pop("meta"))), arrays.pop("losses").tolist()
         return dict(meta), list(losses), arrays

@@ -269,7 +269,7 @@ def main(cfg):
     mse, free_mse = float(errors[:-60].mean()), float(errors[-60:].mean())
     check_finite(free_mse, params)
     print(f"mean squared error {mse:.5f} on 500 fresh waves, {free_mse:.5f} on the next 60 steps, "
-          "where\neach input is the output before. 80 steps of a wave: . true, o predicted, @ both")
+          "where each\ninput is the output before. Columns are steps: . true, o predicted, @ both")
     draw_curves(targets[-80:, 0, 0], y[-80:, 0, 0])
     print("log10 of the last output's gradient norm, step by step: . before training, o after it")
     draw_curves(before[-80:], after[-80:])
@@ -301,7 +301,6 @@ Data
     curl -o tinyshakespeare.txt \\
         https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
     python vanilla_rnn.py text --data tinyshakespeare.txt --hidden 512 --batch-size 64 --steps 2000
-        validation loss @@TS@@ nats per character
 
 Papers of these parts: Williams and Peng 1990 (truncation), Bengio et al. 1994 (why gradients
 vanish), Mikolov 2012 (text by recurrent nets, clipping by value).
@@ -387,7 +386,7 @@ def run_explode(cfg):
         norms = np.linalg.norm(rnn_backward(dh, cache)[0], axis=(1, 2))
         norms /= norms[-1]
         strip = "".join(shade(0.5 + np.log10(norms + 1e-30) / 8))
-        print(f"spectral radius {radius}   step 1 |{strip}| step 50   at step 1: {norms[0]:.0e}")
+        print(f"radius {radius}   step 1 |{strip}| step 50   at step 1: {norms[0]:.0e}")
         metrics[f"radius_{radius}".replace(".", "_")] = float(norms[0])
     print("Slopes of tanh are below 1, so a radius slightly above 1 does not explode the gradient.")
     for name, radius, clip, limit in (("control", 1.0, clip_norm, 0.0),
@@ -738,7 +737,8 @@ def run_text(cfg):
             save_checkpoint(cfg.save, meta, params, state, losses)
         return f"  validation {loss:.4f}"
 
-    with ThreadPoolExecutor(cfg.threads) as pool:
+    quiet = functools.partial(np.seterr, over="ignore", invalid="ignore")       # as run does
+    with ThreadPoolExecutor(cfg.threads, initializer=quiet) as pool:
         step = functools.partial(threaded_text_loss_and_grads, pool, state)
         train(params, cfg, text_batch, step, rate=learning_rate, state=state, losses=losses,
               note=note)

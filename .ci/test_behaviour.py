@@ -96,6 +96,17 @@ REFUSED = {     # values that do not go together, or are out of range: command, 
         ("rules --length 1", "--length 2"), ("memories --periods 0", "--periods"),
         ("memories --periods 1,x", "--periods 1,x"), ("memories --length 8", "--length 8.0"),
         ("inner --length 8", "--length --dim 8"), ("recall --junk 1", "--junk below 1")],
+    "vanilla_rnn.py": [
+        ("wave --length 1", "--length 2"), ("explode --radius -1", "--radius"),
+        ("recall --window 0", "--window 1"), ("text --length 1", "--length 2"),
+        ("text --threads 17", "--threads --batch-size 16"), ("text --data nowhere", "nowhere")],
+    "mae.py": [
+        ("shapes --patch-size 3", "--patch-size 16"), ("shapes --patch-size 0", "--patch-size"),
+        ("shapes --dim 30", "--dim multiple --heads 4"), ("probe --mask-ratio 0", "--mask-ratio"),
+        ("probe --mask-ratio 0.99", "--mask-ratio patch"), ("finetune --labels 0", "--labels"),
+        ("finetune --threads 99", "--threads --batch-size"), ("cifar", "--data"), ("mnist", "--data"),
+        ("cifar --data nowhere", "nowhere cifar-10-binary.tar.gz"), ("cifar --crop 32", "--crop 32"),
+        ("mnist --data nowhere", "nowhere train-images-idx3-ubyte.gz")],
     "transformer.py": [
         ("rhyme --dim 30", "--dim multiple --heads 4 30"), ("generate --context 1", "--context 2"),
         ("rhyme --context 500", "--context 500"), ("modern --dim 12", "--dim even 3.0"),

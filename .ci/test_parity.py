@@ -1,6 +1,5 @@
 """Every operation that PyTorch has, and every model built from torch.nn modules: values and gradients in float64."""
 import importlib.util
-import math
 import sys
 from pathlib import Path
 
@@ -132,8 +131,9 @@ def test_operation(name, lesson):
 
 
 CONV2D = [dict(k=k, stride=stride, padding=padding, dilation=dilation, groups=groups)
-          for k, stride, padding, dilation, groups in ((3, 1, 1, 1, 1), (3, 2, 1, 1, 1), (2, 1, 0, 2, 1), (3, 1, 1, 1, 2),
-                                                       (3, 2, 2, 2, 3), (1, 2, 0, 1, 1), (2, 3, 3, 1, 2), (3, 1, 1, 1, 6))]
+          for k, stride, padding, dilation, groups in (
+              (3, 1, 1, 1, 1), (3, 2, 1, 1, 1), (2, 1, 0, 2, 1), (3, 1, 1, 1, 2), (3, 2, 2, 2, 3),
+              (1, 2, 0, 1, 1), (2, 3, 3, 1, 2), (3, 1, 1, 1, 6))]
 
 
 @pytest.mark.skipif(not has("conv2d"), reason="no lesson has it")
@@ -151,6 +151,111 @@ def test_conv2d(options):
     theirs.backward(torch.as_tensor(dout))
     differ("conv2d, gradient of x", dx, tx.grad)
     differ("conv2d, gradient of W", dW, tW.grad)
+
+
+def leaves(params):
+    """Parameters as tensors that get gradients."""
+    return {name: torch.tensor(value, requires_grad=True) for name, value in params.items()}
+
+
+def compare_model(what, module, cfg, init, batch, ours, theirs):
+    """Loss and all gradients of a model, ours and one of torch.nn modules: theirs(tensors) -> loss."""
+    params = init(cfg, np.random.default_rng(0), np.float64)
+    for name, value in params.items():
+        params[name] = value + 0.3 * np.random.default_rng(len(name)).standard_normal(value.shape)
+    loss, grads = ours(params, batch, cfg)
+    tensors = leaves(params)
+    their_loss = theirs(tensors)
+    their_loss.backward()
+    differ(what, loss, their_loss)
+    for name, g in grads.items():
+        differ(f"{what}, gradient of {name}", g, tensors[name].grad)
+
+
+def test_mlp():
+    module = load("mlp")
+    cfg = module.Config(hidden="5,4", batch_size=7)
+    x, targets = module.make_batch(cfg, 1, np.float64)
+
+    def theirs(p):
+        net = torch.nn.Sequential(torch.nn.Linear(2, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4), torch.nn.Tanh(),
+                                  torch.nn.Linear(4, 1))
+        named = {f"{2 * i}.{kind}": p[f"{'W' if kind == 'weight' else 'b'}{i}"].T for i in range(3)
+                 for kind in ("weight", "bias")}
+        logits = torch.func.functional_call(net, named, torch.tensor(x))
+        return torch.nn.BCEWithLogitsLoss()(logits, torch.tensor(targets))
+    compare_model("mlp", module, cfg, module.init_params, (x, targets), module.loss_and_grads, theirs)
+
+
+def test_lstm():
+    module = load("lstm")
+    cfg = module.Config(length=6, hidden=5, batch_size=4)
+    x, targets = module.make_batch(cfg, 1, np.float64)
+
+    def theirs(p):
+        named = {"weight_ih_l0": p["Wx"].T, "weight_hh_l0": p["Wh"].T, "bias_ih_l0": p["b"],
+                 "bias_hh_l0": torch.zeros_like(p["b"])}
+        h, _ = torch.func.functional_call(torch.nn.LSTM(1, 5), named, torch.tensor(x))
+        return F.mse_loss(F.linear(h[-1], p["Wo"].T, p["bo"]), torch.tensor(targets))
+    compare_model("lstm", module, cfg, module.init_params, (x, targets), module.loss_and_grads, theirs)
+
+
+def test_gru_and_plain_cell():
+    module = load("lstm")
+    T, N, D, H = 6, 4, 3, 5
+    for name, kind, blocks in (("gru", torch.nn.GRU, 3), ("rnn", torch.nn.RNN, 1)):
+        x, Wx, Wh, b = normal(T, N, D), normal(D, blocks * H), normal(H, blocks * H), normal(blocks * H)
+        bn, h0 = normal(H), normal(N, H)
+        p = leaves(dict(Wx=Wx, Wh=Wh, b=b, bn=bn))
+        hidden = torch.cat([torch.zeros(2 * H), p["bn"]]) if name == "gru" else torch.zeros(H)
+        named = {"weight_ih_l0": p["Wx"].T, "weight_hh_l0": p["Wh"].T, "bias_ih_l0": p["b"], "bias_hh_l0": hidden}
+        theirs, _ = torch.func.functional_call(kind(D, H), named, (torch.tensor(x), torch.tensor(h0)[None]))
+        args = (x @ Wx + b, h0, Wh, bn) if name == "gru" else (x @ Wx + b, h0, Wh)
+        out, cache = getattr(module, name + "_forward")(*args)
+        out = out[0] if isinstance(out, tuple) else out
+        differ(name, out, theirs)
+        dout = normal(*out.shape)
+        dz, _, dWh, *dbn = getattr(module, name + "_backward")(dout, cache)
+        theirs.backward(torch.tensor(dout))
+        differ(f"{name}, gradient of Wh", dWh, p["Wh"].grad)
+        differ(f"{name}, gradient of b", dz.sum(axis=(0, 1)), p["b"].grad)
+        for g in dbn:
+            differ(f"{name}, gradient of bn", g, p["bn"].grad)
+
+
+def test_gpt():
+    module = load("transformer")
+    cfg = module.Config(layers=2, heads=2, dim=6, context=7, batch_size=3)
+    ids, targets = module.make_batch(cfg, 1, np.float64)
+
+    def theirs(p):
+        x = F.embedding(torch.tensor(ids), p["E"]) + p["P"]
+        mask = torch.nn.Transformer.generate_square_subsequent_mask(7)
+        for i in range(2):
+            q = {name[2:]: value for name, value in p.items() if name.startswith(f"{i}.")}
+            layer = torch.nn.TransformerEncoderLayer(
+                6, 2, 24, dropout=0.0, norm_first=True, batch_first=True,
+                activation=lambda z: F.gelu(z, approximate="tanh"))
+            named = {"self_attn.in_proj_weight": q["Wqkv"].T, "self_attn.in_proj_bias": q["bqkv"],
+                     "self_attn.out_proj.weight": q["Wo"].T, "self_attn.out_proj.bias": q["bo"],
+                     "linear1.weight": q["W1"].T, "linear1.bias": q["b1"], "linear2.weight": q["W2"].T,
+                     "linear2.bias": q["b2"], "norm1.weight": q["gamma1"], "norm1.bias": q["beta1"],
+                     "norm2.weight": q["gamma2"], "norm2.bias": q["beta2"]}
+            x = torch.func.functional_call(layer, named, (x,), dict(src_mask=mask, is_causal=True))
+        x = F.layer_norm(x, (6,), p["gamma"], p["beta"])
+        return F.cross_entropy((x @ p["E"].T).flatten(0, 1), torch.tensor(targets).flatten())
+    compare_model("gpt", module, cfg, module.init_params, (ids, targets), module.loss_and_grads, theirs)
+
+
+def test_softmax_regression():
+    module = load("perceptron")
+    cfg = module.Config()
+    x, targets = module.make_batch(cfg, 1, np.float64)
+
+    def theirs(p):
+        logits = F.linear(torch.tensor(x), p["W"].T, p["b"])
+        return F.binary_cross_entropy_with_logits(logits, torch.tensor(targets))
+    compare_model("perceptron", module, cfg, module.init_params, (x, targets), module.loss_and_grads, theirs)
 
 
 # ---- optimizers, clipping --------------------------------------------------------------------------------------------
@@ -180,7 +285,8 @@ OPTIMIZERS = {
     "momentum_update": (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), {}),
     "adam_update": (lambda p: torch.optim.Adam(p, lr=0.1), {}),
     "adamw_update": (lambda p: torch.optim.AdamW([dict(params=p[:1], weight_decay=0.2),
-                                                  dict(params=p[1:], weight_decay=0.0)], lr=0.1), {"weight_decay": 0.2}),
+                                                  dict(params=p[1:], weight_decay=0.0)], lr=0.1),
+                     {"weight_decay": 0.2}),
     "sgdw_update": (lambda p: torch.optim.SGD([dict(params=p[:1], weight_decay=0.0),
                                                dict(params=p[1:], weight_decay=0.0)], lr=0.1, momentum=0.9),
                     {"weight_decay": 0.0}),
@@ -218,3 +324,11 @@ def test_learning_rate():
         differ("learning_rate", np.array(module.learning_rate(step, cfg)), torch.tensor(schedule.get_last_lr()[0]))
         optimizer.step()
         schedule.step()
+
+
+def test_report(capsys):
+    """Last of all: print the largest difference."""
+    if differences:
+        what = max(differences, key=differences.get)
+        with capsys.disabled():
+            print(f"\n{len(differences)} comparisons, largest difference {differences[what]:.1e} ({what})")
