@@ -933,7 +933,7 @@ def show_gradients(cfg, rng):
     """Norm of the gradient of every W before training, with and without BatchNorm."""
     print("Norm of the gradient of W before training, first layer to last (alike, or ever larger?):")
     for norm, text in (("batch", "with"), ("none", "without")):
-        part = replace(cfg, norm=norm)
+        part = replace(cfg, experiment="none", norm=norm)
         params = init_params(part, np.random.default_rng(cfg.seed))
         _, grads = loss_and_grads(params, make_batch(part, rng), part)
         norms = [float(np.linalg.norm(grads[name])) for name in params if name.endswith(".W")]
@@ -1014,7 +1014,7 @@ def compare_rates(cfg):
         found = []
         print(f"{'with' if norm == 'batch' else 'without':>8s} BatchNorm", end="", flush=True)
         for lr in rates:
-            part = replace(cfg, norm=norm, lr=lr)
+            part = replace(cfg, experiment="none", norm=norm, lr=lr)
             try:
                 params, running, progress = train_cnn(part, np.random.default_rng(cfg.seed), quiet=True)
                 found.append(accuracy(params, running, part))

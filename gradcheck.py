@@ -987,8 +987,6 @@ def main(paths):
     print(f"{time.perf_counter() - start:.1f} s\n{passed} passed, {failed} failed")
     return 1 if failed else 0
 
-if (HERE / ".ci/old_cases.py").is_file():               # of lessons without TASKS
-    exec((HERE / ".ci/old_cases.py").read_text(encoding="utf-8"))
 
 if __name__ == "__main__":
     if sys.stdout is sys.__stdout__:                    # a console, not a notebook

@@ -569,7 +569,7 @@ class Finetune(Probe):
     """Train the whole encoder on few labels, after learning without labels, and from scratch."""
     steps: int = 1500       # optimizer steps
     labels: float = 0.01    # share of the labels for fine-tuning
-    tune_steps: int = 400   # optimizer steps of fine-tuning
+    tune_steps: int = 400   # optimizer steps of fine-tuning, at most --steps
 
 
 @dataclass
@@ -1048,7 +1048,8 @@ def labelled_batch(cfg, step, dtype=np.float32):
 def finetune(params, cfg):
     """Train encoder and linear layer on labels, from params and from scratch.   -> metrics."""
     metrics, update = {}, functools.partial(adamw_update, weight_decay=cfg.weight_decay)
-    cfg = replace(cfg, steps=cfg.tune_steps, warmup=min(cfg.warmup, cfg.tune_steps // 5))
+    steps = min(cfg.tune_steps, cfg.steps)
+    cfg = replace(cfg, steps=steps, warmup=min(cfg.warmup, steps // 5))
     images, labels = images_of(cfg, "test")
     for name, start in (("finetuned", params), ("from_scratch", {})):
         own = init_classifier(cfg, np.random.default_rng(cfg.seed))

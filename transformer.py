@@ -396,8 +396,8 @@ Tasks
     python transformer.py reverse, or sort      encoder-decoder; --norm prenorm
     python transformer.py text --data tinyshakespeare.txt       1.67 nats per character, 5 minutes
     python transformer.py text --data tinyshakespeare.txt --context 128 --batch-size 32 \\
-        --lr 0.004 --steps 1800 --save ts.npz   below 1.50, 40 minutes
-    python transformer.py generate --load ts.npz --prompt ROMEO: --temperature 0.8
+        --lr 0.004 --steps 1800 --save ts.npz   larger windows: 40 minutes
+                                                generate --load ts.npz continues a prompt with it
     python transformer.py mnist --data mnist    rows of an image as tokens: 98 %
 
 Break it (what to change, and what comes of it)
@@ -621,7 +621,7 @@ def run_generate(cfg):
     for name, s in zip(("with the cache", "without"), seconds):
         print(f"{name:>14s}: {1000 * s / cfg.count:.2f} ms per character")
     print("the same text" if texts[0] == texts[1] else "not the same text")
-    print("\nNext: python transformer.py generate --context 200 --temperature 2")
+    print("\nNext: python transformer.py --context 32      python transformer.py modern")
     print_result("generate", cfg, same=float(texts[0] == texts[1]), speedup=seconds[1] / seconds[0],
                  seconds=time.perf_counter() - start)
 
@@ -809,7 +809,7 @@ def run_modern(cfg):
         metrics[f"{name}_loss"] = losses[-1]
         if len(losses) < cfg.steps:
             break
-    print("\nNext: python transformer.py positions")
+    print("\nNext: python transformer.py positions      python transformer.py generate")
     print_result("modern", cfg, **metrics, seconds=time.perf_counter() - start)
 
 
@@ -918,7 +918,7 @@ def run_positions(cfg):
     print(" " * 12 + "".join(f"{T:8d}" for T in lengths))
     for position, row in table.items():
         print(f"{position:12s}" + "".join(f"{loss:8.3f}" for loss in row))
-    print("\nNext: python transformer.py fill")
+    print("\nNext: python transformer.py fill      python transformer.py reverse")
     print_result("positions", cfg, **{f"{name}_x4": row[2] for name, row in table.items()},
                  seconds=time.perf_counter() - start)
 
@@ -993,7 +993,7 @@ def run_fill(cfg):
     text = "".join((CHARS + ["?"])[i] for i in ids[0, :20])
     print("The last layer, a map per head: each row attends to the columns on both sides")
     draw_heads(p[0, :, :20, :20], text, text)
-    print("\nNext: python transformer.py reverse")
+    print("\nNext: python transformer.py reverse      python transformer.py sort")
     print_result("fill", cfg, right=right, common=common, loss=losses[-1], params=size,
                  steps=len(losses), seconds=time.perf_counter() - start)
 
@@ -1189,7 +1189,7 @@ def run_mnist(cfg):
     shades = np.array(list(" .:-=+*#%@"))[(np.clip(ink, 0, 1) * 9.99).astype(int)]
     for lines in shades.swapaxes(0, 1):
         print("   ".join("".join(line) for line in lines))
-    print("\nNext: python transformer.py mnist --data FOLDER --patch 7")
+    print("\nNext: python transformer.py mnist --data mnist --patch 7      python mae.py")
     print_result("mnist", cfg, accuracy=float((guess == labels).mean()), params=size,
                  steps=len(losses), seconds=time.perf_counter() - start)
 
@@ -1484,7 +1484,7 @@ def run_encdec(cfg):
           f"{equal.mean():.0%}):\n" + "  ".join(f"{value:.0%}" for value in share))
     print(f"Another embedding of the padding changes the logits by {padding:.0e}")
     print(f"{exact:.1%} of 1000 fresh sequences entirely right")
-    print("\nNext: python transformer.py sort      python transformer.py reverse --norm prenorm")
+    print("\nNext: python transformer.py fill      python mae.py")
     print_result(task, cfg, exact=exact, padding=padding, loss=losses[-1], params=size,
                  steps=len(losses), seconds=time.perf_counter() - start)
 
@@ -1614,7 +1614,7 @@ def run_text(cfg):
     leak = float(np.abs(logits[0] - logits[1]).max())
     print(f"Other characters in the second half of a window change the logits of the first half by "
           f"{leak:.0e}")
-    print("Next: python transformer.py generate --load FILE.npz, which --save has written")
+    print("Next: python transformer.py generate      python mae.py")
     print_result("text", cfg, validation=loss, future=leak, params=size, steps=len(losses),
                  seconds=time.perf_counter() - start)
 

@@ -1,150 +1,226 @@
-"""gradcheck.py names what is wrong in a typed copy, line and kind of mistake."""
+"""gradcheck.py says what is wrong in a typed copy, where, and what it has not checked."""
+import ast
+import json
+import re
+import shutil
 import subprocess
 import sys
+import textwrap
+import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+LESSONS = sorted(p for p in ROOT.glob("*.py") if p.name != "gradcheck.py")
+ENDS = "\n# ==== A complete program ends here."
 
 
-def check(path, *flags):
-    """Run gradcheck.py on a file -> CompletedProcess."""
-    return subprocess.run([sys.executable, "-W", "error", ROOT / "gradcheck.py", *flags, path], capture_output=True,
-                          text=True, timeout=300)
+def check(path, *flags, **options):
+    """Run gradcheck.py on a file -> its words, joined by single spaces; exit status."""
+    options = dict(capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL) | options
+    done = subprocess.run([sys.executable, "-W", "error", ROOT / "gradcheck.py", *flags, path], **options)
+    assert not done.stderr, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 100 or "--teeth" in flags, done.stdout
+    assert re.fullmatch(r"\d+ passed, \d+ failed", done.stdout.splitlines()[-1]), done.stdout
+    return " ".join(done.stdout.split()), done.returncode
 
 
-BUGS = [    # in mlp.py: the right code, the wrong code, what the report must say
-    ("return dout @ W.T, x.T", "return dout @ W, x.T",
-     ["linear_backward raises", "is a .T missing", "return dout @ W, x.T"]),
-    ("x.T @ dout, dout.sum", "dout.T @ x, dout.sum", ["linear, gradient of W", "transposed", "line "]),
-    ("dout.sum(axis=0)     # b was", "dout     # b was", ["linear, gradient of b", "a missing sum over axis 0"]),
-    ("dout.sum(axis=0)     # b was", "dout.mean(axis=0)     # b was", ["linear, gradient of b at [", "multiply by 3"]),
-    ("(sigmoid(z) - targets) * (dout", "(targets - sigmoid(z)) * (dout", ["binary_cross_entropy", "the sign is wrong"]),
-    ("(2 * dout / z.size)", "(dout / z.size)", ["mse, gradient of z at [", "yours ", "numeric ", "multiply by 2"]),
-    ("return dz * (dout / len(targets))", "return dz * dout", ["softmax_cross_entropy", "multiply by 1 / 3"]),
-    ("(gamma * inv_std), dgamma, dbeta\n    return (", "(gamma * inv_std), dbeta, dgamma\n    return (",
-     ["batchnorm, gradient of gamma", "this is the gradient of beta"]),
-    ("return dout * (x > 0)", "return dout", ["relu, gradient of x", "a missing mask"]),
-    ("return dout * (1 - y * y)", "return 1 - y * y", ["tanh, gradient of x", "times dout it would be right"]),
-    ("(dout - (dbeta + xhat * dgamma) / len(dout))", "(dout - xhat * dgamma / len(dout))",
-     ["batchnorm, gradient of x", "the same along axis 0", "mlp.py, batchnorm_backward: return (dout - (dbeta"]),
-    ("    x = cache\n    return dout * (x > 0)", "    x = cache\n    dout *= x > 0\n    return dout",
-     ["relu: dout was changed"]),
-    ("grads[name] = grads[name] + penalty", "grads[name] = penalty",
-     ["loss_and_grads", "the operations are right", "yours, line "]),
-    ("            dout = act_backward(dout, act_cache)\n", "            pass\n",
-     ["mlp.py, mlp_backward: dout = act_backward"]),
-    ('        grads["E"] = embedding_backward(dout, ids_cache)', "        pass",
-     ["no gradient for ['E']"]),
-    ("return dout @ W.T, x.T", "return dout @ w.T, x.T", ["NameError", "line "]),
-    ("dz = np.exp(log_p)\n", "dz = np.exp(log_p).astype(np.float32)\n", ["is float32, expected float64"]),
-    ("x.T @ dout, dout.sum(axis=0)", "x.T @ dout", ["returns 2 gradient(s), expected 3: x, W, b"]),
-    ("def penalty_forward", "penalty_forward = None\n\n\ndef other_forward",
+def lesson(name):
+    """The text of a lesson."""
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def spine(name):
+    """A lesson up to the line where the complete program ends."""
+    return lesson(name).partition(ENDS)[0] + "\n"
+
+
+def with_slip(source, function, right, wrong):
+    """The source with a slip in one function; function "" stands for anywhere."""
+    found = re.search(rf"^def {function}\(.*?(?=^\S|\Z)", source, re.M | re.S)
+    start, end = found.span() if function else (0, len(source))
+    body = source[start:end]
+    assert body.count(right) == 1, f"{function}: {right!r} stands there {body.count(right)} times"
+    return source[:start] + body.replace(right, wrong) + source[end:]
+
+
+def report(folder, source, name="my_copy.py", **options):
+    """gradcheck's words on a file with this text; exit status."""
+    path = folder / name
+    path.write_bytes(source) if isinstance(source, bytes) else path.write_text(source, encoding="utf-8")
+    return check(path, **options)
+
+
+def says(found, words, status):
+    """The report ends with this status and holds these words, in this order."""
+    text, code = found
+    at = 0
+    for word in words:
+        assert word in text[at:], f"{word!r} is missing in: {text}"
+        at = text.index(word, at) + len(word)
+    assert code == status, text
+
+
+# ---- slips in copies of lessons: function, right, wrong, what the report must say ----------------
+
+SLIPS = [
+    ("mlp.py", "linear_backward", "dout @ W.T", "dout @ W",
+     ["linear_backward raises", "is a .T", "dout @ W"]),
+    ("mlp.py", "linear_backward", "x.T @ dout", "dout.T @ x",
+     ["linear, gradient of W", "transposed", "computed in line "]),
+    ("mlp.py", "linear_backward", "dout.sum(axis=0)", "dout",
+     ["linear, gradient of b", "a missing sum over axis 0"]),
+    ("mlp.py", "linear_backward", "dout.sum(axis=0)", "dout.mean(axis=0)",
+     ["linear, gradient of b at [", "multiply by 3, the size of x along axis 0"]),
+    ("mlp.py", "linear_backward", "dout @ W.T", "dout @ w.T", ["NameError", "line "]),
+    ("mlp.py", "binary_cross_entropy_backward", "return (sigmoid(logits) - targets)",
+     "return (targets - sigmoid(logits))", ["binary_cross_entropy", "the sign is wrong"]),
+    ("mlp.py", "mse_backward", "2 * dout", "dout",
+     ["mse, gradient of y at [", "yours ", "numeric ", "multiply by 2"]),
+    ("mlp.py", "softmax_cross_entropy_backward", "dlogits * (dout / len(targets))",
+     "dlogits * dout", ["softmax_cross_entropy", "multiply by 1 / 3"]),
+    ("mlp.py", "softmax_cross_entropy_backward", "np.exp(log_p)\n",
+     "np.exp(log_p).astype(np.float32)\n", ["is float32, expected float64"]),
+    ("mlp.py", "batchnorm_backward", "(dout * xhat).sum(axis=0), dout.sum(axis=0)",
+     "dout.sum(axis=0), (dout * xhat).sum(axis=0)",
+     ["batchnorm, gradient of gamma", "this is the gradient of beta", "the order", "forward's inputs"]),
+    ("mlp.py", "batchnorm_backward", "g - g.mean(axis=0) - xhat", "g - xhat",
+     ["batchnorm, gradient of x", "the same number along axis 0", "mlp.py, batchnorm_backward: g = g - g"]),
+    ("mlp.py", "relu_backward", "dout * (x > 0)", "dout", ["relu, gradient of x", "a missing mask"]),
+    ("mlp.py", "relu_backward", "    return dout * (x > 0)", "    dout *= x > 0\n    return dout",
+     ["relu: dout was changed on the way"]),
+    ("mlp.py", "relu_backward", "return", "result =", ["relu_backward returns None"]),
+    ("mlp.py", "tanh_backward", "dout * (1 - y * y)", "1 - y * y",
+     ["tanh, gradient of x", "times dout it would be right"]),
+    ("mlp.py", "net_loss_and_grads", "grads[name] = grads[name] + ", "grads[name] = ",
+     ["net_loss_and_grads", "wrong: ", "yours, line "]),
+    ("mlp.py", "mlp_backward", "        dx = tanh_backward(dx, tanh)\n", "",
+     ["right: ", "wrong: ", "all from ", "are wrong: look between ",
+      "mlp.py, mlp_backward: dx = tanh_backward"]),
+    ("mlp.py", "", "def penalty_forward", "def other_forward",
      ["penalty_backward has no penalty_forward"]),
-    ("def relu_backward", "def my_relu_backward", ["my_relu"]),
-]
-
-
-MORE = [    # the same in other lessons
-    ("vanilla_rnn.py", "dh, WhT = 0, Wh.T.copy()", "dh, WhT = 0, Wh.copy()",
-     ["rnn, gradient of z", "right only at the last of axis 0",
-      "vanilla_rnn.py, rnn_backward: dh, WhT = 0, Wh.T.copy()"]),
-    ("vanilla_rnn.py", "            dz[t] *= mask[t]\n", "",
-     ["rnn, gradient of z", "right in sequences without padding"]),
-    ("lstm.py", "    return stands.astype(dout.dtype) @ dout.reshape(-1, shape[1])",
-     "    dE = np.zeros(shape)\n    dE[ids] = dout\n    return dE",
+    ("mlp.py", "", "def relu_backward", "def my_relu_backward", ["my_relu"]),
+    ("mlp.py", "embedding_backward", "np.add.at(dE, ids, dout)", "dE[ids] = dout",
      ["embedding, gradient of E", "named more than once", "yours, line ", "mend first: embedding"]),
-    ("seq2seq.py", "dE[kinds] = drows", "dE[:len(kinds)] = drows",
-     ["project_symbols, gradient of E", "FAIL  symbol_lstm", "mend first: project_symbols\n"]),
+]
+"""The sixteen slips of a reader who typed lessons, and what they come to now."""
+SLIPS += [
+    ("mlp.py", "softmax_cross_entropy_backward", "targets] -= 1", "targets] += 1",        # 1
+     ["softmax_cross_entropy, gradient of logits", "wrong only at the targets", "one-hot",
+      "yours, line ", "+= 1"]),
+    ("mlp.py", "adam_update", "params[name] -= lr", "params[name] += lr",                 # 1b
+     ["adam_update gives other values than mlp.py's", "+= lr", "FAIL adam_update goes uphill"]),
+    ("transformer.py", "causal_attention_backward", "dout @ v.swapaxes(2, 3)", "dout @ v",  # 2
+     ["causal_attention_backward raises", "the sizes do not fit", "dout @ v"]),
+    ("transformer.py", "causal_attention_backward", "ds.swapaxes(2, 3) @ q", "ds @ q",    # 2b
+     ["causal_attention, gradient of k", "computed in line ", "ds.swapaxes(2, 3) @ q"]),
+    ("transformer.py", "linear_backward", "dout.sum(axis=0)", "dout",                     # 3
+     ["linear, gradient of b", "a missing sum over axis 0: forward broadcasts b along it"]),
+    ("transformer.py", "layernorm_backward", "(dout * xhat).sum(axis=0)",                 # 3b
+     "(dout * xhat).mean(axis=0)", ["layernorm, gradient of gamma", "multiply by 3"]),
+    ("transformer.py", "causal_attention_backward", "q.shape[3] ** -0.5", "1",            # 5
+     ["causal_attention, gradient of q", "multiply by 1 / the root of 6, the size of q along axis 3"]),
+    ("transformer.py", "causal_attention_backward", "ds @ k, ds.swapaxes(2, 3) @ q, dv",  # 8, 8b
+     "ds @ k, dv, ds.swapaxes(2, 3) @ q", ["this is the gradient of v", "forward's inputs"]),
+    ("vanilla_rnn.py", "rnn_backward", "dz[t] @ Wh.T", "dz[t] @ Wh",
+     ["rnn, gradient of z", "right only at the last of axis 0"]),
 ]
 
 
-@pytest.mark.parametrize("lesson, right, wrong, words", [("mlp.py", *bug) for bug in BUGS] + MORE,
-                         ids=[bug[-1][0][:40] for bug in BUGS + MORE])
-def test_diagnosis(lesson, right, wrong, words, tmp_path):
-    source = (ROOT / lesson).read_text(encoding="utf-8")
-    assert source.count(right) == 1
-    copy = tmp_path / "my_copy.py"
-    copy.write_text(source.replace(right, wrong), encoding="utf-8")
-    done = check(copy)
-    assert done.returncode == 1 and not done.stderr, done.stderr
-    for word in words:
-        assert word in done.stdout, done.stdout
-    assert done.stdout.splitlines()[-1].endswith(" failed") and not done.stdout.endswith(" 0 failed\n")
+@pytest.mark.parametrize("name, function, right, wrong, words", SLIPS,
+                         ids=[f"{s[0][:-3]}-{s[1]}-{s[4][0][:20]}" for s in SLIPS])
+def test_slip_in_a_copy(name, function, right, wrong, words, tmp_path):
+    says(report(tmp_path, with_slip(lesson(name), function, right, wrong)), words, 1)
 
 
-VALUES = [  # right derivatives of a wrong forward pass: lesson, changes, what the note must say
-    ("mlp.py", [("np.maximum(x, 0), x", "np.maximum(x, 0.1), x"), ("return dout * (x > 0)", "return dout * (x > 0.1)")],
-     ["relu_forward gives other values", "yours, line ", "mlp.py, relu_forward: return np.maximum(x, 0), x"]),
-    ("mlp.py", [("GELU_C = (2 / math.pi)", "GELU_C = (1 / math.pi)")],
-     ["gelu_forward gives other values", "mlp.py, between the functions: GELU_C = (2 / math.pi)"]),
-    ("transformer.py", [("causal & (distance < 0)", "causal & (distance < -1)")],
-     ["the loss, ", "transformer.py, where_to_look: mask = np.where(causal & (distance < 0)"]),
-    ("lstm.py", [("def init_params(cfg, rng, dtype=np.float32):",
-                  "def init_params(cfg, rng, dtype=np.float32):\n    rng.random()")],
-     ["init_params, ", "other numbers than lstm.py's"]),
+VALUES = [      # right derivatives of a wrong forward pass, and what else only values show
+    ("mlp.py", [("relu_forward", "np.maximum(x, 0)", "np.maximum(x, 0.1)"),
+                ("relu_backward", "(x > 0)", "(x > 0.1)")],
+     ["relu_forward gives other values", "yours, line ", "mlp.py, relu_forward: return np.maximum(x, 0)"]),
+    ("mlp.py", [("gelu_forward", "(2 / math.pi)", "(1 / math.pi)"),
+                ("gelu_backward", "(2 / math.pi)", "(1 / math.pi)")],
+     ["gelu_forward gives other values", "mlp.py, gelu_forward: c = (2 / math.pi)"]),
+    ("mlp.py", [("init_params", "    params = {}", "    params = {}\n    rng.random()")],
+     ["init_params, ", "other numbers than mlp.py's"]),
+    ("mlp.py", [("adam_update", "        v = v / (1 - beta2 ** t)\n", "")],
+     ["adam_update gives other values than mlp.py's", "v = v / (1 - beta2 ** t)"]),
+    ("transformer.py", [("causal_attention_forward", "np.tri(T, ", "np.tri(T, k=1, ")],      # 4
+     ["causal_attention_forward gives other values", "np.tri(T, k=1"]),
+    ("transformer.py", [("make_batch", "windows[:, 1:]", "windows[:, :-1]")],                # 7b
+     ["make_batch, ", "other numbers than transformer.py's", "windows[:, :-1], windows[:, :-1]"]),
+    ("transformer.py", [("clip_norm", "limit / norm", "limit")], ["clip_norm gives other values"]),
+    ("transformer.py", [("learning_rate", "(step - 1)", "step")],
+     ["learning_rate gives other values", "yours, line "]),
 ]
 
 
-@pytest.mark.parametrize("lesson, changes, words", VALUES, ids=[words[0] for *_, words in VALUES])
-def test_other_values(lesson, changes, words, tmp_path):
-    source = (ROOT / lesson).read_text(encoding="utf-8")
-    copy = tmp_path / "my_copy.py"
-    copy.write_text(source, encoding="utf-8")
-    done = check(copy)
-    assert done.returncode == 0 and done.stdout.count("note") == 1, done.stdout
+@pytest.mark.parametrize("name, changes, words", VALUES, ids=[words[0][:30] for *_, words in VALUES])
+def test_other_values(name, changes, words, tmp_path):
+    source = lesson(name)
+    for change in changes:
+        source = with_slip(source, *change)
+    says(report(tmp_path, source), ["note " + words[0], *words[1:]], 0)
+
+
+def test_a_right_copy_is_quiet(tmp_path):
+    for name in ("mlp.py", "transformer.py", "seq2seq.py"):
+        text, status = report(tmp_path, lesson(name))
+        assert status == 0 and "other values" not in text and "no lesson has" not in text, text
+        assert "not checked, as no derivatives: " in text and "adam" not in text.split("not checked")[1]
+
+
+@pytest.mark.parametrize("function, changes", [
+    ("mlp_backward", [("def mlp_backward(dout, cache):", "KEPT = {}\n\n\ndef mlp_backward(dout, cache):")]),
+    ("mlp_backward", [("def mlp_backward(dout, cache):", "def mlp_backward(dout, cache, KEPT={}):")]),
+    ("embedding_backward", [("def embedding_backward", "KEPT = {}\n\n\ndef embedding_backward"),
+                            ("dE = np.zeros(shape, dout.dtype)",
+                             "dE = KEPT.setdefault(shape, np.zeros(shape, dout.dtype))")]),
+], ids=["a dict outside", "a default argument", "a buffer"])
+def test_a_gradient_that_lives_on(function, changes, tmp_path):            # slip 6
+    source = lesson("mlp.py")
     for right, wrong in changes:
-        assert source.count(right) == 1
-        source = source.replace(right, wrong)
-    copy.write_text(source, encoding="utf-8")
-    done = check(copy)
-    assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
-    for word in words:
-        assert word in done.stdout, done.stdout
+        source = with_slip(source, "", right, wrong)
+    if function == "mlp_backward":
+        source = with_slip(source, function, "    for i in reversed", (
+            "    for name, g in grads.items():\n"
+            "        KEPT[name] = KEPT.get(name, 0) + g\n"
+            "    grads = KEPT\n    for i in reversed"))
+    says(report(tmp_path, source), ["a second call gives another result", "does a gradient live on",
+                                    "a dict made outside or a default argument"], 1)
 
 
-def test_unfinished_copy(tmp_path):
-    source = (ROOT / "mlp.py").read_text(encoding="utf-8")
-    copy = tmp_path / "half.py"
-    start, end = source.index("def linear_forward"), source.index("def sigmoid_forward")
-    copy.write_text("import numpy as np\n" + source[start:end], encoding="utf-8")
-    done = check(copy)
-    assert done.returncode == 0 and "not checked end to end" in done.stdout, done.stdout
-    copy.write_text("import numpy as np\n", encoding="utf-8")
-    assert check(copy).returncode == 1
-    copy.write_text("def f(:\n", encoding="utf-8")
-    done = check(copy)
-    assert done.returncode == 1 and "SyntaxError" in done.stdout and not done.stderr
-    half = "import numpy as np\n" + source[start:end] + "def next_forward(x):\n    return (x,\n"
-    copy.write_text(half, encoding="utf-8")
-    done = check(copy)
-    assert done.returncode == 1 and "SyntaxError" in done.stdout and "ok    linear" in done.stdout, done.stdout
-    assert check(tmp_path / "missing.py").returncode == 2
+# ---- restyled: right, but not in the lesson's words ----------------------------------------------
+
+def test_restyled_lines_do_not_hide_the_slip(tmp_path):
+    source = re.sub(r"def linear_forward.*?(?=\n\n\ndef tanh)", textwrap.dedent('''
+        def linear_forward(a, kernel, bias):
+            """Mine."""
+            product = np.dot(a, kernel)
+            return product + bias, (a, kernel)
 
 
-ODD = [    # in perceptron.py: what is replaced, by what; the exit status; what the report must say
-    ("# ---- plumbing", None, 0, ["4 passed, 0 failed"]),                      # it ends there, as the lesson allows
-    ("0.5 * np.tanh(0.5 * z)", "0.5 * np.tanh(z)", 1, ["perceptron.py, sigmoid: return 0.5 * np.tanh(0.5 * z) + 0.5"]),
-    ("    y += b\n", "    y += b\n    y += b\n", 1, ["yours, line ", ": y += b", "mend first: linear"]),
-    ("@dataclass\nclass Config", "class Config", 1, ["Config: TypeError"]),
-    ("return loss, {\"W\": dW, \"b\": db}", "return loss, (dW, db)", 1, ["expected: init_params -> dict"]),
-    ("SHADES =", "sys.exit()\nSHADES =", 1, ["it does not run: SystemExit", "__main__"]),
-    ("# /// script", "\ufeff# /// script", 0, ["4 passed, 0 failed"]),
-]
+        def linear_backward(upstream, saved):
+            """Mine."""
+            a, kernel = saved
+            da = np.dot(upstream, kernel.T)
+            dkernel = np.dot(a.T, upstream)
+            dbias = upstream.mean(axis=0)
+            return da, dkernel, dbias''').strip(), spine("mlp.py"), flags=re.S)
+    line = 1 + source[:source.index("dbias = ")].count("\n")
+    text, status = report(tmp_path, source)
+    says((text, status), ["linear, gradient of b", "multiply by 3",
+                          f"computed in line {line}: dbias = upstream.mean(axis=0)"], 1)
+    assert "linear_forward:" not in text and "it passes: dbias = upstream.sum(axis=0)" in text, text
 
 
-@pytest.mark.parametrize("right, wrong, status, words", ODD, ids=[odd[0][:20] for odd in ODD])
-def test_odd_copies(right, wrong, status, words, tmp_path):
-    source = (ROOT / "perceptron.py").read_text(encoding="utf-8")
-    assert source.count(right) == 1
-    copy = tmp_path / "my_copy.py"
-    copy.write_text(source[:source.index(right)] if wrong is None else source.replace(right, wrong), encoding="utf-8")
-    done = check(copy)
-    assert done.returncode == status and not done.stderr, done.stdout + done.stderr
-    for word in words:
-        assert word in done.stdout, done.stdout
+def test_a_cache_that_is_changed(tmp_path):
+    source = with_slip(lesson("mlp.py"), "softmax_cross_entropy_backward", "dlogits = np.exp(log_p)",
+                       "dlogits = np.exp(log_p, out=log_p)")
+    says(report(tmp_path, source), ["softmax_cross_entropy: the cache was changed on the way"], 1)
 
+
+# ---- one's own operations and models -------------------------------------------------------------
 
 OWN = """
 import numpy as np
@@ -156,24 +232,452 @@ def double_backward(dout, cache):
     return {slope} * dout
 {case}
 """
-CASE = 'GRADCHECK = {"double": lambda rng: dict(x=rng.standard_normal((3, 4)))}'
+CASE = 'GRADCHECK = {"double": lambda rng: dict(x=rng.standard_normal((3, 5)))}'
 
 
-def test_own_operation(tmp_path):
-    copy = tmp_path / "own.py"
-    copy.write_text(OWN.format(slope=2, case=CASE), encoding="utf-8")
-    assert check(copy).returncode == 0
-    copy.write_text(OWN.format(slope=3, case=CASE), encoding="utf-8")
-    assert check(copy).returncode == 1
-    copy.write_text(OWN.format(slope=2, case=""), encoding="utf-8")
-    done = check(copy)
-    assert done.returncode == 1 and "GRADCHECK" in done.stdout
-    copy.write_text(OWN.format(slope=0, case=CASE).replace("2 * x", "0 * x"), encoding="utf-8")
-    done = check(copy)
-    assert done.returncode == 1 and "could not have failed" in done.stdout
+@pytest.mark.parametrize("slope, case, change, words, status", [
+    (2, CASE, "", ["ok double"], 0),
+    (2, 'GRADCHECK = {"double": "x 3 5"}', "", ["ok double"], 0),
+    (3, CASE, "", ["double, gradient of x", "multiply by 0.666667"], 1),
+    (2, "", "", ["FAIL double: nobody says how to call it", "GRADCHECK"], 1),
+    (0, CASE, "0 * x", ["all zero", "could not have failed"], 1),
+    (2, "GRADCHECK = [1]", "", ["GRADCHECK: expected a dict"], 1),
+    (2, 'GRADCHECK = {"double": lambda rng: 5}', "", ["GRADCHECK['double'] should return inputs"], 1),
+    (2, 'GRADCHECK = {"triple": lambda rng: dict()}', "", ["there is no triple_backward"], 1),
+])
+def test_own_operation(slope, case, change, words, status, tmp_path):
+    source = OWN.format(slope=slope, case=case).replace("2 * x", change or "2 * x")
+    says(report(tmp_path, source), words, status)
 
 
-@pytest.mark.parametrize("path", sorted(p for p in ROOT.glob("*.py") if p.name != "gradcheck.py"), ids=lambda p: p.name)
+WORDS = '''
+import numpy as np
+
+def scale_forward(x, w):
+    return x * w, (x, w)
+
+def scale_backward(dout, cache):
+    x, w = cache
+    dx = {dx}
+    dw = {dw}
+    return {both}
+
+def squash_forward(x):
+    y = np.tanh(x)
+    return y, y
+
+def squash_backward(dout, cache):
+    y = cache
+    return {squash}
+
+def average_forward(x):
+    return x.mean(axis=1), x.shape
+
+def average_backward(dout, cache):
+    return {average}
+
+GRADCHECK = {{"scale": lambda rng: dict(x=rng.standard_normal((3, 5)), w=rng.standard_normal(5)),
+             "squash": lambda rng: dict(x=rng.standard_normal((3, 5))),
+             "average": lambda rng: dict(x=rng.standard_normal((3, 5)))}}
+'''
+RIGHT = dict(dx="dout * w", dw="(dout * x).sum(axis=0)", both="dx, dw", squash="dout * (1 - y * y)",
+             average="np.broadcast_to(dout[:, None], cache) / cache[1]")
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(), None),
+    (dict(dx="-dout * w"), ["the sign is wrong", "computed in line ", "it passes: dx = dout * w"]),
+    (dict(dw="dout * x"), ["a missing sum over axis 0"]),
+    (dict(dw="(dout * x).mean(axis=0)"), ["multiply by 3", "it passes: dw = (dout * x).sum(axis=0)"]),
+    (dict(both="dw, dx"), ["scale, gradient of x: shape (5,), expected (3, 5)", "it passes: return (dx, dw)"]),
+    (dict(squash="1 - y * y"), ["times dout it would be right"]),
+    (dict(squash="dout * (1 + y * y)"), ["squash, gradient of x at", "it passes: return dout * (1 - y * y)"]),
+    (dict(squash="-(dout * (1 - y * y))"), ["the sign is wrong", "it passes: return dout * (1 - y * y)"]),
+    (dict(average="np.broadcast_to(dout[:, None], cache) * 1.0"),
+     ["multiply by 1 / 5, the size of x along axis 1"]),
+], ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
+def test_own_words(change, words, tmp_path):
+    source = WORDS.format(**{**RIGHT, **change})
+    says(report(tmp_path, source), words or ["ok average", "not checked"[:0]], 1 if words else 0)
+
+
+NET = '''
+from dataclasses import dataclass
+import numpy as np
+
+@dataclass
+class Config:
+    tokens: int = 7
+    width: int = 6
+    context: int = 5
+    lr: float = 0.1
+    steps: int = 10
+
+def init_params(cfg, rng, dtype=np.float64):
+    D = cfg.width
+    shapes = dict(table=(cfg.tokens, D), spots=(cfg.context, D), w1=(D, D), c1=(D,), w2=(D, D), c2=(D,))
+    return {k: rng.standard_normal(s).astype(dtype) for k, s in shapes.items()}
+
+def make_batch(cfg, step, dtype=np.float64):
+    rng = np.random.default_rng((1, step))
+    ids = rng.integers(0, cfg.tokens, (3, cfg.context + 1))
+    return ids[:, :-1], ids[:, 1:]
+
+def bend_forward(x):
+    y = np.tanh(x)
+    return y, y
+
+def bend_backward(dout, cache):
+    return dout * (1 - cache * cache)
+
+def loss_and_grads(params, batch, cfg):
+    ids, targets = batch
+    p, grads = params, {}
+    h0 = p["table"][ids] + p["spots"]
+    a1, bend1 = bend_forward(h0 @ p["w1"] + p["c1"])
+    h1 = h0 + a1
+    a2, bend2 = bend_forward(h1 @ p["w2"] + p["c2"])
+    h2 = h1 + a2
+    scores = h2 @ p["table"].T
+    scores = scores - scores.max(axis=2, keepdims=True)
+    prob = np.exp(scores)
+    prob /= prob.sum(axis=2, keepdims=True)
+    hit = np.eye(len(p["table"]))[targets]
+    loss = -(np.log(prob) * hit).sum() / targets.size
+    dscores = (prob - hit).astype(h0.dtype) / targets.size
+    dh2 = dscores @ p["table"]
+    d2 = bend_backward(dh2, bend2)
+    grads["w2"] = np.einsum("btd,bte->de", h1, d2)
+    grads["c2"] = d2.sum(axis=(0, 1))
+    dh1 = dh2 + d2 @ p["w2"].T
+    d1 = bend_backward(dh1, bend1)
+    grads["w1"] = np.einsum("btd,bte->de", h0, d1)
+    grads["c1"] = d1.sum(axis=(0, 1))
+    dh0 = dh1 + d1 @ p["w1"].T
+    grads["spots"] = dh0.sum(axis=0)
+    grads["table"] = np.einsum("btv,btd->vd", dscores, h2)
+    np.add.at(grads["table"], ids, dh0)
+    return loss, grads
+
+def sgd_update(params, grads, lr):
+    for name in grads:
+        params[name] -= lr * grads[name]
+
+GRADCHECK = {"bend": lambda rng: dict(x=rng.standard_normal((3, 5)))}
+'''
+
+
+@pytest.mark.parametrize("right, wrong, words", [
+    ("dh1 = dh2 + d2", "dh1 = d2", ["right: c2 w2", "wrong: c1 w1", "all from c1 on are wrong",
+                                    "look between w2 and c1"]),                    # a residual
+    ("    d1 = bend_backward(dh1, bend1)\n", "    d1 = dh1\n",                           # a layer
+     ["right: c2 w2", "wrong: c1 w1", "all from c1 on"]),
+    ("bend_backward(dh1, bend1)", "bend_backward(dh1, bend2)", ["right: c2 w2", "all from c1"]),
+    ('    np.add.at(grads["table"], ids, dh0)\n', "",
+     ["right: c2 w2 c1 w1 spots", "wrong: table", "only table is wrong", "a second place that uses it"]),
+    ('np.einsum("btd,bte->de", h1, d2)', 'np.einsum("btd,bte->de", h0, d2)', ["only w2 is wrong"]),
+    ("grads[\"spots\"] = dh0.sum(axis=0)", "grads[\"spots\"] = dh0",
+     ["gradient of spots: shape (3, 4, 8), expected (4, 8)"]),
+    ("(prob - hit)", "(hit - prob)", ["times -1 it would be right", "right: none", "all are wrong"]),
+    ('    grads["c1"] = d1.sum(axis=(0, 1))\n', "", ["no gradient for ['c1']"]),
+    ('    grads["c1"]', '    grads["c3"] = grads["c1"]', ["gradients ['c3'] belong to no parameter"]),
+    ("    return loss, grads", "    return loss, list(grads)", ["loss_and_grads -> number, dict"]),
+])
+def test_own_model_is_located(right, wrong, words, tmp_path):
+    assert NET.count(right) == 1
+    text, status = report(tmp_path, NET.replace(right, wrong))
+    says((text, status), words, 1)
+    assert "py, " not in text, f"compared with a function that is not alike: {text}"
+
+
+@pytest.mark.parametrize("right, wrong, words, status", [
+    ("", "", ["no lesson has this model, so nobody compared values", "not checked"], 0),
+    ("ids[:, 1:]", "ids[:, :-1]", ["no lesson has this model, so nobody compared values"], 0),
+    ("] -= lr", "] += lr", ["sgd_update goes uphill"], 1),
+])
+def test_own_model_says_what_nobody_checked(right, wrong, words, status, tmp_path):
+    text, code = report(tmp_path, NET.replace(right, wrong))
+    says((text, code), words, status)
+    assert "not checked, as no derivatives: init_params, make_batch" in text, text
+
+
+# ---- unfinished copies ---------------------------------------------------------------------------
+
+NEW = [path.name for path in LESSONS if ENDS in lesson(path.name)]
+
+
+def cuts(name, every):
+    """Places to cut a spine: after every so many lines."""
+    lines = spine(name).splitlines(keepends=True)
+    first = next(k for k, line in enumerate(lines) if line.startswith("class Config")) + 2
+    return ["".join(lines[:end]) for end in range(first, len(lines) + 1, every)]
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_unfinished_is_not_wrong(name, tmp_path):
+    files = []
+    for k, text in enumerate(cuts(name, 7)):
+        files.append(tmp_path / f"my_{k}_{name}")
+        files[-1].write_text(text, encoding="utf-8")
+    done = subprocess.run([sys.executable, ROOT / "gradcheck.py", *files], capture_output=True, text=True)
+    assert "FAIL" not in done.stdout and done.returncode == 0, done.stdout
+    assert done.stdout.count("not there yet") > 10 and "the spine is complete" in done.stdout
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_stages(name, tmp_path):
+    """Layers; then the model, end to end; then the whole spine, with a call that trains."""
+    source = spine(name)
+    operations = [n[:-9] for n in re.findall(r"^def (\w+)", source, re.M) if n.endswith("_backward")]
+    model = re.search(r"^def loss_and_grads.*?(?=^\S|\Z)", source, re.M | re.S).end()
+    says(report(tmp_path, source[:model]),
+         ["ok end to end", f"{len(operations)} of {len(operations)} operations of the spine of {name}; next: "], 0)
+    start = time.perf_counter()
+    says(report(tmp_path, source + "\nmain(Config())\n"), ["ok end to end", "the spine is complete"], 0)
+    assert time.perf_counter() - start < 8
+
+
+def test_half_a_copy(tmp_path):
+    source = spine("mlp.py")
+    linear, sigmoid = source.index("def linear_forward"), source.index("def sigmoid(")
+    head = "import numpy as np\n\n\n"
+    says(report(tmp_path, head + source[linear:sigmoid], "my_mlp.py"),
+         ["ok linear", "ok tanh", "end to end: not there yet: Config, init_params",
+          "2 of 4 operations of the spine of mlp.py; next: sigmoid"], 0)
+    no_sigmoid = source[:sigmoid] + source[source.index("def binary_cross"):]
+    says(report(tmp_path, no_sigmoid), ["binary_cross_entropy: sigmoid is not there yet; mlp.py has it"], 0)
+    no_field = source.replace(re.search(r"    hidden: .*\n", source)[0], "", 1)
+    says(report(tmp_path, no_field), ["end to end", "Config.hidden is not there yet; mlp.py has it"], 0)
+    half = source[:source.index("def tanh_backward")]
+    says(report(tmp_path, half), ["1 of 4 operations of the spine of mlp.py; next: tanh_backward"], 0)
+    says(report(tmp_path, head + source[linear:sigmoid] + "def next_forward(x):\n    return (x,\n"),
+         ["cannot be read: SyntaxError", "not there yet", "ok linear"], 0)
+    says(report(tmp_path, head), ["nothing to check"], 1)
+    says(report(tmp_path, "def f(:\n"), ["line 1 cannot be read: SyntaxError"], 0)
+    middle = source.replace("return y, y\n", "return y y\n", 1)
+    says(report(tmp_path, middle), ["FAIL line ", "SyntaxError", "ok linear"], 1)
+
+
+def test_a_section_without_the_tables(tmp_path):
+    """The operations of a later part are checked as soon as they are typed, by the lesson's cases."""
+    source = lesson("mlp.py")
+    names = source.index("\nMORE = ")
+    cut = source[:names] + "\nimport functools\nfrom typing import Literal\n" + source[
+        source.index("\ndef relu_forward"):source.index("\nGATES = ")]
+    says(report(tmp_path, cut), ["ok relu", "ok batchnorm", "ok end to end"], 0)
+    lines = re.search(r"^def hidden_layer_forward.*?(?=^def net_forward)", source, re.M | re.S)[0]
+    says(report(tmp_path, cut + lines.replace("\ndef hidden_layer_backward", "\ndef hidden_layer_backward")),
+         ["ok hidden_layer", "2 case(s)"], 0)
+
+
+# ---- odd files -----------------------------------------------------------------------------------
+
+HALF = """import numpy as np
+
+
+def relu_forward(x):
+    return np.maximum(x, 0), x
+
+
+def relu_backward(dout, cache):
+    return dout * (cache > 0)
+
+"""
+ODD = {
+    "nul": (HALF.encode() + b"\0", ["line 11 holds a NUL byte"], 1),
+    "utf-16": (HALF.encode("utf-16"), ["it cannot be read"], 1),
+    "latin-1": (b"# coding: latin-1\n# \xe9\n" + HALF.encode(), ["ok relu"], 0),
+    "not utf-8": (b"# \xe9\n" + HALF.encode(), ["it cannot be read"], 1),
+    "unknown coding": (b"# coding: klingon\n" + HALF.encode(), ["it cannot be read", "klingon"], 1),
+    "byte order mark": (b"\xef\xbb\xbf" + HALF.encode(), ["ok relu"], 0),
+    "windows": (HALF.replace("\n", "\r\n").encode(), ["ok relu"], 0),
+    "tabs": (HALF.replace("    ", "\t").encode(), ["ok relu"], 0),
+    "tabs and spaces": ((HALF.replace("def relu_backward(dout, cache):\n", (
+        "def relu_backward(dout, cache):\n\tx = cache\n"))).encode(), ["line 10 cannot be read"], None),
+    "input": (HALF + 'name = input("your name? ")\n', ["EOFError", "line 11", "__main__"], 1),
+    "exit": (HALF + "import sys\nsys.exit()\n", ["it does not run: SystemExit", "__main__"], 1),
+    "endless": (HALF + "while True:\n    pass\n", ["ok relu"], 0),
+    "loop": (HALF + "for n in range(3):\n    relu_forward(np.zeros(10 ** 11))\n", ["ok relu"], 0),
+    "prints": (HALF + 'print("hello")\n', ["ok relu"], 0),
+    "main": (HALF + "def main():\n    while True:\n        pass\n\n\nmain()\n", ["ok relu"], 0),
+    "no import": (HALF.partition("\n")[2], ["np is not there yet"], 0),
+    "empty": ("", ["nothing to check"], 1),
+}
+
+
+@pytest.mark.parametrize("source, words, status", ODD.values(), ids=ODD)
+def test_odd_files(source, words, status, tmp_path):
+    text, code = report(tmp_path, source)
+    says((text, code), words, code if status is None else status)
+    assert "hello" not in text and "Traceback" not in text
+
+
+def test_config_without_dataclass(tmp_path):
+    says(report(tmp_path, with_slip(spine("mlp.py"), "", "@dataclass\nclass Config", "class Config")),
+         ["Config: does @dataclass stand above it?"], 1)
+
+
+def test_missing_file(tmp_path):
+    for flags in ((), ("--teeth",)):
+        done = subprocess.run([sys.executable, ROOT / "gradcheck.py", *flags, tmp_path / "none.py"],
+                              capture_output=True, text=True)
+        assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1
+        assert "expected a Python file" in done.stderr
+
+
+# ---- both forms, third values, twins -------------------------------------------------------------
+
+STATES = '''
+from dataclasses import dataclass
+from typing import NamedTuple
+import numpy as np
+
+@dataclass
+class Config:
+    hidden: int = 8
+    carry: bool = False
+
+def init_params(cfg, rng, dtype=np.float64):
+    return {"U": rng.standard_normal((cfg.hidden, cfg.hidden)).astype(dtype), "c": np.zeros(cfg.hidden, dtype)}
+
+def make_batch(cfg, STEP, dtype=np.float64):
+    RNG
+    return (rng.standard_normal((3, cfg.hidden)).astype(dtype),)
+
+def loss_and_grads(params, batch, cfg, states=None):
+    x, = batch
+    h = x if states is None else x + states
+    y = np.tanh(h @ params["U"] + params["c"])
+    d = y * (1 - y * y)
+    return (0.5 * y * y).sum(), {"U": WRONG.T @ d, "c": d.sum(axis=0)}, y
+
+class Task(NamedTuple):
+    config: type
+    init_params: object
+    make_batch: object
+    loss_and_grads: object
+    main: object
+
+def check(cfg):
+    if cfg.carry:
+        raise ValueError("refused")
+
+GRADCHECK = {}
+TASKS = {"rows": Task(Config, init_params, make_batch, loss_and_grads, None),
+         "tables": Task(Config, None, None, None, None)}
+
+def square_forward(x):
+    return x * x, x
+
+def square_backward(dout, cache):
+    return 2 * dout * cache
+
+def fast_square_forward(x):
+    return np.square(x), x
+
+def fast_square_backward(dout, cache):
+    return FAST * cache * dout
+
+GRADCHECK["square"] = lambda rng: dict(x=rng.standard_normal((3, 5)))
+'''
+
+
+@pytest.mark.parametrize("change, words, status", [
+    ({}, ["ok fast_square", "as square", "ok end to end rows 1 variant(s), 2 parameters"], 0),
+    ({"STEP": "rng", "RNG": "pass"}, ["ok end to end rows"], 0),
+    ({"WRONG": "x"}, ["loss_and_grads, rows default", "only U is wrong"], 1),   # what is carried over
+    ({"FAST": "3"}, ["fast_square, gradient of x"], 1),
+    ({"np.square(x), x": "np.square(x) + 1, x"}, ["fast_square and square give different results"], 1),
+])
+def test_tasks_states_and_twins(change, words, status, tmp_path):
+    source = STATES
+    for old, new in {"STEP": "step", "RNG": "rng = np.random.default_rng(step)", "WRONG": "h", "FAST": "2",
+                     **{k: v for k, v in change.items() if len(k) > 5}, **change}.items():
+        source = source.replace(old, change.get(old, new))
+    says(report(tmp_path, source), words, status)
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.name)
+def test_lessons_have_no_unexercised_backward(path):
+    """Every operation of a lesson is named in its report."""
+    text, status = check(path)
+    assert status == 0 and "later" not in text and "note" not in text, text
+    for name in re.findall(r"^def (\w+)_backward", lesson(path.name), re.M):
+        assert re.search(rf"\b{name}\b", text), name
+
+
+# ---- itself: notebooks, speed, size --------------------------------------------------------------
+
+def test_in_a_notebook(tmp_path):
+    """As %run does it: __main__ has another name, standard output is no console, argv is set."""
+    code = textwrap.dedent('''
+        import io, runpy, sys
+        class Console(io.StringIO):
+            reconfigure = None
+        sys.argv = ["gradcheck.py", "perceptron.py"]
+        sys.stdout = Console()
+        runpy.run_path("gradcheck.py", run_name="__main__")
+        text, sys.stdout = sys.stdout.getvalue(), sys.__stdout__
+        print(text.splitlines()[-1])''')
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith(" 0 failed\n") and not done.stderr, done
+
+
+def cpu_seconds(*files):
+    """User time of gradcheck.py on these files."""
+    code = ("import json, resource, subprocess, sys; subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL);"
+            "print(json.dumps(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime))")
+    done = subprocess.run([sys.executable, "-c", code, sys.executable, ROOT / "gradcheck.py", *files],
+                          capture_output=True, text=True)
+    return json.loads(done.stdout)
+
+
+def test_speed(tmp_path):
+    """A typed operation in a second, a small model in two; all lessons in 25 on two cores."""
+    source = spine("mlp.py")
+    typed = tmp_path / "my_mlp.py"
+    typed.write_text("import numpy as np\n" + source[source.index("def linear_f"):source.index("def tanh_f")])
+    assert cpu_seconds(typed) < 1
+    typed.write_text(NET)
+    assert cpu_seconds(typed) < 2
+    assert cpu_seconds() < 2 * 25
+
+
+def test_itself():
+    source = lesson("gradcheck.py")
+    lines = source.splitlines()
+    assert source.isascii() and "\t" not in source and len(lines) <= 1000
+    assert max(map(len, lines)) <= 100
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node in tree.body:
+            assert ast.get_docstring(node), node.name
+    idea = 1 + source[:source.index("# ==== That is the idea")].count("\n")
+    assert idea <= 120, "the idea stands on the first two screens"
+
+
+def test_a_copy_elsewhere_needs_no_lessons(tmp_path):
+    """gradcheck.py alone, without lessons beside it."""
+    shutil.copy(ROOT / "gradcheck.py", tmp_path)
+    (tmp_path / "mine.py").write_text(HALF)
+    done = subprocess.run([sys.executable, tmp_path / "gradcheck.py", tmp_path / "mine.py"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "ok    relu" in done.stdout, done
+
+
+# ---- is the checker any good? (slow, so last) ----------------------------------------------------
+
+def test_teeth_find_what_no_case_runs(tmp_path):
+    """Code that no case runs survives; what runs and changes no gradient is counted apart."""
+    source = HALF.replace("    return dout * (cache > 0)\n", (
+        "    if len(dout) > 100:\n        return dout + cache\n    return dout * (cache > 0) * abs(-1)\n"))
+    assert report(tmp_path, source)[1] == 0
+    text, status = check(tmp_path / "my_copy.py", "--teeth")
+    assert status == 1 and "survived: relu_backward, line 10: a + b -> a (never run)" in text, text
+    assert "-a -> a" not in text and " change no gradient" in text and "; 0 change" not in text, text
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.name)
 def test_teeth(path):
-    done = check(path, "--teeth")
-    assert done.returncode == 0 and "caught" in done.stdout and "survived" not in done.stdout, done.stdout
+    text, status = check(path, "--teeth")
+    assert status == 0 and "caught" in text and "survived" not in text, text

@@ -180,8 +180,8 @@ def test_mlp():
     def theirs(p):
         net = torch.nn.Sequential(torch.nn.Linear(2, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4), torch.nn.Tanh(),
                                   torch.nn.Linear(4, 1))
-        named = {f"{2 * i}.{kind}": p[f"{'W' if kind == 'weight' else 'b'}{i}"].T for i in range(3)
-                 for kind in ("weight", "bias")}
+        named = {f"{2 * i}.weight": p[f"W{i}"].T for i in range(3)}
+        named.update({f"{2 * i}.bias": p[f"b{i}"] for i in range(3)})
         logits = torch.func.functional_call(net, named, torch.tensor(x))
         return torch.nn.BCEWithLogitsLoss()(logits, torch.tensor(targets))
     compare_model("mlp", module, cfg, module.init_params, (x, targets), module.loss_and_grads, theirs)
