@@ -702,7 +702,7 @@ def labelled_images(kind, path):
         rng, labels = np.random.default_rng(0), np.arange(200) % 10
         noise = rng.integers(0, 256, (200, kind.size, kind.size, kind.channels), np.uint8)
         return dict.fromkeys(("train", "validation", "test"), (noise, labels))
-    if kind is Mnist:
+    if issubclass(kind, Mnist):
         return {name: (images.reshape(-1, 28, 28, 1), labels)
                 for name, (images, labels) in load_mnist(path).items()}
     data = load_cifar(path)
@@ -871,8 +871,8 @@ def show_reconstructions(x, visible, filled, cfg):
     seen = np.full_like(x, np.nan)
     np.put_along_axis(seen, visible[:, :, None], gather_forward(x, visible)[0], axis=1)
     low, high = -1.0, 1.0
-    if type(cfg) in (Cifar, Mnist):
-        low, high = (-1.92, 2.06) if type(cfg) is Cifar else (-0.42, 2.82)      # of black, white
+    if cfg.data != "shapes":
+        low, high = (-1.92, 2.06) if cfg.channels == 3 else (-0.42, 2.82)       # of black, white
     print("Held-out images, the strongest color, dark (.) to bright (@); blank patches are masked."
           "\nA reconstruction has colors and large forms; edges and texture that no visible patch"
           "\nshows are lost: the mean of all that could be there has the smallest squared error.")

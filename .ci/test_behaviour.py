@@ -169,6 +169,7 @@ def test_every_flag_is_used(name, task, monkeypatch, tmp_path):
     keys = {f.name for f in fields(config)}
     cfg = Spy(steps=1)
     cfg = replace(cfg, data=data_for(task, tmp_path)) if "data" in keys else cfg
+    cfg = replace(cfg, finetune=True) if "finetune" in keys else cfg
     with np.errstate(over="ignore"):
         tasks(name)[task].main(cfg)
     assert "__dict__" in used or not keys - used
@@ -309,7 +310,7 @@ def test_same_seed_same_numbers(name, task, tmp_path):
         lines = without_times(done.stdout)
         return [re.sub(r" (lr|seed)=\S+", "", line) for line in lines]
     assert numbers("--seed", "3") == numbers("--seed", "3") != numbers("--seed", "4")
-    assert numbers("--lr", "1e-3") != numbers("--lr", "2e-3"), "the learning rate has no effect"
+    assert numbers("--lr", "1e-3") != numbers("--lr", "3e-2"), "the learning rate has no effect"
 
 
 @pytest.mark.parametrize("name", NEW)
@@ -391,7 +392,7 @@ def test_threads_change_no_result(name, task, tmp_path):
         done = lesson(name, task, *data, "--batch-size", "7", "--steps", "4", "--threads", n)
         assert metrics(done)
         return [float(loss) for loss in re.findall(r"mean loss (\S+)", done.stdout)]
-    assert len(losses("1")) == 4 and np.allclose(losses("1"), losses("3"), rtol=2e-3)
+    assert len(losses("1")) >= 4 and np.allclose(losses("1"), losses("3"), rtol=2e-3)
 
 
 def choices(name, task):
