@@ -1316,7 +1316,8 @@ def image_constraints(cfg):
         yield (cfg.threads <= cfg.batch_size, "--threads",
                f"at most --batch-size {cfg.batch_size}", cfg.threads)
         yield cfg.crop < size, "--crop", f"less than {size}", cfg.crop
-        yield not cfg.save or cfg.save != cfg.data, "--save", "another file than --data", cfg.save
+        same = os.path.realpath(cfg.save) == os.path.realpath(cfg.data)
+        yield not cfg.save or not same, "--save", "another file than --data", cfg.save
         yield not cfg.png or cfg.png not in (cfg.data, cfg.save), "--png", "another file", cfg.png
     if isinstance(cfg, Finetune):
         yield 0 < cfg.labels <= 1, "--labels", "a number above 0, up to 1", cfg.labels

@@ -898,7 +898,8 @@ def run_positions(cfg):
     start, table, lengths = time.perf_counter(), {}, [n * cfg.context for n in (1, 2, 4)]
     print(f"Verses in random order, windows of {cfg.context}: {cfg.layers} layers, dim {cfg.dim}")
     print(f"chance level: loss {math.log(len(CHARS)):.3f}")
-    for position in POSITIONS if cfg.compare else [cfg.position]:
+    chosen = {cfg.position: POSITIONS[cfg.position]}
+    for position in POSITIONS if cfg.compare else chosen:
         print(f"\n{position}")
         one = replace(cfg, position=position)
         params = init_positions(one, np.random.default_rng(cfg.seed))
