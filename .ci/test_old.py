@@ -19,7 +19,8 @@ from lessons import (ASCII_CONSOLE, OLD, ROOT, cifar_folder, gzip, idx, is_refus
                      mnist_folder, source, top_level, without_times)
 
 sys.path.insert(0, str(ROOT))
-OWN = {"GRADCHECK", "Config", "PRESETS", "init_params", "make_batch", "loss_and_grads", "main", "Expr", "Import", "ImportFrom"}
+OWN = {"GRADCHECK", "Config", "PRESETS", "init_params", "make_batch", "loss_and_grads", "main", "Expr", "Import",
+       "ImportFrom"}
 ATTENTION = ["--task", "pairs", "--hidden", "16", "--embed", "8", "--steps", "40", "--batch", "16"]
 SMALL = ["--steps", "2", "--layers", "1", "--width", "8", "--merges", "20"]      # for translation.py
 
