@@ -79,7 +79,9 @@ def compare(d):
             n = d.slopes[k] = near
         error = relative_error(yours, n, size)
         if error > TOLERANCE:
-            text = f" at {np.argwhere(step)[0].tolist()}: yours {yours:.6g}, numeric {n:.6g}"
+            at = "along a random step" if len(d.steps) == len(d.arrays) else (
+                f"at {np.argwhere(step)[0].tolist()}")
+            text = f" {at}: yours {yours:.6g}, numeric {n:.6g}"
             d.wrong[name] = max(d.wrong.get(name, (0, "")), (error, text))
         else:
             d.worst = max(d.worst, error)
@@ -176,21 +178,19 @@ CASES = {
     "rope": "x 3 2 5 6, cos 5 3, sin 5 3", "causal_attention": "q 2 3 5 6, k 2 3 5 6, v 2 3 5 6",
     "attention": each("q 2 3 5 6, k 2 3 7 6, v 2 3 7 6", "mask", *MASKS),
 }
-OLD = {}                                                # of lessons without TASKS
 
 def cases_of(module, name):
     """How its file, its lesson or CASES call an operation.   -> functions of rng -> inputs."""
     plain = name.removeprefix("fast_").removesuffix("_loop")        # a twin is called alike
     lesson, forward = module.lesson and load(module.lesson), vars(module).get(name + "_forward")
     own, theirs = (getattr(m, "GRADCHECK", {}) for m in (module, lesson))
-    old = {} if hasattr(lesson or module, "TASKS") else OLD
 
     def made(rng, entry, k=slice(None)):
         found = entry(rng) if callable(entry) else entry
         return [inputs_of(case, rng) if isinstance(case, str) else dict(case)
                 for case in (found if isinstance(found, list) else [found])][k]
 
-    for table in (own, theirs, old, CASES):
+    for table in (own, theirs, CASES):
         entry = table.get(name, table.get(plain, []))
         try:
             first = made(np.random.default_rng(0), entry)
@@ -365,7 +365,7 @@ def hints(a, name, numeric, d):
     if (n[off] == 0).all():
         return "right where it should not be zero, but these entries should be: a missing mask"
     for what, v in (*zip(("dout", "the second dout"), d.given["dout"]), *d.inputs.items()):
-        if np.asarray(v).dtype.kind == "f":
+        if isinstance(v, (np.ndarray, float)) and np.asarray(v).dtype.kind == "f":
             if near(n - a, v) or near(a - n, v):
                 return f"off by exactly {what}: is a path that goes around missing, or too many?"
             if np.shape(v) in (a.shape, ()) and near(a * v, n):
@@ -391,10 +391,11 @@ def hints(a, name, numeric, d):
 def factor(ratio, d):
     """Name the number that the gradient must be multiplied by."""
     sizes = {abs(v): k for k, v in d.inputs.items() if isinstance(v, float)}
-    for k, v in (*d.inputs.items(), *(("out", o) for o in d.outs)):
-        for axis, size in enumerate(np.shape(v) if isinstance(v, np.ndarray) else ()):
+    arrays = [(k, v) for k, v in d.inputs.items() if isinstance(v, np.ndarray)]
+    for k, v in (*arrays, *(("out", np.asarray(o)) for o in d.outs)):
+        for axis, size in enumerate(v.shape):
             sizes.setdefault(size, f"the size of {k} along axis {axis}")
-        sizes.setdefault(np.size(v), f"the number of entries of {k}")
+        sizes.setdefault(v.size, f"the number of entries of {k}")
     powers = ((1, ""), (-1, "1 / "), (0.5, "the root of "), (-0.5, "1 / the root of "))
     for (size, what), (power, text) in itertools.product(sizes.items(), powers):
         value, sign = max(size, 1e-9) ** power, "-" * (ratio < 0)
