@@ -1,599 +1,342 @@
+"""attention.py: a decoder that chooses what to read.
+
+An encoder that hands over its last state must fit a sentence of any length into it (seq2seq.py
+shows where this fails). With attention the decoder has the encoder's states of all positions, the
+values. For every output it scores each position; a softmax makes weights of the scores, and the
+decoder reads the weighted mean of the values, the context. Where to attend is learned, too.
+
+Forward, for decoder states h_t and values v_s = [LSTM from the left, LSTM from the right]:
+    m_ts = tanh(h_t Wq + v_s Wk)    e_ts = u . m_ts    w_t = softmax_s(e_ts), 0 at padding
+    context_t = sum_s w_ts v_s      a_t = tanh([h_t, context_t] Wa + ba)      logits_t = a_t Wo + bo
+Backward (the LSTM is derived in lstm.py):
+    dw_ts = dcontext_t . v_s        de_ts = w_ts (dw_ts - sum_r w_tr dw_tr)   (softmax Jacobian)
+    du = sum_ts de_ts m_ts          dn_ts = de_ts u (1 - m_ts^2)              (before the tanh)
+    dWq = sum_ts h_t^T dn_ts        dh_t = sum_s dn_ts Wq^T, and through a_t
+    dWk = sum_ts v_s^T dn_ts        dv_s = sum_t dn_ts Wk^T, and sum_t w_ts dcontext_t
+
+The weights show what an output depends on only if the decoder must attend, and sharply. So its
+state starts at zero, not at the encoder's last state; and the first scores are large: the layers
+above can undo a blurred mean, so nothing else makes the weights sharp.
+
+Run    python attention.py      (reverse up to 10 letters; --help lists the other tasks)
+Papers: Bahdanau et al. 2015 (additive attention), Luong et al. 2015 (the vector a_t), Schuster and
+Paliwal 1997 (an LSTM from either end).
+"""
+
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["numpy"]
 # ///
-"""attention.py: look where you need to.
 
-An encoder that hands over one state must press a sentence of any length into it (seq2seq.py shows where that ends).
-Bahdanau's way out: keep what the encoder knew at every place, and let the decoder, before it says a symbol, ask which
-places matter now. A place answers with a score, a softmax makes weights of the scores, and what the decoder gets, the
-context, is the average of the places with these weights. All of it is smooth, so where to look is learned along with
-the rest. The weights can be drawn: they show what was looked at for which symbol.
-
-They show it only if the decoder needs to look, and sharply. What it has gathered in its own state it need not look up
-again; so ours starts from zeros, and no look leaves a trace in its state. (Bahdanau's feeds on every context: --feed.)
-And an average of neighbours can be unmixed by what comes after; so scores begin large here: it must choose at
-once. (--sharp; for the pairs of a file, whole sentences perhaps, that is too soon.)
-
-Forward, for a question q_t (the decoder's state), keys k_s and values v_s (the encoder's states, read from both ends):
-    e_ts = q_t . k_s                 dot; with k_s = v_s Wk general (Luong)
-         = u . tanh(q_t Wq + k_s)    additive (Bahdanau)
-    w_t = softmax_s e_ts, 0 where the source is padding         context_t = sum_s w_ts v_s
-    what is said at t: from tanh([q_t, context_t] Wa + ba)      --feed: context_t also goes into the decoder's next step
-Backward, given dcontext:
-    dv_s = sum_t w_ts dcontext_t     dw_ts = dcontext_t . v_s   de_ts = w_ts (dw_ts - sum_r w_tr dw_tr)
-    dot: dq_t = sum_s de_ts k_s, dk_s = sum_t de_ts q_t         additive: the same through u and 1 - tanh^2
-Without --feed no question depends on what was seen before, so all steps look at once, in three products. With it there
-is a loop over t; the keys and the decoder's inputs are computed before, the gradients of the weights after it.
-
-Run
-    python attention.py                                 reverse, copy, dates: the maps, and lengths beside no attention
-    python attention.py --task reverse --attention general
-    python attention.py --task dates --feed
-    python attention.py --task pairs --data train.tsv --save pairs.npz      a line a pair: source TAB target
-    python attention.py --task pairs --data train.tsv --unit letters --length 80
-        Any such file will do. Multi30k, German to English, comes as one file a language:
-        for l in de en; do
-        curl -O https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/train.$l.gz
-        gunzip -f train.$l.gz; done; paste train.de train.en > train.tsv
-
-Break it
-    --task reverse --no-sharp: as right as ever, with only 82 % of the attention on the letter that is said, not 99 %
-    there = ... -> there = 0 * ... in encoder_forward, --task reverse: 84 % right, 15 % of the attention; who comes from
-        the front cannot know how far the end is
-    drop "* mask" in masked_softmax_forward, --task reverse: all as before, but a source of nothing but padding is
-        looked at, 1/12 everywhere
-    --task reverse --attention dot: 99.6 %, with 83 % of the attention; there are no weights to make its scores large
-    --task reverse --attention none: 58 %; the table shows at which lengths
-    --task reverse --feed: 100 %, with 98 % of the attention; of 11 letters 97 %, instead of 85 %: it knows where it was
-
-Papers: Bahdanau, Cho, Bengio 2015 (attention, additive); Luong, Pham, Manning 2015 (dot, general); Schuster, Paliwal
-1997 (an encoder in both directions).
-"""
-import argparse
-import contextlib
-import ctypes
-import datetime
-import functools
-import inspect
-import json
 import math
 import os
-import re
 import signal
-import sys
+import threading
 import time
-import zipfile
-from collections import Counter
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Literal, get_args
 
+for library in ("OPENBLAS", "MKL", "OMP"):  # the matrices are small: one BLAS thread is fastest
+    os.environ.setdefault(library + "_NUM_THREADS", "1")
 import numpy as np
 
 
 @dataclass
 class Config:
-    """Hyperparameters. Edit a line, or pass its name as a flag: --lr 0.1"""
-    task: Literal["demo", "reverse", "copy", "dates", "pairs"] = "demo"  # what to learn; demo: the first three
-    attention: Literal["additive", "dot", "general", "none"] = "additive"  # how a place is scored; none: the bottleneck
-    feed: bool = False      # additive: what was seen is fed to the decoder as well, as Bahdanau has it
-    sharp: bool = True      # scores begin large, so that it has to choose from the start
-    hidden: int = 128       # size of the decoder's state; each of the encoder's two directions has half of it
-    embed: int = 32         # numbers that stand for a symbol
-    length: int = 10        # longest source in training
-    unit: Literal["words", "letters"] = "words"  # pairs: what a symbol is
-    words: int = 5000       # pairs: words that are known, of either side; the others are all the same to it
-    beam: int = 4           # beginnings of an answer that the search keeps
-    penalty: float = 0.7    # the search divides a log-probability by (number of symbols) ** penalty
-    clip: float = 1.0       # largest norm of the gradient; 0: any
-    lr: float = 0.01        # learning rate at its height
-    decay: float = 0.0      # share of every matrix that is taken off, times lr
-    schedule: Literal["constant", "step", "cosine"] = "cosine"  # course of the learning rate
-    warmup: int = 50        # steps in which it rises from 0
-    steps: int = 450        # updates
-    batch: int = 32         # pairs an update
-    data: str = ""          # pairs: a file in UTF-8, a line a pair: source TAB target
-    save: str = ""          # file (.npz) to keep parameters and state of the training in
-    load: str = ""          # such a file to go on from
-    seed: int = 0           # of every random draw
-
-    def __post_init__(self):
-        for name in ("steps", "batch", "hidden", "embed", "length", "words", "beam"):
-            require(getattr(self, name) >= 1, "--" + name, "1 or more", getattr(self, name))
-        for name in ("penalty", "clip", "decay", "warmup", "seed"):
-            require(0 <= getattr(self, name) < math.inf, "--" + name, "0 or more", getattr(self, name))
-        require(0 < self.lr < math.inf, "--lr", "a number above 0", self.lr)
-        require(self.hidden % 2 == 0, "--hidden", "an even number, half for each direction", self.hidden)
-        require(not self.feed or self.attention == "additive", "--feed", "--attention additive with it", self.attention)
-        require(not self.data or self.task == "pairs", "--data", "--task pairs with it", self.task)
-        kept = self.save or self.load
-        require(not kept or self.task != "demo", "--save, --load", "--task reverse, copy, dates or pairs", "demo")
+    """Read 2 to 10 letters, write them in reverse order."""
+    length: int = 10        # most letters
+    embed_dim: int = 32     # embedding dimension
+    hidden: int = 128       # hidden units; each direction of the encoder has half
+    score_init_scale: float = 8.0  # scale of the first attention scores
+    batch_size: int = 32    # sequences per step
+    steps: int = 600        # optimizer steps
+    lr: float = 0.01        # peak learning rate
+    warmup: int = 50        # steps of linear warmup
+    grad_clip: float = 1.0  # largest gradient norm
+    seed: int = 0           # random seed
 
 
-PRESETS = {     # what a task changes above, unless a flag says otherwise
-    "dates": dict(steps=600),
-    "pairs": dict(length=20),
-    "pairs --data": dict(sharp=False, embed=64, words=3000, lr=0.004, steps=900),
-}
-
-
-# ---- layers: S steps of the source, T of the target, N pairs, D embedding, H hidden, V symbols -----------------------
+# ---- layers: N sequences, S source and T target positions, D inputs, H hidden units, V tokens ----
 
 def linear_forward(x, W, b):
-    """y = x W + b.   x (N, D), W (D, K), b (K,) -> y (N, K)."""
-    y = x @ W
-    y += b
-    return y, (x, W)
+    """y = x W + b.   x (N, D), W (D, M), b (M,) -> y (N, M)."""
+    return x @ W + b, (x, W)
 
 
 def linear_backward(dout, cache):
-    """dx = dout W^T, dW = x^T dout, db = sum_n dout.   dout (N, K) -> dx (N, D), dW (D, K), db (K,)."""
+    """dx = dout W^T, dW = x^T dout, db = sum_n dout: b is added to every row."""
     x, W = cache
-    return dout @ W.T, x.T @ dout, dout.sum(axis=0)     # b was broadcast over N, so sum over N
+    return dout @ W.T, x.T @ dout, dout.sum(axis=0)
 
 
 def embedding_forward(ids, E):
-    """The row of E that each number names.   ids (...) integers, E (V, D) -> (..., D)."""
+    """Row ids of E.   ids (...) integers, E (V, D) -> (..., D)."""
     return E[ids], (ids, E.shape)
 
 
 def embedding_backward(dout, cache):
-    """A row of E gets the sum of dout over the places where it stands: a product with a (V, places) table of 0, 1."""
+    """Row v of dE is the sum of dout over all positions whose id is v."""
     ids, shape = cache
-    stands = np.arange(shape[0])[:, None] == ids.ravel()
-    return stands.astype(dout.dtype) @ dout.reshape(-1, shape[1])
+    dE = np.zeros(shape, dout.dtype)
+    np.add.at(dE, ids, dout)                            # unlike dE[ids] += dout, adds repeated ids
+    return dE
 
 
-def lstm_forward(z, h0, c0, Wh, mask=None):
-    """An LSTM layer; the gates i, f, g, o are four blocks of H columns; where mask is false the state stays.
-    z = x Wx + b (T, N, 4 H), h0, c0 (N, H), Wh (H, 4 H), mask (T, N, 1) -> h (T, N, H), last c (N, H)."""
-    T, N, H = len(z), *h0.shape
-    scale = np.repeat(np.array([0.5, 0.5, 1, 0.5], z.dtype), H)     # s(a) = tanh(a / 2) / 2 + 1/2: one tanh for all
-    shift, Wh_scaled, y = 1 - scale, Wh * scale, z * scale
-    i, f, g, o = y.reshape(T, N, 4, H).transpose(2, 0, 1, 3)        # views: what becomes of y is seen in them
-    h, c, tanh_c = (np.empty((T + 1, N, H), z.dtype) for _ in range(3))
-    h[0], c[0] = h0, c0
-    for t in range(T):
-        a = y[t]
-        a += h[t] @ Wh_scaled
-        np.tanh(a, out=a)
-        a *= scale
-        a += shift                                      # now i[t], f[t], g[t], o[t] are what the formulas call so
-        np.multiply(f[t], c[t], out=c[t + 1])
-        c[t + 1] += i[t] * g[t]                         # c' = f c + i g
-        np.tanh(c[t + 1], out=tanh_c[t])
-        np.multiply(o[t], tanh_c[t], out=h[t + 1])      # h' = o tanh c'
-        if mask is not None:
-            h[t + 1], c[t + 1] = np.where(mask[t], h[t + 1], h[t]), np.where(mask[t], c[t + 1], c[t])
-    return (h[1:], c[T]), (h, c, y, tanh_c[:T], Wh, mask)
+def sigmoid(z):
+    """1 / (1 + e^-z), computed as (1 + tanh(z / 2)) / 2, which cannot overflow."""
+    return 0.5 + 0.5 * np.tanh(0.5 * z)
+
+
+def lstm_forward(z, h0, c0, Wh):
+    """c' = f c + i g, h' = o tanh(c'), as derived in lstm.py; i, f, g, o: four blocks of H columns.
+    z = x Wx + b (T, N, 4 H), h0, c0 (N, H), Wh (H, 4 H) -> every h (T, N, H), the last c (N, H)."""
+    N, H = h0.shape
+    h, c, gates = [h0], [c0], []
+    for t in range(len(z)):
+        a = (z[t] + h[t] @ Wh).reshape(N, 4, H)
+        i, f, g, o = sigmoid(a[:, 0]), sigmoid(a[:, 1]), np.tanh(a[:, 2]), sigmoid(a[:, 3])
+        c.append(f * c[t] + i * g)
+        h.append(o * np.tanh(c[t + 1]))
+        gates.append((i, f, g, o))
+    h, c, gates = np.array(h), np.array(c), np.array(gates)
+    return (h[1:], c[-1]), (h, c, gates, Wh)
 
 
 def lstm_backward(dh_out, dc, cache):
-    """As derived above.   dh_out (T, N, H), dc of the last c (N, H) -> dz (T, N, 4 H), dh0, dc0, dWh."""
-    h, c, y, tanh_c, Wh, mask = cache
-    T, N, H = tanh_c.shape
-    i, f, g, o = y.reshape(T, N, 4, H).transpose(2, 0, 1, 3)
-    dz = y - y * y                                      # slope of a sigmoid, times what does not depend on dh and dc:
-    by_gate = dz.reshape(T, N, 4, H)
-    dz_i, dz_f, dz_g, dz_o = by_gate.transpose(2, 0, 1, 3)
-    dz_i *= g
-    dz_f *= c[:-1]
-    np.multiply(1 - g * g, i, out=dz_g)
-    dz_o *= tanh_c
-    to_c = o * (1 - tanh_c * tanh_c)
-    dh, WhT, times = 0, Wh.T.copy(), np.empty((N, 4, H), dz.dtype)
+    """From the last step to the first, as derived in lstm.py.   dh_out (T, N, H), dc (N, H) of the
+    last c -> dz (T, N, 4 H), dh0, dc0, dWh."""
+    h, c, gates, Wh = cache
+    i, f, g, o = gates.swapaxes(0, 1)                       # (T, N, H) each
+    tanh_c = np.tanh(c[1:])
+    di, df = g * i * (1 - i), c[:-1] * f * (1 - f)          # dz_i = dc di, dz_f = dc df,
+    dg, do = i * (1 - g ** 2), tanh_c * o * (1 - o)         # dz_g = dc dg, dz_o = dh do and
+    to_c = o * (1 - tanh_c ** 2)                            # dc += dh to_c, for all steps at once
+    T, N, H = dh_out.shape
+    dz = np.zeros((T, N, 4 * H), dh_out.dtype)
+    dh, WhT = 0, Wh.T.copy()                                # contiguous: faster in the loop
     for t in reversed(range(T)):
-        dh = dout_t = dh_out[t] + dh
-        dc_here = dc + dh * to_c[t]                     # c reaches the loss through h, and through the next c
-        times[:, :3], times[:, 3] = dc_here[:, None], dh        # i, f, g act on c, o on h
-        by_gate[t] *= times
-        if mask is None:
-            dc = dc_here * f[t]
-            dh = dz[t] @ WhT
-        else:                                           # padding: the gradients go past the step, as the states did
-            dz[t] *= mask[t]
-            dc = np.where(mask[t], dc_here * f[t], dc)
-            dh = dz[t] @ WhT + np.where(mask[t], 0, dout_t)
-    return dz, dh, dc, h[:-1].reshape(-1, H).T @ dz.reshape(-1, 4 * H)
-
-
-def project_symbols_forward(ids, E, Wx, b):
-    """z = E[ids] Wx + b. Only the rows of E that occur are projected, once each; then every place looks its own up.
-    ids (T, N), E (V, D), Wx (D, K), b (K,) -> z (T, N, K)."""
-    kinds, places = np.unique(ids, return_inverse=True)
-    table, project_cache = linear_forward(E[kinds], Wx, b)
-    z, look_cache = embedding_forward(places.reshape(ids.shape), table)
-    return z, (kinds, E.shape, project_cache, look_cache)
-
-
-def project_symbols_backward(dout, cache):
-    """The look-up, then the product, backwards.   dout (T, N, K) -> dE, dWx, db."""
-    kinds, shape, project_cache, look_cache = cache
-    drows, dWx, db = linear_backward(embedding_backward(dout, look_cache), project_cache)
-    dE = np.zeros(shape, dout.dtype)
-    dE[kinds] = drows                                   # symbols that do not occur get nothing
-    return dE, dWx, db
-
-
-def symbol_lstm_forward(ids, E, Wx, b, h0, c0, Wh, mask=None):
-    """An LSTM over symbols.   ids (T, N), E (V, D), Wx (D, 4 H), b (4 H,), h0, c0 (N, H), Wh (H, 4 H), mask (T, N, 1)
-    -> h (T, N, H), last c (N, H)."""
-    z, project_cache = project_symbols_forward(ids, E, Wx, b)
-    out, cell_cache = lstm_forward(z, h0, c0, Wh, mask)
-    return out, (project_cache, cell_cache)
-
-
-def symbol_lstm_backward(dh, dc, cache):
-    """The same from bottom to top.   dh (T, N, H), dc (N, H) of the last c -> dE, dWx, db, dh0, dc0, dWh."""
-    project_cache, cell_cache = cache
-    dz, dh0, dc0, dWh = lstm_backward(dh, dc, cell_cache)
-    return *project_symbols_backward(dz, project_cache), dh0, dc0, dWh
+        dh = dh + dh_out[t]                                 # from the step after, and from above
+        dc = dc + dh * to_c[t]
+        dz[t] = np.concatenate([dc * di[t], dc * df[t], dc * dg[t], dh * do[t]], axis=1)
+        dh = dz[t] @ WhT
+        dc = dc * f[t]
+    dWh = h[:-1].reshape(T * N, H).T @ dz.reshape(T * N, 4 * H)
+    return dz, dh, dc, dWh
 
 
 def masked_softmax_forward(scores, mask):
-    """w = e^score / sum of e^score over the places where mask is true, exactly 0 elsewhere, even if it is true nowhere.
-    scores (..., S), mask (..., S) -> (..., S)."""
-    scores = np.where(mask, scores, -1e9)
-    w = np.exp(scores - scores.max(axis=-1, keepdims=True)) * mask
-    w /= np.maximum(w.sum(axis=-1, keepdims=True), 1e-30)                   # at least 1, unless no place counts
+    """w = e^score / sum e^score over the positions s where mask is True; 0 elsewhere.
+    scores (N, T, S), mask (N, S) -> w (N, T, S)."""
+    scores = np.where(mask[:, None], scores, -1e9)
+    w = np.exp(scores - scores.max(axis=2, keepdims=True))
+    w /= w.sum(axis=2, keepdims=True)
     return w, w
 
 
 def masked_softmax_backward(dout, cache):
-    """dscores = w (dout - sum w dout): raising one score takes weight from all the others."""
+    """dscores = w (dout - sum_s w dout): one weight can only grow at the cost of the others."""
     w = cache
-    return w * (dout - (w * dout).sum(axis=-1, keepdims=True))
+    return w * (dout - (w * dout).sum(axis=2, keepdims=True))
 
 
-def dot_attention_forward(q, keys, values, mask):
-    """w = softmax over the places s of q_t . keys_s, context_t = sum_s w_ts values_s: all steps at once.
-    q (T, N, A), keys (N, S, A), values (N, S, C), mask (N, S) -> context (T, N, C); first in the cache: w (N, T, S)."""
-    q = q.swapaxes(0, 1)
-    w, _ = masked_softmax_forward(q @ keys.swapaxes(1, 2), mask[:, None])
-    return (w @ values).swapaxes(0, 1), (w, q, keys, values)
-
-
-def dot_attention_backward(dout, cache):
-    """dvalues = w^T dcontext, dw = dcontext values^T; through the softmax; dq = dscores keys, dkeys = dscores^T q."""
-    w, q, keys, values = cache
-    dout = dout.swapaxes(0, 1)
-    dscores = masked_softmax_backward(dout @ values.swapaxes(1, 2), w)
-    return (dscores @ keys).swapaxes(0, 1), dscores.swapaxes(1, 2) @ q, w.swapaxes(1, 2) @ dout
-
-
-def additive_attention_forward(q, keys, u, values, mask):
-    """The same with scores u . tanh(q_t + keys_s): T S comparisons, each of them a small neural net.
-    q (T, N, A), keys (N, S, A), u (A,), values (N, S, C), mask (N, S) -> context (T, N, C); first in the cache: w."""
-    match = np.tanh(q.swapaxes(0, 1)[:, :, None] + keys[:, None])           # (N, T, S, A)
-    w, _ = masked_softmax_forward(match @ u, mask[:, None])
-    return (w @ values).swapaxes(0, 1), (w, match, u, values)
+def additive_attention_forward(h, values, mask, p):
+    """As above.   h (N, T, H), values (N, S, C), mask (N, S), p: Wq (H, A), Wk (C, A), u (A,)
+    -> context (N, T, C); the cache begins with w (N, T, S)."""
+    q = h @ p["Wq"]                                         # (N, T, A)
+    k = values @ p["Wk"]                                    # (N, S, A)
+    m = np.tanh(q[:, :, None] + k[:, None])                 # (N, T, S, A)
+    w, softmax = masked_softmax_forward(m @ p["u"], mask)   # (N, T, S)
+    return w @ values, (w, softmax, m, h, values, p)
 
 
 def additive_attention_backward(dout, cache):
-    """du = sum dscores match; through tanh; q_t was compared with all s, keys_s with all t: sums over the others."""
-    w, match, u, values = cache
-    dout = dout.swapaxes(0, 1)
-    dscores = masked_softmax_backward(dout @ values.swapaxes(1, 2), w)
-    dmatch = (1 - match * match) * dscores[:, :, :, None]
-    du = dscores.reshape(-1) @ match.reshape(-1, len(u))
-    return dmatch.sum(axis=2).swapaxes(0, 1) * u, dmatch.sum(axis=1) * u, du, w.swapaxes(1, 2) @ dout
+    """As above.   -> dh, dvalues, gradients under the keys of p."""
+    w, softmax, m, h, values, p = cache
+    N, T, S, A = m.shape
+    dscores = masked_softmax_backward(dout @ values.swapaxes(1, 2), softmax)
+    dn = dscores[..., None] * p["u"] * (1 - m ** 2)        # (N, T, S, A)
+    dq, dk = dn.sum(axis=2), dn.sum(axis=1)                 # q_t meets all k_s, k_s meets all q_t
+    grads = {"Wq": h.reshape(N * T, -1).T @ dq.reshape(N * T, A),
+             "Wk": values.reshape(N * S, -1).T @ dk.reshape(N * S, A),
+             "u": dscores.ravel() @ m.reshape(-1, A)}
+    dvalues = dk @ p["Wk"].T + w.swapaxes(1, 2) @ dout
+    return dq @ p["Wq"].T, dvalues, grads
 
 
-def bahdanau_forward(z, h0, c0, Wh, Wc, Wq, u, keys, values, mask):
-    """An LSTM that looks before every step, with its state as the question, and reads what it saw with its input:
-        w = softmax over the places s of u . tanh(keys_s + h Wq)    context = sum_s w_s values_s
-        h, c = LSTM step with z_t + context Wc
-    z = y E Wx + b (T, N, 4 H), h0, c0 (N, H), Wh (H, 4 H), Wc (C, 4 H), Wq (H, A), u (A,), keys (N, S, A),
-    values (N, S, C), mask (N, S) -> h (T, N, H), context (T, N, C), last c (N, H); first in the cache: w (T, N, S)."""
-    T, N, H = len(z), *h0.shape
-    scale = np.repeat(np.array([0.5, 0.5, 1, 0.5], z.dtype), H)             # one tanh for all gates, as in lstm_forward
-    shift, Wc_scaled, y = 1 - scale, Wc * scale, z * scale
-    Wh_Wq = np.concatenate([Wh * scale, Wq], axis=1)                        # gates and question: one product
-    i, f, g, o = y.reshape(T, N, 4, H).transpose(2, 0, 1, 3)
-    h, c, tanh_c = (np.empty((T + 1, N, H), z.dtype) for _ in range(3))
-    match, w = np.empty((T, *keys.shape), z.dtype), np.empty((T, *mask.shape), z.dtype)
-    context = np.empty((T, N, values.shape[2]), z.dtype)
-    h[0], c[0] = h0, c0
-    for t in range(T):
-        from_h = h[t] @ Wh_Wq
-        np.add(keys, from_h[:, None, 4 * H:], out=match[t])
-        np.tanh(match[t], out=match[t])
-        w[t], _ = masked_softmax_forward(match[t] @ u, mask)
-        context[t] = (w[t][:, None] @ values)[:, 0]
-        a = y[t]
-        a += from_h[:, :4 * H]
-        a += context[t] @ Wc_scaled
-        np.tanh(a, out=a)
-        a *= scale
-        a += shift
-        np.multiply(f[t], c[t], out=c[t + 1])
-        c[t + 1] += i[t] * g[t]
-        np.tanh(c[t + 1], out=tanh_c[t])
-        np.multiply(o[t], tanh_c[t], out=h[t + 1])
-    return (h[1:], context, c[T]), (w, match, context, h, c, y, tanh_c[:T], Wh, Wc, Wq, u, values)
-
-
-def bahdanau_backward(dh_out, dcontext_out, dc, cache):
-    """The LSTM's backward, and at every step its dz goes on into the context, the weights, the scores and the question,
-    which is the state before.   -> dz, dh0, dc0, dWh, dWc, dWq, du, dkeys, dvalues."""
-    w, match, context, h, c, y, tanh_c, Wh, Wc, Wq, u, values = cache
-    T, N, H = tanh_c.shape
-    i, f, g, o = y.reshape(T, N, 4, H).transpose(2, 0, 1, 3)
-    dz = y - y * y
-    by_gate = dz.reshape(T, N, 4, H)
-    dz_i, dz_f, dz_g, dz_o = by_gate.transpose(2, 0, 1, 3)
-    dz_i *= g
-    dz_f *= c[:-1]
-    np.multiply(1 - g * g, i, out=dz_g)
-    dz_o *= tanh_c
-    to_c = o * (1 - tanh_c * tanh_c)
-    dq, dscores, dcontext = np.zeros((T, N, len(u)), dz.dtype), np.zeros_like(w), dcontext_out.copy()
-    dkeys, dh, back = np.zeros_like(match[0]), 0, np.concatenate([Wh.T, Wc.T], axis=1)
-    times = np.empty((N, 4, H), dz.dtype)
-    for t in reversed(range(T)):
-        dh = dh_out[t] + dh
-        dc_here = dc + dh * to_c[t]
-        times[:, :3], times[:, 3] = dc_here[:, None], dh
-        by_gate[t] *= times
-        dc = dc_here * f[t]
-        into = dz[t] @ back                             # into the state before and into the context: one product
-        dcontext[t] += into[:, H:]
-        dscores[t] = masked_softmax_backward((values @ dcontext[t][:, :, None])[:, :, 0], w[t])
-        slope = match[t] * match[t]
-        np.subtract(1, slope, out=slope)
-        slope *= dscores[t][:, :, None]
-        dkeys += slope                                  # but for u, which comes after the loop
-        dq[t] = slope.sum(axis=1) * u
-        dh = into[:, :H] + dq[t] @ Wq.T
-    before, flat = h[:-1].reshape(-1, H).T, dz.reshape(-1, 4 * H)
-    dWc, dWq = context.reshape(T * N, -1).T @ flat, before @ dq.reshape(T * N, -1)
-    du = dscores.reshape(-1) @ match.reshape(-1, len(u))
-    dvalues = w.transpose(1, 2, 0) @ dcontext.swapaxes(0, 1)
-    return dz, dh, dc, before @ flat, dWc, dWq, du, dkeys * u, dvalues
-
-
-def tanh_forward(x):
-    """y = tanh x."""
-    y = np.tanh(x)
-    return y, y
-
-
-def tanh_backward(dout, cache):
-    """dx = dout (1 - y^2)."""
-    y = cache
-    return dout * (1 - y * y)
-
-
-def softmax_cross_entropy_forward(z, targets):
-    """-mean_n log p[n, y_n], p = softmax of each row.   z (N, K), targets (N,) class numbers -> scalar."""
-    z = z - z.max(axis=1, keepdims=True)                # the same p, and e^z cannot overflow
-    log_p = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
-    return -log_p[np.arange(len(targets)), targets].mean(), (log_p, targets)
+def softmax_cross_entropy_forward(logits, targets):
+    """-mean_n log softmax(logits)[n, targets_n].   logits (N, V), targets (N,) ids -> scalar."""
+    logits = logits - logits.max(axis=1, keepdims=True)     # the same softmax, without overflow
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    loss = -log_p[np.arange(len(targets)), targets].mean()
+    return loss, (log_p, targets)
 
 
 def softmax_cross_entropy_backward(dout, cache):
-    """dz = (p - onehot(y)) / N.   dout scalar -> dz (N, K)."""
+    """dlogits = (p - onehot(targets)) / N."""
     log_p, targets = cache
-    dz = np.exp(log_p)
-    dz[np.arange(len(targets)), targets] -= 1
-    return dz * (dout / len(targets))
+    dlogits = np.exp(log_p)
+    dlogits[np.arange(len(targets)), targets] -= 1
+    return dlogits * (dout / len(targets))
 
 
-# ---- model: encoder in both directions, memory, decoder that looks into it -------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 
-STOP = 0                                                # the symbol after the last one; it also starts the decoder
+VOCAB = ["<pad>", "<bos>", "<eos>", *"abcdefghijklmnopqrstuvwxyz"]
+PAD, BOS, EOS = 0, 1, 2     # padding, beginning and end of a sequence
 
 
-def init_params(cfg, rng, dtype=np.float32):
-    """Encoder: E_enc, and Wx, Wh, b of its directions (_fore, _back); decoder: E, Wx, Wh, b (_dec), Wo, bo; attention:
-    Wk to keys (not for dot), Wq to questions and u (additive), Wc into the decoder (--feed), Wa, ba to join."""
-    H, D, (V_source, V), params = cfg.hidden, cfg.embed, map(len, symbols_of(cfg)[:2]), {}
-    shapes = {"E_enc": (V_source, D), "E_dec": (V, D)}
-    for part, h in (("fore", H // 2), ("back", H // 2), ("dec", H)):
-        shapes.update({"Wx_" + part: (D, 4 * h), "Wh_" + part: (h, 4 * h)})
-        params["b_" + part] = np.repeat([0.0, 1, 0, 0], h)                  # the forget gate begins open
-    if cfg.attention in ("additive", "general"):
-        shapes["Wk"] = H, H
-    if cfg.attention == "additive":
-        shapes.update(Wq=(H, H), u=(H,))
-    if cfg.feed:
-        shapes["Wc"] = H, 4 * H
-    if cfg.attention != "none":
-        shapes["Wa"], params["ba"] = (2 * H, H), np.zeros(H)
-    shapes["Wo"], params["bo"] = (H, V), np.zeros(V)
-    scale = {"E_enc": 0.5, "E_dec": 0.5}
-    if cfg.sharp:
-        scale.update(u=1.0, Wk=3 * H ** -0.5, Wq=3 * H ** -0.5)
+def pad(sequences):
+    """Lists of ids -> ids (N, longest), each followed by PAD."""
+    ids = np.full((len(sequences), max(map(len, sequences))), PAD)
+    for row, sequence in zip(ids, sequences):
+        row[:len(sequence)] = sequence
+    return ids
+
+
+def make_batch(cfg, step, dtype=np.float32):
+    """-> source (N, S): ids of letters between BOS and EOS; target (N, T): the letters in reverse
+    order and EOS; positions (N, T): where each stands in the source, 0 for EOS and padding."""
+    rng = np.random.default_rng((cfg.seed, step))
+    lengths = rng.integers(2, cfg.length + 1, cfg.batch_size)
+    letters = [rng.integers(3, len(VOCAB), n) for n in lengths]
+    source = pad([[BOS, *ids, EOS] for ids in letters])
+    target = pad([[*ids[::-1], EOS] for ids in letters])
+    return source, target, pad([range(n, -1, -1) for n in lengths])
+
+
+# ---- model: two LSTMs read the source, a third writes the target ---------------------------------
+
+def init_params(cfg, rng, dtype=np.float32, source_size=len(VOCAB), target_size=len(VOCAB)):
+    """E_source, E_target; fore., back. and decoder.: Wx, Wh, b of an LSTM; decoder.: Wq, Wk, u, Wa,
+    ba; Wo, bo. The variance of W (n, m) is 1 / n; Wq, Wk, u are score_init_scale times larger."""
+    H, D = cfg.hidden, cfg.embed_dim
+    shapes = {"decoder.Wq": (H, H), "decoder.Wk": (H, H), "decoder.u": (H,),
+              "decoder.Wa": (2 * H, H), "Wo": (H, target_size)}
+    params = {"E_source": 0.5 * rng.standard_normal((source_size, D)),
+              "E_target": 0.5 * rng.standard_normal((target_size, D)),
+              "decoder.ba": np.zeros(H), "bo": np.zeros(target_size)}
+    for name, h in (("fore", H // 2), ("back", H // 2), ("decoder", H)):
+        shapes.update({f"{name}.Wx": (D, 4 * h), f"{name}.Wh": (h, 4 * h)})
+        params[f"{name}.b"] = np.repeat([0.0, 1.0, 0.0, 0.0], h)        # forget gates begin open
     for name, shape in shapes.items():
-        params[name] = rng.standard_normal(shape) * scale.get(name, shape[0] ** -0.5)
+        params[name] = rng.standard_normal(shape) * shape[0] ** -0.5
+    for name in ("Wq", "Wk", "u"):
+        params[f"decoder.{name}"] *= cfg.score_init_scale
     return {name: value.astype(dtype) for name, value in params.items()}
 
 
-def encoder_forward(params, source, mask, cfg):
-    """Read the source from both ends -> (state (h, c) the decoder starts in, keys (N, S, A), values (N, S, H)), cache.
-    values: at every place what the two directions know there; keys: the same, made comparable with a question."""
-    S, N = source.shape
-    n, s = mask.sum(axis=(0, 2)), np.arange(S)[:, None]
-    turn = np.where(s < n, n - 1 - s, s)                # turns every source round, in place, and back again
-    zero, states, caches = np.zeros((N, cfg.hidden // 2), params["bo"].dtype), [], []
-    for part, ids in (("fore", source), ("back", np.take_along_axis(source, turn, axis=0))):
-        (h, c), cache = symbol_lstm_forward(ids, params["E_enc"], params["Wx_" + part], params["b_" + part], zero, zero,
-                                            params["Wh_" + part], mask)
-        states.append((h, c))
-        caches.append(cache)
-    (h, c), (h_back, c_back) = states
-    there = np.take_along_axis(h_back, turn[:, :, None], axis=0)
-    values = np.ascontiguousarray(np.concatenate([h, there], axis=2).swapaxes(0, 1))
-    if cfg.attention == "none":                         # all that the decoder gets: the two last states
-        start = np.concatenate([h[-1], h_back[-1]], axis=1), np.concatenate([c, c_back], axis=1)
-    else:                                               # it gets nothing: whatever it wants to know, it must look up
-        start = np.zeros((N, cfg.hidden), h.dtype), np.zeros((N, cfg.hidden), h.dtype)
-    keys = values @ params["Wk"] if "Wk" in params else values
-    return (*start, keys, values), (caches, turn, values, params.get("Wk"), cfg)
+def part(params, prefix):
+    """The parameters whose names begin with prefix, without it."""
+    return {name.removeprefix(prefix): w for name, w in params.items() if name.startswith(prefix)}
 
 
-def encoder_backward(dh0, dc0, dkeys, dvalues, cache):
-    """encoder_forward from bottom to top -> gradients under the keys of params."""
-    (caches, turn, values, Wk, cfg), grads = cache, {}
-    N, S, H = values.shape
-    if Wk is not None:
-        grads["Wk"] = values.reshape(-1, H).T @ dkeys.reshape(-1, H)
-        dkeys = dkeys @ Wk.T
-    dvalues = (dvalues + dkeys).swapaxes(0, 1)          # the keys are made of the values
-    dh = [dvalues[:, :, :H // 2].copy(), np.take_along_axis(dvalues[:, :, H // 2:], turn[:, :, None], axis=0)]
-    dc = [np.zeros((N, H // 2), dvalues.dtype)] * 2
-    if cfg.attention == "none":
-        dc = np.split(dc0, 2, axis=1)
-        for d, last in zip(dh, np.split(dh0, 2, axis=1)):
-            d[-1] = last                                # of all states only the last ones were of use
-    for k, part in enumerate(("fore", "back")):
-        dE, dWx, db, _, _, dWh = symbol_lstm_backward(dh[k], dc[k], caches[k])
-        grads.update({"Wx_" + part: dWx, "b_" + part: db, "Wh_" + part: dWh})
-        grads["E_enc"] = grads.get("E_enc", 0) + dE     # used by both directions, so its gradients add
-    return grads
+def lstm_layer_forward(x, state, p):
+    """x (N, T, D), state (2, N, H): h and c before, p: Wx, Wh, b -> h (N, T, H), state after."""
+    N, T, D = x.shape
+    z, project = linear_forward(x.reshape(N * T, D), p["Wx"], p["b"])
+    z = z.reshape(N, T, -1).swapaxes(0, 1)                  # (T, N, 4 H)
+    (h, c), lstm = lstm_forward(z, *state, p["Wh"])
+    return (h.swapaxes(0, 1), np.stack([h[-1], c])), (project, lstm)
 
 
-def decoder_forward(params, inputs, h0, c0, keys, values, mask, cfg):
-    """From a state on, fed with inputs (T, N) -> (T, N, H) to say the next symbols from, last h, last c. First in the
-    cache: the weights of the attention (T, N, S)."""
-    E, Wx, b, Wh = (params[name + "_dec"] for name in ("E", "Wx", "b", "Wh"))
-    if cfg.feed:                                        # look, then take the step, step by step
-        z, symbol_cache = project_symbols_forward(inputs, E, Wx, b)
-        (h, context, c), look_cache = bahdanau_forward(z, h0, c0, Wh, *(params[k] for k in ("Wc", "Wq", "u")), keys,
-                                                       values, mask)
-    else:                                               # take all steps, then look: no step depends on what was seen
-        (h, c), symbol_cache = symbol_lstm_forward(inputs, E, Wx, b, h0, c0, Wh)
-    if cfg.attention == "none":
-        return (h, h[-1], c), (None, None, symbol_cache, None, None, (values,), cfg)
-    if cfg.attention == "additive" and not cfg.feed:
-        context, look_cache = additive_attention_forward(h @ params["Wq"], keys, params["u"], values, mask)
-    elif not cfg.feed:
-        context, look_cache = dot_attention_forward(h, keys, values, mask)
-    w, used = look_cache[0] if cfg.feed else look_cache[0].swapaxes(0, 1), (h, params.get("Wq"))
-    joined = np.concatenate([h, context], axis=2)
-    a, join_cache = linear_forward(joined.reshape(-1, joined.shape[2]), params["Wa"], params["ba"])
-    out, tanh_cache = tanh_forward(a)
-    return (out.reshape(h.shape), h[-1], c), (w, look_cache, symbol_cache, join_cache, tanh_cache, used, cfg)
+def lstm_layer_backward(dh, dstate, cache):
+    """-> dx, dstate before, gradients under the keys of p."""
+    (project, lstm), (N, T, H) = cache, dh.shape
+    dh = dh.swapaxes(0, 1).copy()
+    dh[-1] += dstate[0]                                     # the last h is in h and in state
+    dz, dh0, dc0, dWh = lstm_backward(dh, dstate[1], lstm)
+    dz = dz.swapaxes(0, 1).reshape(N * T, 4 * H)
+    dx, dWx, db = linear_backward(dz, project)
+    return dx.reshape(N, T, -1), np.stack([dh0, dc0]), {"Wx": dWx, "Wh": dWh, "b": db}
 
 
-def decoder_backward(dout, cache):
-    """decoder_forward from bottom to top; the last state leads nowhere.   -> dh0, dc0, dkeys, dvalues, grads."""
-    (_, look_cache, symbol_cache, join_cache, tanh_cache, used, cfg), grads = cache, {}
-    T, N, H = dout.shape
-    dc, dkeys = np.zeros((N, H), dout.dtype), np.zeros_like(used[0])
-    dvalues = dkeys                                     # none: the values are not looked at
-    if cfg.attention != "none":
-        da = tanh_backward(dout.reshape(-1, H), tanh_cache)
-        djoined, grads["Wa"], grads["ba"] = linear_backward(da, join_cache)
-        dh, dcontext = np.split(djoined.reshape(T, N, 2 * H), 2, axis=2)
-    if cfg.attention == "additive" and not cfg.feed:
-        h, Wq = used
-        dq, dkeys, grads["u"], dvalues = additive_attention_backward(dcontext, look_cache)
-        grads["Wq"] = h.reshape(-1, H).T @ dq.reshape(-1, H)
-        dout = dh + dq @ Wq.T                           # h was joined to the context, and it was the question
-    elif cfg.attention in ("dot", "general"):
-        dq, dkeys, dvalues = dot_attention_backward(dcontext, look_cache)
-        dout = dh + dq
-    if cfg.feed:
-        dz, dh0, dc0, dWh, grads["Wc"], grads["Wq"], grads["u"], dkeys, dvalues = bahdanau_backward(
-            dh, dcontext, dc, look_cache)
-        dE, dWx, db = project_symbols_backward(dz, symbol_cache)
-    else:
-        dE, dWx, db, dh0, dc0, dWh = symbol_lstm_backward(dout, dc, symbol_cache)
-    return dh0, dc0, dkeys, dvalues, {**grads, "E_dec": dE, "Wx_dec": dWx, "b_dec": db, "Wh_dec": dWh}
+def bilstm_encoder_forward(params, source):
+    """Padding comes last for either LSTM, after all that counts.   source (N, S) -> values (N, S,
+    H): what the LSTM from the left and the LSTM from the right have read up to each position."""
+    s, n = np.arange(source.shape[1]), (source != PAD).sum(axis=1, keepdims=True)
+    order = np.where(s < n, n - 1 - s, s)[:, :, None]       # turns a source round, and back again
+    x, embed = embedding_forward(source, params["E_source"])            # (N, S, D)
+    zeros = np.zeros((2, len(x), len(params["fore.Wh"])), x.dtype)
+    (fore, _), fore_cache = lstm_layer_forward(x, zeros, part(params, "fore."))
+    x = np.take_along_axis(x, order, axis=1)
+    (back, _), back_cache = lstm_layer_forward(x, zeros, part(params, "back."))
+    back = np.take_along_axis(back, order, axis=1)
+    return np.concatenate([fore, back], axis=2), (embed, order, zeros, fore_cache, back_cache)
 
 
-def translator_forward(params, batch, cfg):
-    """A batch -> z (places that count, V); the cache begins with the weights of the attention, (T, N, S)."""
-    source, mask, inputs, places, _ = batch
-    memory, enc_cache = encoder_forward(params, source, mask, cfg)
-    (out, _, _), dec_cache = decoder_forward(params, inputs, *memory, mask[:, :, 0].T, cfg)
-    z, out_cache = linear_forward(out.reshape(-1, out.shape[2])[places], params["Wo"], params["bo"])
-    return z, (dec_cache[0], dec_cache, enc_cache, out_cache, out.shape, places)
+def bilstm_encoder_backward(dvalues, cache):
+    """bilstm_encoder_forward from bottom to top -> gradients under the keys of params."""
+    embed, order, zeros, fore_cache, back_cache = cache
+    dfore, dback = np.split(dvalues, 2, axis=2)
+    dback = np.take_along_axis(dback, order, axis=1)
+    dx_back, _, back = lstm_layer_backward(dback, zeros, back_cache)
+    dx_fore, _, fore = lstm_layer_backward(dfore, zeros, fore_cache)
+    dx = dx_fore + np.take_along_axis(dx_back, order, axis=1)
+    grads = {f"fore.{name}": g for name, g in fore.items()}
+    grads.update({f"back.{name}": g for name, g in back.items()})
+    return {**grads, "E_source": embedding_backward(dx, embed)}
 
 
-def translator_backward(dout, cache):
+def attention_decoder_forward(x, state, values, mask, p, attend=additive_attention_forward):
+    """x (N, T, D), state (2, N, H), values (N, S, H), mask (N, S) -> a (N, T, H), state after; the
+    cache begins with w (N, T, S)."""
+    (h, state), lstm = lstm_layer_forward(x, state, p)
+    context, attention = attend(h, values, mask, p)
+    joined = np.concatenate([h, context], axis=2)           # (N, T, 2 H)
+    a, join = linear_forward(joined.reshape(-1, joined.shape[2]), p["Wa"], p["ba"])
+    a = np.tanh(a).reshape(h.shape)
+    w, *_ = attention
+    return (a, state), (w, lstm, attention, join, a)
+
+
+def attention_decoder_backward(da, dstate, cache, attend_backward=additive_attention_backward):
+    """From bottom to top.   -> dx, dstate before, dvalues, gradients by name."""
+    (_, lstm, attention, join, a), (N, T, H) = cache, da.shape
+    da = da * (1 - a ** 2)
+    djoined, dWa, dba = linear_backward(da.reshape(N * T, H), join)
+    dh, dcontext = np.split(djoined.reshape(N, T, 2 * H), 2, axis=2)
+    dq, dvalues, grads = attend_backward(dcontext, attention)
+    dx, dstate, lstm_grads = lstm_layer_backward(dh + dq, dstate, lstm)
+    return dx, dstate, dvalues, {**grads, **lstm_grads, "Wa": dWa, "ba": dba}
+
+
+def translator_forward(params, source, target, decode=attention_decoder_forward):
+    """-> logits (count, V) of the tokens of target, without padding, each given those before it."""
+    values, encoder = bilstm_encoder_forward(params, source)
+    inputs = np.insert(target[:, :-1], 0, BOS, axis=1)
+    x, embed = embedding_forward(inputs, params["E_target"])            # (N, T, D)
+    zeros = np.zeros((2, *values[:, 0].shape), x.dtype)
+    (a, _), decoder = decode(x, zeros, values, source != PAD, part(params, "decoder."))
+    real = target != PAD
+    logits, readout = linear_forward(a[real], params["Wo"], params["bo"])
+    w, *_ = decoder
+    return logits, (w, encoder, embed, decoder, readout, real, a.shape)
+
+
+def translator_backward(dlogits, cache, decode_backward=attention_decoder_backward):
     """translator_forward from bottom to top -> gradients under the keys of params."""
-    _, dec_cache, enc_cache, out_cache, shape, places = cache
-    drows, dWo, dbo = linear_backward(dout, out_cache)
-    dh = np.zeros(shape, dout.dtype)
-    dh.reshape(-1, shape[2])[places] = drows            # elsewhere the output does not matter
-    *dmemory, grads = decoder_backward(dh, dec_cache)
-    return {**grads, **encoder_backward(*dmemory, enc_cache), "Wo": dWo, "bo": dbo}
+    _, encoder, embed, decoder, readout, real, (N, T, H) = cache
+    da = np.zeros((N, T, H), dlogits.dtype)
+    da[real], dWo, dbo = linear_backward(dlogits, readout)
+    zeros = np.zeros((2, N, H), dlogits.dtype)              # nothing reads the last state
+    dx, _, dvalues, g = decode_backward(da, zeros, decoder)
+    grads = {f"decoder.{name}": value for name, value in g.items()}
+    grads.update(E_target=embedding_backward(dx, embed), Wo=dWo, bo=dbo)
+    return {**grads, **bilstm_encoder_backward(dvalues, encoder)}
 
 
 def loss_and_grads(params, batch, cfg):
-    """One forward and one backward pass -> cross-entropy a symbol that counts, gradients under the keys of params."""
-    z, cache = translator_forward(params, batch, cfg)
-    loss, loss_cache = softmax_cross_entropy_forward(z, batch[-1])
+    """One forward and one backward pass -> loss, gradients under the keys of params."""
+    source, target, _ = batch
+    logits, cache = translator_forward(params, source, target)
+    loss, loss_cache = softmax_cross_entropy_forward(logits, target[target != PAD])
     return loss, translator_backward(softmax_cross_entropy_backward(1.0, loss_cache), cache)
 
 
-def log_softmax(z):
-    """log of the softmax of every row.   z (N, V) -> (N, V)."""
-    z = z - z.max(axis=1, keepdims=True)
-    return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
-
-
-def beam_search(step, state, limit, beam, penalty):
-    """The likeliest answers, nearly: of all beginnings keep the best few, at every step; a beam of 1 is greedy search.
-    A longer answer is less likely by its length alone, so they compete by log-probability / length ** penalty.
-    step(symbols (R,), state) -> log_p (R, V), state;  state: arrays with a row a sequence, N in all
-    -> symbols (N, up to limit), STOP to the right of the end; their log-probability (N,)."""
-    N = len(state[0])
-    state = tuple(np.repeat(s, beam, axis=0) for s in state)
-    said, length, ended = np.full((N, beam, 1), STOP), np.zeros((N, beam), int), np.zeros((N, beam), bool)
-    score = np.where(np.arange(beam) == 0, 0.0, -np.inf) * np.ones((N, 1))     # at first there is one beginning
-    row = np.arange(N)[:, None]
-    for _ in range(limit):
-        log_p, state = step(said[:, :, -1].ravel(), state)
-        V = log_p.shape[1]
-        log_p = np.where(ended[:, :, None], np.where(np.arange(V) == STOP, 0, -np.inf), log_p.reshape(N, beam, V))
-        length = length + ~ended
-        total = score[:, :, None] + log_p
-        best = np.argsort(-(total / length[:, :, None] ** penalty).reshape(N, -1), axis=1, kind="stable")[:, :beam]
-        origin, symbol, score = best // V, best % V, total.reshape(N, -1)[row, best]
-        state = tuple(s[(row * beam + origin).ravel()] for s in state)
-        said = np.concatenate([said[row, origin], symbol[:, :, None]], axis=2)
-        length, ended = length[row, origin], ended[row, origin] | (symbol == STOP)
-        if ended.all():
-            break
-    return said[:, 0, 1:], score[:, 0]
-
-
-def adam_update(params, grads, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
-    """m, v: running means of g and g^2, over 1 - beta^t since they start at 0;  w <- w - lr m / (sqrt v + eps)."""
-    t = state["t"] = state.get("t", 0) + 1
-    step, scale = lr / (1 - beta1 ** t), (1 - beta2 ** t) ** -0.5
-    for name, g in grads.items():
-        if "m " + name not in state:
-            state["m " + name], state["v " + name] = np.zeros_like(g), np.zeros_like(g)
-        m, v = state["m " + name], state["v " + name]
-        m += (1 - beta1) * (g - m)
-        v += (1 - beta2) * (g * g - v)
-        params[name] -= step * m / (np.sqrt(v) * scale + eps)
-
-
-def adamw_update(params, grads, state, lr, decay=0.01):
-    """Adam, and every matrix shrinks by lr decay, whatever its gradient was."""
-    for W in params.values():
-        if W.ndim > 1:
-            W *= 1 - lr * decay
-    adam_update(params, grads, state, lr)
-
-
-def learning_rate(step, cfg):
-    """lr at a step: up from 0 in warmup steps; then constant, or a tenth from 60 % and a hundredth from 85 % on (step),
-    or down a half cosine to 0."""
-    rise, done = min(1, step / max(cfg.warmup, 1)), step / cfg.steps
-    course = {"constant": 1, "step": 1 if done < 0.6 else 0.1 if done < 0.85 else 0.01,
-              "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
-    return cfg.lr * rise * course[cfg.schedule]
-
+# ---- training and demo ---------------------------------------------------------------------------
 
 def clip_norm(grads, limit):
-    """Scale all gradients so that their common norm is at most limit (Pascanu 2013) -> the norm before."""
+    """Scale all gradients so that their joint norm is at most limit, if limit is not 0 (Pascanu et
+    al. 2013).   -> the norm before."""
     norm = math.sqrt(sum(float((g * g).sum()) for g in grads.values()))
     if norm > limit > 0:
         for g in grads.values():
@@ -601,443 +344,891 @@ def clip_norm(grads, limit):
     return norm
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------
-
-EDGE = "|"                                              # before and after every source
-UNKNOWN = "?"                                           # a word that is not among the known ones
-STOP_SIGN = "."                                         # what STOP looks like in a picture
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-MONTHS = "January February March April May June July August September October November December".split()
-DAYS = "Mon Tue Wed Thu Fri Sat Sun".split()
-SPELLINGS = (                                           # a slash is American, month first; a dot is not
-    "{d} {month} {year}", "{month} {d}, {year}", "{dd} {mon} {year}", "{nth} of {month} {year}", "{mon} {nth}, {year}",
-    "{day}, {d} {month} {year}", "{day} {mon} {d} {year}", "{year}, {month} {d}", "{dd}{MON}{year}", "{MON} {dd} '{yy}",
-    "{d}-{mon}-{yy}", "{year}/{mm}/{dd}", "{mm}/{dd}/{year}", "{m}/{d}/{yy}", "{dd}.{mm}.{year}", "{d}.{m}.{yy}",
-    "{year}{mm}{dd}")
+def adam_update(params, grads, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
+    """m, v: moving averages of g and g^2, divided by 1 - beta^t to correct for their start at 0;
+    w <- w - lr m / (sqrt(v) + eps)."""
+    t = state["t"] = state.get("t", 0) + 1
+    for name, g in grads.items():
+        m = state["m " + name] = beta1 * state.get("m " + name, 0) + (1 - beta1) * g
+        v = state["v " + name] = beta2 * state.get("v " + name, 0) + (1 - beta2) * g * g
+        m = m / (1 - beta1 ** t)
+        v = v / (1 - beta2 ** t)
+        params[name] -= lr * m / (np.sqrt(v) + eps)
 
 
-def spell_date(day, spelling):
-    """A date in one of the SPELLINGS -> text, {"year": (from, to), "month": ..., "day": ...}: where these stand."""
-    y, m, d = day.year, day.month, day.day
-    nth = "th" if 10 < d < 14 else {1: "st", 2: "nd", 3: "rd"}.get(d % 10, "th")
-    words = {"year": {"year": f"{y}", "yy": f"{y % 100:02d}"},
-             "month": {"month": MONTHS[m - 1], "mon": MONTHS[m - 1][:3], "MON": MONTHS[m - 1][:3].upper(), "m": f"{m}",
-                       "mm": f"{m:02d}"},
-             "day": {"d": f"{d}", "dd": f"{d:02d}", "nth": f"{d}{nth}"}, "weekday": {"day": DAYS[day.weekday()]}}
-    text, where = "", {}
-    for piece in re.findall(r"{(\w+)}|([^{]+)", spelling):
-        for part, forms in words.items():
-            if piece[0] in forms:
-                where[part] = len(text), len(text) + len(forms[piece[0]])
-                text += forms[piece[0]]
-        text += piece[1]
-    return text, where
+def learning_rate(step, cfg):
+    """Linear warmup times half a cosine, from step 1 on; the last step is small, not 0."""
+    warmup = min(1, step / max(1, cfg.warmup))
+    return cfg.lr * warmup * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / cfg.steps))
 
 
-FIRST_DAY = datetime.date(1950, 1, 1).toordinal()
-DAY_COUNT = 36525                                       # to the end of 2049: '49 is 2049, '50 is 1950
+def check_finite(loss, params=None):
+    """Raise FloatingPointError unless the loss and all parameters are finite, and below 1e10."""
+    if not all(np.abs(value).max() < 1e10 for value in (loss, *(params or {}).values())):
+        raise FloatingPointError(f"training diverged (loss {loss:.4g}); try a smaller --lr")
 
 
-def draw_date(rng, test, spelling=None):
-    """A date, spelled at random or as said -> text, as 2004-02-29, where each letter of that stands in the text: (part,
-    from, to) or None. Every eleventh day is kept for the test, in all its spellings."""
-    k = int(rng.integers(0, DAY_COUNT // 11)) * 11 + (0 if test else int(rng.integers(1, 11)))
-    day = datetime.date.fromordinal(FIRST_DAY + k)
-    text, where = spell_date(day, spelling or SPELLINGS[int(rng.integers(len(SPELLINGS)))])
-    parts = ["year"] * 4 + [None] + ["month"] * 2 + [None] + ["day"] * 2
-    return text, day.isoformat(), [part and (part, *where[part]) for part in parts]
+def progress(steps, losses, note=lambda: ""):
+    """for step in progress(steps, losses): ... losses.append(loss).   Prints ten lines, or one per
+    minute: the mean loss since the line before, note(), the time left. Ctrl-C ends the loop after
+    the step at hand, a second Ctrl-C the program. A loss that is not finite raises an error."""
+    stopped = []
+
+    def stop(*signal_and_frame):
+        stopped.append(True)
+        signal.signal(signal.SIGINT, previous)          # the next Ctrl-C ends the program
+    main_thread = threading.current_thread() is threading.main_thread()
+    previous = main_thread and signal.signal(signal.SIGINT, stop)
+    start = printed = time.perf_counter()
+    first = before = len(losses)
+    try:
+        for step in range(first + 1, steps + 1):
+            yield step
+            check_finite(losses[-1])
+            now = time.perf_counter()
+            due = step % math.ceil(steps / 10) == 0 or step == steps or now > printed + 60
+            if due or stopped:
+                mean = sum(losses[before:]) / (step - before)
+                left = (now - start) / (step - first) * (steps - step)
+                print(f"step {step:6d}/{steps}  mean loss {mean:#.4g}{note()}  |  "
+                      f"{now - start:.1f} s  ({left:.0f} s left)", flush=True)
+                printed, before = now, step
+            if stopped:
+                print(f"stopped after step {step}; this is what has been learned so far")
+                break
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGINT, previous)
 
 
-def draw_letters(task, n, rng, test):
-    """n random letters -> source, target, where each letter of the target stands. Of three letters and more, those
-    whose checksum is 0, one in eleven, are kept for the test."""
-    while True:
-        ids = rng.integers(0, 26, n)
-        if n < 3 or (ids @ np.arange(1, n + 1) % 11 == 0) == test:
+def train(params, cfg, make_batch=make_batch, loss_and_grads=loss_and_grads, state=None,
+          losses=None, note=lambda: ""):
+    """Train params in place -> losses. Later parts pass their own functions, or resume."""
+    state = {} if state is None else state
+    losses = [] if losses is None else losses
+    for step in progress(cfg.steps, losses, note):
+        loss, grads = loss_and_grads(params, make_batch(cfg, step), cfg)
+        clip_norm(grads, cfg.grad_clip)
+        adam_update(params, grads, state, learning_rate(step, cfg))
+        losses.append(float(loss))
+    check_finite(losses[-1], params)
+    return losses
+
+
+def greedy_decode(params, source, T, decode=attention_decoder_forward):
+    """-> ids (N, T), each the likeliest after those before it."""
+    values, _ = bilstm_encoder_forward(params, source)
+    state = np.zeros((2, *values[:, 0].shape), values.dtype)
+    ids = [np.full(len(source), BOS)]
+    for _ in range(T):
+        x = params["E_target"][ids[-1][:, None]]            # (N, 1, D)
+        (a, state), _ = decode(x, state, values, source != PAD, part(params, "decoder."))
+        ids.append((a[:, 0] @ params["Wo"] + params["bo"]).argmax(axis=1))
+    return np.stack(ids[1:], axis=1)
+
+
+def shade(values):
+    """Numbers from 0 to 1 -> characters from blank (0) to @ (1), in an array of the same shape."""
+    shades = np.array(list(" .:-=+*#%@"))
+    return shades[(np.clip(values, 0, 1) * 9.99).astype(int)]
+
+
+def draw_map(w, rows, columns):
+    """Attention weights w (T, S), with the names of the T rows and the S columns."""
+    height = max(map(len, columns))
+    for line in zip(*(name.rjust(height) for name in columns)):         # from top to bottom
+        print(" " * 10 + " ".join(line))
+    for name, weights in zip(rows, shade(w)):
+        print(f"{name:>8s} |{' '.join(weights)}|")
+
+
+def print_result(task, cfg, **metrics):
+    """The last line of a run, for comparing runs: task, changed fields and seed, metrics."""
+    changed = {f.name: getattr(cfg, f.name) for f in fields(cfg)
+               if f.name == "seed" or getattr(cfg, f.name) != f.default}
+    line = f"result: task={task}"
+    for name, value in {**changed, **metrics}.items():
+        text = f"{value:#.4g}" if isinstance(value, float) else str(value)
+        line += f" {name}={text.replace(' ', '_')}"
+    print(line)
+
+
+def main(cfg, task="reverse", init_params=init_params, make_batch=make_batch,
+         loss_and_grads=loss_and_grads, decode=attention_decoder_forward):
+    """Train, measure on fresh sequences, draw a map. Later parts pass their own functions."""
+    start, params = time.perf_counter(), init_params(cfg, np.random.default_rng(cfg.seed))
+    size = sum(p.size for p in params.values())
+    print(f"{task} 2 to {cfg.length} letters: hidden {cfg.hidden}, lr {cfg.lr}, batch size "
+          f"{cfg.batch_size}, {size} parameters\nchance level: loss {math.log(27):.3f}")
+    losses = train(params, cfg, make_batch, loss_and_grads)
+    source, target, positions = make_batch(replace(cfg, batch_size=1000), cfg.steps + 1)
+    written = greedy_decode(params, source, target.shape[1], decode)
+    exact = float(((written == target) | (target == PAD)).all(axis=1).mean())
+    _, (w, *_) = translator_forward(params, source, target, decode)
+    check_finite(w.sum(), params)
+    on_letter = np.take_along_axis(w, positions[:, :, None], axis=2)[:, :, 0]
+    alignment = float(on_letter[positions > 0].mean())
+    print(f"exact match: {exact:.2%} of 1000 fresh sequences are written without a mistake\n"
+          f"alignment: {alignment:.2%} of the attention is on the letter that is written\n\n"
+          "Attention weights. Columns: what is read; rows: what is written; blank is 0, @ is 1")
+    n = (target != PAD).sum(axis=1).argmax()                # a long one
+    draw_map(w[n], [VOCAB[i] for i in target[n]], [VOCAB[i] for i in source[n]])
+    print("\nNext: python attention.py lengths      python attention.py dates")
+    print_result(task, cfg, exact=exact, alignment=alignment, params=size, steps=len(losses),
+                 seconds=time.perf_counter() - start)
+
+
+# ==== A complete program ends here. Typing along? End it with  main(Config())  and run it. ====
+# ==== The rest adds to it: scores, input feeding, no attention, dates, beam search, files. ======
+
+MORE = """
+Break it (what to change, and what comes of it; exact match and alignment of the default run are
+100 % and 99 %)
+    python attention.py --score-init-scale 1    100 %, 92 %: blurred means are read as well
+    bilstm_encoder_forward: back = 0 * back     87 %, 1 %: positions must be counted from the end,
+                                                which an LSTM from the left cannot do
+    attention_decoder_forward: joined of        0 %: only the context depends on the source
+        h, 0 * context
+    attention_decoder_backward: dh for dh + dq  99.5 %, 94 %: wrong, and it learns all the same; so
+    masked_softmax_backward: return w * dout    99.9 %, 83 %: check gradients, not the loss
+    python attention.py reverse --score dot --score-init-scale 1        99.9 %, 95 %
+
+Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
+    1. Derive and add the score of Luong et al. 2015 that they call location: w = softmax(h_t W),
+       one column per position of the source.
+    2. Start the decoder from the encoder's last state. What becomes of the alignment?
+    3. python attention.py lengths: why do 11 letters go wrong, though attention could reach them?
+       Does --input-feeding help? Measure it.
+
+Data
+    pairs: a file with lines source TAB target, any languages. Multi30k, German to English:
+        for l in de en; do
+        curl -O https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/train.$l.gz
+        gunzip -f train.$l.gz; done; paste train.de train.en > train.tsv
+    python attention.py pairs --data train.tsv --save pairs.npz         2.97 nats per word
+    python attention.py pairs --data train.tsv --unit characters --length 80
+
+Papers of these parts: Cho et al. 2014 (no attention), Luong et al. 2015 (scores, input feeding), Wu
+et al. 2016 (beam search with a length penalty).
+"""
+
+import argparse
+import contextlib
+import ctypes
+import datetime
+import functools
+import inspect
+import json
+import re
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse freed memory, which
+    libc = ctypes.CDLL(None)                                    # makes a step up to 3 times faster
+    libc.mallopt(-3, 1 << 30)
+    libc.mallopt(-1, -1)
+
+
+# ---- dot and general scores: python attention.py reverse --score dot -----------------------------
+# Products in place of a small net per pair of positions (Luong et al. 2015). Their dot product has
+# no s; but states of an LSTM are small at first, so all scores would be nearly equal.
+
+def dot_attention_forward(h, values, mask, p):
+    """The score is s (h_t . values_s), s a number that is learned.   h (N, T, H), values (N, S, H),
+    mask (N, S), p: s (1,) -> context (N, T, H); the cache begins with w (N, T, S)."""
+    product = h @ values.swapaxes(1, 2)                     # (N, T, S)
+    w, softmax = masked_softmax_forward(product * p["s"], mask)
+    return w @ values, (w, softmax, product, h, values, p)
+
+
+def dot_attention_backward(dout, cache):
+    """-> dh, dvalues, gradients under the keys of p."""
+    w, softmax, product, h, values, p = cache
+    dscores = masked_softmax_backward(dout @ values.swapaxes(1, 2), softmax)
+    dproduct = dscores * p["s"]
+    dvalues = dproduct.swapaxes(1, 2) @ h + w.swapaxes(1, 2) @ dout
+    return dproduct @ values, dvalues, {"s": (dscores * product).sum().reshape(1)}
+
+
+def general_attention_forward(h, values, mask, p):
+    """The score is (h_t W) . values_s.   h (N, T, H), values (N, S, C), mask (N, S), p: W (H, C)
+    -> context (N, T, C); the cache begins with w (N, T, S)."""
+    q = h @ p["W"]                                          # (N, T, C)
+    w, softmax = masked_softmax_forward(q @ values.swapaxes(1, 2), mask)
+    return w @ values, (w, softmax, q, h, values, p)
+
+
+def general_attention_backward(dout, cache):
+    """-> dh, dvalues, gradients under the keys of p."""
+    w, softmax, q, h, values, p = cache
+    dscores = masked_softmax_backward(dout @ values.swapaxes(1, 2), softmax)
+    dq = dscores @ values
+    dW = h.reshape(-1, h.shape[2]).T @ dq.reshape(-1, q.shape[2])
+    dvalues = dscores.swapaxes(1, 2) @ q + w.swapaxes(1, 2) @ dout
+    return dq @ p["W"].T, dvalues, {"W": dW}
+
+
+SCORES = {"additive": (additive_attention_forward, additive_attention_backward),
+          "dot": (dot_attention_forward, dot_attention_backward),
+          "general": (general_attention_forward, general_attention_backward)}
+
+
+# ---- input feeding: python attention.py reverse --input-feeding ----------------------------------
+# The spine's decoder reads nothing of what it attended to before. Here the LSTM reads the a of the
+# step before together with x, so the steps follow one another, and attention is part of the loop.
+
+def feeding_decoder_forward(x, state, values, mask, p, attend=additive_attention_forward):
+    """The spine's decoder, a step at a time, on [x_t, a_{t-1}] (Luong et al. 2015).   x (N, T, D),
+    state (2, N, H): h and c, a being 0, or (3, N, H): h, c and a -> a (N, T, H), state after."""
+    state, a = state[:2], state[2] if len(state) == 3 else np.zeros_like(state[0])
+    outputs, caches = [], []
+    for t in range(x.shape[1]):
+        fed = np.concatenate([x[:, t], a], axis=1)          # (N, D + H)
+        (a, state), cache = attention_decoder_forward(fed[:, None], state, values, mask, p, attend)
+        a = a[:, 0]
+        outputs.append(a)
+        caches.append(cache)
+    w = np.concatenate([w for w, *_ in caches], axis=1)
+    return (np.stack(outputs, axis=1), np.stack([*state, a])), (w, caches)
+
+
+def feeding_decoder_backward(dout, dstate, cache, attend_backward=additive_attention_backward):
+    """From the last step to the first.   -> dx, dstate before, dvalues, gradients by name."""
+    (_, caches), H = cache, dout.shape[2]
+    da, dx, dvalues, grads = np.zeros_like(dout[:, 0]), [], 0, {}
+    for t in reversed(range(len(caches))):
+        da = da + dout[:, t]                                # from the step after, and from above
+        da = da[:, None]
+        dfed, dstate, dv, g = attention_decoder_backward(da, dstate, caches[t], attend_backward)
+        dx_t, da = np.split(dfed[:, 0], [-H], axis=1)
+        dx.insert(0, dx_t)
+        dvalues = dvalues + dv
+        grads = {name: grads.get(name, 0) + g[name] for name in g}
+    return np.stack(dx, axis=1), dstate, dvalues, grads
+
+
+DECODERS = {False: (attention_decoder_forward, attention_decoder_backward),
+            True: (feeding_decoder_forward, feeding_decoder_backward)}
+
+
+@dataclass
+class Reverse(Config):
+    """Write up to 10 letters in reverse order."""
+    score: Literal["additive", "dot", "general"] = "additive"  # score of a position
+    input_feeding: bool = False  # the decoder reads its last a as well
+
+
+@dataclass
+class Copy(Reverse):
+    """Write up to 10 letters in the same order."""
+
+
+def decoder_of(cfg):
+    """-> forward and backward of the decoder that cfg describes."""
+    (attend, attend_backward), decoders = SCORES[cfg.score], DECODERS[cfg.input_feeding]
+    return (functools.partial(decoders[0], attend=attend),
+            functools.partial(decoders[1], attend_backward=attend_backward))
+
+
+def init_model(cfg, rng, dtype=np.float32, source_size=len(VOCAB), target_size=len(VOCAB)):
+    """init_params; with the weights of another score; with rows of decoder.Wx for a."""
+    params, H = init_params(cfg, rng, np.float64, source_size, target_size), cfg.hidden
+    weights = {"additive": {name: params.pop(f"decoder.{name}") for name in ("Wq", "Wk", "u")},
+               "dot": {"s": np.array([cfg.score_init_scale])},
+               "general": {"W": rng.standard_normal((H, H)) * cfg.score_init_scale * H ** -0.5}}
+    params.update({f"decoder.{name}": w for name, w in weights[cfg.score].items()})
+    if cfg.input_feeding:
+        rows = rng.standard_normal((H, 4 * H)) * H ** -0.5
+        params["decoder.Wx"] = np.concatenate([params["decoder.Wx"], rows])
+    return {name: value.astype(dtype) for name, value in params.items()}
+
+
+def model_loss_and_grads(params, batch, cfg):
+    """loss_and_grads, with the score and the decoder of cfg."""
+    (source, target, *_), (decode, decode_backward) = batch, decoder_of(cfg)
+    logits, cache = translator_forward(params, source, target, decode)
+    loss, loss_cache = softmax_cross_entropy_forward(logits, target[target != PAD])
+    dlogits = softmax_cross_entropy_backward(1.0, loss_cache)
+    return loss, translator_backward(dlogits, cache, decode_backward)
+
+
+def run_reverse(cfg):
+    """The spine's program, with the score and the decoder of cfg."""
+    decode, _ = decoder_of(cfg)
+    main(cfg, "reverse", init_model, make_batch, model_loss_and_grads, decode)
+
+
+def copy_batch(cfg, step, dtype=np.float32):
+    """-> source, target: the letters of the source and EOS; positions."""
+    source, _, _ = make_batch(cfg, step)
+    target = source[:, 1:]                                  # without BOS
+    positions = np.arange(1, source.shape[1])
+    return source, target, np.where(target > EOS, positions, 0)
+
+
+def run_copy(cfg):
+    """The same for copies."""
+    decode, _ = decoder_of(cfg)
+    main(cfg, "copy", init_model, copy_batch, model_loss_and_grads, decode)
+
+
+# ---- no attention, and longer sequences: python attention.py lengths -----------------------------
+
+def bottleneck_decoder_forward(x, state, values, mask, p):
+    """An LSTM that reads the same summary of the source at every step: the last state of the LSTM
+    from the left and that of the LSTM from the right (Cho et al. 2014).   -> h, state after."""
+    rows, last = np.arange(len(x)), mask.sum(axis=1) - 1
+    fore, back = np.split(values, 2, axis=2)
+    summary = np.concatenate([fore[rows, last], back[:, 0]], axis=1)    # (N, H)
+    summary = np.repeat(summary[:, None], x.shape[1], axis=1)           # (N, T, H)
+    out, lstm = lstm_layer_forward(np.concatenate([x, summary], axis=2), state, p)
+    return out, (None, lstm, rows, last, values.shape)
+
+
+def bottleneck_decoder_backward(dh, dstate, cache):
+    """bottleneck_decoder_forward from bottom to top.   -> dx, dstate before, dvalues, gradients."""
+    _, lstm, rows, last, shape = cache
+    dx, dstate, grads = lstm_layer_backward(dh, dstate, lstm)
+    dx, dsummary = np.split(dx, [-shape[2]], axis=2)
+    dfore, dback = np.split(dsummary.sum(axis=1), 2, axis=1)
+    dvalues = np.zeros(shape, dh.dtype)
+    dvalues[rows, last, :shape[2] // 2] = dfore
+    dvalues[:, 0, shape[2] // 2:] = dback
+    return dx, dstate, dvalues, grads
+
+
+@dataclass
+class Lengths(Config):
+    """Reverse with and without attention: exact match by length."""
+
+
+def init_bottleneck(cfg, rng, dtype=np.float32):
+    """init_params without attention; decoder.Wx has rows for the summary."""
+    params, H = init_params(cfg, rng, np.float64), cfg.hidden
+    for name in ("Wq", "Wk", "u", "Wa", "ba"):
+        del params[f"decoder.{name}"]
+    rows = rng.standard_normal((H, 4 * H)) * H ** -0.5
+    params["decoder.Wx"] = np.concatenate([params["decoder.Wx"], rows])
+    return {name: value.astype(dtype) for name, value in params.items()}
+
+
+def bottleneck_loss_and_grads(params, batch, cfg):
+    """loss_and_grads without attention."""
+    source, target, _ = batch
+    logits, cache = translator_forward(params, source, target, bottleneck_decoder_forward)
+    loss, loss_cache = softmax_cross_entropy_forward(logits, target[target != PAD])
+    dlogits = softmax_cross_entropy_backward(1.0, loss_cache)
+    return loss, translator_backward(dlogits, cache, bottleneck_decoder_backward)
+
+
+def padding_change(params, batch):
+    """The largest change of a logit when five columns of padding are added, and the embedding of
+    padding is another one; the largest weight on padding."""
+    source, target, _ = batch
+    logits, _ = translator_forward(params, source, target)
+    longer = np.pad(source, ((0, 0), (0, 5)), constant_values=PAD)
+    other = {**params, "E_source": params["E_source"].copy()}
+    other["E_source"][PAD] += 1
+    changed, (w, *_) = translator_forward(other, longer, target)
+    on_padding = np.where(longer[:, None] == PAD, w, 0).max()
+    return float(np.abs(changed - logits).max()), float(on_padding)
+
+
+def run_lengths(cfg):
+    """Train both; exact match at lengths inside and beyond those of the training."""
+    start, rows, metrics = time.perf_counter(), [], {}
+    models = (("attention", init_params, loss_and_grads, attention_decoder_forward),
+              ("none", init_bottleneck, bottleneck_loss_and_grads, bottleneck_decoder_forward))
+    last = cfg.length + 8
+    fresh = make_batch(replace(cfg, length=last, batch_size=60 * last), cfg.steps + 1)
+    source, target, _ = fresh
+    n = (target > EOS).sum(axis=1)
+    lengths = np.unique([2, cfg.length // 2, cfg.length - 2, cfg.length, cfg.length + 1,
+                         cfg.length + 2, cfg.length + 4, last])
+    lengths = lengths[lengths >= 2]
+    for name, init, gradients, decode in models:
+        params = init(cfg, np.random.default_rng(cfg.seed))
+        size = sum(p.size for p in params.values())
+        print(f"\nReverse 2 to {cfg.length} letters, attention {name}: hidden {cfg.hidden}, {size} "
+              f"parameters\nchance level: loss {math.log(27):.3f}")
+        losses = train(params, cfg, make_batch, gradients)
+        written = greedy_decode(params, source, target.shape[1], decode)
+        right = ((written == target) | (target == PAD)).all(axis=1)
+        metrics[f"{name}_exact"] = float(right[n <= cfg.length].mean())
+        check_finite(metrics[f"{name}_exact"], params)
+        rows.append((name, [100 * right[n == length].mean() for length in lengths]))
+        if name == "attention":
+            change, on_padding = padding_change(params, [array[:100] for array in fresh])
+        if len(losses) < cfg.steps:                         # Ctrl-C
             break
-    text, at = "".join(LETTERS[k] for k in ids), range(n) if task == "copy" else range(n - 1, -1, -1)
-    return text, "".join(text[k] for k in at), [("symbol", k, k + 1) for k in at]
+    print("\nExact match (%) by number of letters; right of the bar: more than in training")
+    bar = int((lengths <= cfg.length).sum())
+    for name, cells in (("letters", lengths), *rows):
+        cells = [f"{x:7.3g}" for x in cells]
+        print(f"{name:>10s} {''.join(cells[:bar])}  |{''.join(cells[bar:])}")
+    print(f"\nFive more columns of padding, with another embedding, change logits by {change:.0e} "
+          f"at most;\nthe largest weight on padding is {on_padding}")
+    print("\nNext: python attention.py dates      python attention.py reverse --input-feeding")
+    print_result("lengths", cfg, **metrics, seconds=time.perf_counter() - start)
 
 
-def draw_pairs(cfg, rng, N, test=False, length=None, spelling=None):
-    """N examples -> list of (source, target, where); the first two are strings, or lists of words."""
-    if cfg.task == "dates":
-        return [draw_date(rng, test, spelling) for _ in range(N)]
-    if cfg.task == "pairs":
-        pairs = load_token_pairs(cfg.data, cfg.unit, cfg.words, cfg.length, cfg.load)["test" if test else "train"]
-        return [(*pairs[k], None) for k in rng.integers(0, len(pairs), N)]
-    lengths = [length] * N if length else rng.integers(1, cfg.length + 1, (2, N)).max(axis=0)     # more long ones
-    return [draw_letters("reverse" if cfg.task == "demo" else cfg.task, int(n), rng, test) for n in lengths]
+# ---- dates in 17 spellings: python attention.py dates --------------------------------------------
+
+MONTHS = ("January February March April May June July August September October November "
+          "December").split()
+WEEKDAYS = "Mon Tue Wed Thu Fri Sat Sun".split()
+SPELLINGS = (                                       # with slashes the month is first, with dots not
+    "{d} {month} {year}", "{month} {d}, {year}", "{dd} {mon} {year}", "{nth} of {month} {year}",
+    "{mon} {nth}, {year}", "{weekday}, {d} {month} {year}", "{weekday} {mon} {d} {year}",
+    "{year}, {month} {d}", "{dd}{MON}{year}", "{MON} {dd} '{yy}", "{d}-{mon}-{yy}",
+    "{year}/{mm}/{dd}", "{mm}/{dd}/{year}", "{m}/{d}/{yy}", "{dd}.{mm}.{year}", "{d}.{m}.{yy}",
+    "{year}{mm}{dd}")
+SPELLED = [*VOCAB[:3], *sorted({*"".join([*MONTHS, *WEEKDAYS, *map(str.upper, MONTHS)]),
+                                *"stndrdthof0123456789 ,./-'"})]
+ISO = [*VOCAB[:3], *"-0123456789"]
+ISO_PARTS = ["year"] * 4 + [""] + ["month"] * 2 + [""] + ["day"] * 2   # of each character
+FIRST_DAY = datetime.date(1950, 1, 1).toordinal()           # '50 is 1950, and
+DAYS = 36525                                                # '49 is 2049
 
 
-@functools.lru_cache
-def load_token_pairs(path, unit, words, length, checkpoint):
-    """Pairs of a file -> {"symbols": those of sources, of targets; "train": [(source, target), ...], lists of symbols;
-    "test": from the last tenth; "long": how many were too long}. With no file, numbers and the same in octal. Symbols
-    are letters, or the most frequent words of the training pairs; with a checkpoint, those that it was trained on."""
-    pairs = read_pairs(path) if path else [(" ".join(str(n)), " ".join(f"{n:o}")) for n in range(100, 500)]
-    split = re.compile(r"\w+|[^\w\s]" if unit == "words" else ".").findall
-    pairs = [(split(a), split(b)) for a, b in pairs]
-    cut, symbols = len(pairs) - max(1, len(pairs) // 10), []
-    for k, first in enumerate((EDGE, STOP_SIGN)):
-        counts = Counter(s for pair in (pairs[:cut] if unit == "words" else pairs) for s in pair[k])
-        symbols.append([first, UNKNOWN, *sorted(s for s, _ in counts.most_common(words if unit == "words" else None))])
-    if checkpoint:
-        known = read_checkpoint(checkpoint)[0].get("symbols", [[], []])
-        strange = "".join(sorted({s for k in (0, 1) for s in symbols[k] if s not in known[k]}))
-        require(unit == "words" or not strange, f"--load {checkpoint}", "pairs of the letters it was trained on",
-                strange[:10])
-        symbols = known
-    short = [(a, b) for a, b in pairs if max(len(a), len(b)) <= length]
-    tests = [(a, b) for a, b in pairs[cut:] if max(len(a), len(b)) <= length]
-    train = short[:len(short) - len(tests)]
-    require(train and tests, "--length", f"one that a tenth of the pairs of {path} do not exceed", length)
-    return {"symbols": symbols, "train": train, "test": tests, "long": len(pairs) - len(short)}
+@dataclass
+class Dates:
+    """Dates in 17 spellings, to be written as 2004-02-29."""
+    embed_dim: int = 32     # embedding dimension
+    hidden: int = 128       # hidden units; each direction of the encoder has half
+    score: Literal["additive", "dot", "general"] = "additive"  # score of a position
+    input_feeding: bool = False  # the decoder reads its last a as well
+    score_init_scale: float = 8.0  # scale of the first attention scores
+    batch_size: int = 32    # dates per step
+    steps: int = 600        # optimizer steps
+    lr: float = 0.01        # peak learning rate
+    warmup: int = 50        # steps of linear warmup
+    grad_clip: float = 1.0  # largest gradient norm
+    seed: int = 0           # random seed
+
+
+def spell_date(date, spelling):
+    """-> text, {"year": (first, last + 1), "month": ..., "day": ...}: where these parts stand."""
+    y, m, d = date.year, date.month, date.day
+    suffix = {1: "st", 2: "nd", 3: "rd"}.get(d % 10, "th") if d not in (11, 12, 13) else "th"
+    forms = {"year": ("year", f"{y}"), "yy": ("year", f"{y % 100:02d}"),
+             "month": ("month", MONTHS[m - 1]), "mon": ("month", MONTHS[m - 1][:3]),
+             "MON": ("month", MONTHS[m - 1][:3].upper()), "m": ("month", f"{m}"),
+             "mm": ("month", f"{m:02d}"), "d": ("day", f"{d}"), "dd": ("day", f"{d:02d}"),
+             "nth": ("day", f"{d}{suffix}"), "weekday": ("", WEEKDAYS[date.weekday()])}
+    text, spans = "", {}
+    for form, between in re.findall(r"{(\w+)}|([^{]+)", spelling):
+        name, written = forms[form] if form else ("", between)
+        spans[name] = len(text), len(text) + len(written)
+        text += written
+    return text, spans
+
+
+def draw_dates(rng, n, held_out=False, spellings=SPELLINGS):
+    """n random dates; every eleventh day is held out, in all spellings.   -> (text, as 2004-02-29,
+    spans of spell_date) of each."""
+    days = 11 * rng.integers(DAYS // 11, size=n) + (0 if held_out else rng.integers(1, 11, n))
+    dates = []
+    for day, spelling in zip(days, rng.integers(len(spellings), size=n)):
+        date = datetime.date.fromordinal(FIRST_DAY + int(day))
+        text, spans = spell_date(date, spellings[spelling])
+        dates.append((text, date.isoformat(), spans))
+    return dates
+
+
+UNK = 3                                 # in the vocabularies of files: all other tokens
+
+
+def token_ids(vocab):
+    """A list of tokens -> dict: the id of each."""
+    return {token: i for i, token in enumerate(vocab)}
+
+
+def encode(tokens, ids):
+    """-> the ids of tokens, UNK for those that ids, a dict, does not have."""
+    return [ids.get(token, UNK) for token in tokens]
+
+
+def pad_pairs(pairs, source_ids, target_ids):
+    """(source, target, ...) of tokens -> padded ids of the sources and of the targets."""
+    source = pad([[BOS, *encode(a, source_ids), EOS] for a, *_ in pairs])
+    return source, pad([[*encode(b, target_ids), EOS] for _, b, *_ in pairs])
+
+
+SPELLED_IDS, ISO_IDS = token_ids(SPELLED), token_ids(ISO)
+
+
+def dates_batch(cfg, step, dtype=np.float32):
+    """-> source (N, S), target (N, T)."""
+    rng = np.random.default_rng((cfg.seed, step))
+    return pad_pairs(draw_dates(rng, cfg.batch_size), SPELLED_IDS, ISO_IDS)
+
+
+def init_dates(cfg, rng, dtype=np.float32):
+    """-> the parameters of init_model."""
+    return init_model(cfg, rng, dtype, len(SPELLED), len(ISO))
+
+
+def part_alignment(w, dates, part, beside=0):
+    """Mean share of the attention on a part of a date, and on so many characters beside it, while
+    that part is written."""
+    shares = []
+    for weights, (_, _, spans) in zip(w, dates):
+        first, last = spans[part]
+        rows = [t for t, name in enumerate(ISO_PARTS) if name == part]
+        columns = slice(max(0, 1 + first - beside), 1 + last + beside)  # 1: after BOS
+        shares.extend(weights[rows, columns].sum(axis=1))
+    return float(np.mean(shares))
+
+
+def run_dates(cfg):
+    """Train; exact match and alignment on held-out days by spelling; two maps."""
+    start, params = time.perf_counter(), init_dates(cfg, np.random.default_rng(cfg.seed))
+    size, (decode, _) = sum(p.size for p in params.values()), decoder_of(cfg)
+    print(f"Dates in {len(SPELLINGS)} spellings: score {cfg.score}, hidden {cfg.hidden}, lr "
+          f"{cfg.lr}, batch size {cfg.batch_size}, {size} parameters")
+    print(f"chance level: loss {math.log(12):.3f}")
+    losses = train(params, cfg, dates_batch, model_loss_and_grads)
+    print("\nHeld-out days, 60 per spelling: exact match (%); share of the attention that is on "
+          "the year,\nthe month, the day of the source while these are written")
+    print(f"{'':26s} exact    year   month     day")
+    rng, rights, table, near = np.random.default_rng((cfg.seed, 10 ** 6)), [], [], []
+    for spelling in SPELLINGS:
+        dates = draw_dates(rng, 60, True, [spelling])
+        source, target = pad_pairs(dates, SPELLED_IDS, ISO_IDS)
+        right = (greedy_decode(params, source, target.shape[1], decode) == target).all(axis=1)
+        _, (w, *_) = translator_forward(params, source, target, decode)
+        check_finite(w.sum(), params)
+        shares = [part_alignment(w, dates, name) for name in ("year", "month", "day")]
+        near += [part_alignment(w, dates, name, 1) for name in ("year", "month", "day")]
+        rights.extend(right)
+        table.append(shares)
+        print(f"  {dates[0][0]:24s}{100 * right.mean():6.1f}"
+              + "".join(f"{share:8.2f}" for share in shares))
+    exact, (year, month, day) = float(np.mean(rights)), np.mean(table, axis=0).tolist()
+    print(f"exact match: {exact:.2%}. A date can be right where a share is low, as for the month in"
+          f"\n24.02.1980: {np.mean(near):.1%} of the attention is on the part or a character beside"
+          "\nit, and the encoder's states there have read the part as well")
+    for spelling in ("{weekday}, {d} {month} {year}", "{dd}.{mm}.{year}"):
+        dates = draw_dates(rng, 1, True, [spelling])
+        source, target = pad_pairs(dates, SPELLED_IDS, ISO_IDS)
+        _, (w, *_) = translator_forward(params, source, target, decode)
+        print("\nAttention weights. Columns: what is read; rows: what is written; "
+              "blank is 0, @ is 1")
+        draw_map(w[0], [ISO[i] for i in target[0]], [SPELLED[i] for i in source[0]])
+    print("\nNext: python attention.py dates --score general      python attention.py pairs")
+    alignment = float(np.average([year, month, day], weights=[4, 2, 2]))
+    print_result("dates", cfg, exact=exact, alignment=alignment, year=year, month=month, day=day,
+                 params=size, steps=len(losses), seconds=time.perf_counter() - start)
+
+
+# ---- beam search ---------------------------------------------------------------------------------
+
+def log_softmax(logits):
+    """log of the softmax of every row.   logits (N, V) -> (N, V)."""
+    logits = logits - logits.max(axis=1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+def beam_search(step, state, N, limit, beam, length_penalty):
+    """Keep the best partial outputs of each of N sequences, K = beam of them, by log_p / length **
+    length_penalty; a beam of 1 is greedy decoding. step(ids (N K,), state) -> log_p (N K, V) of the
+    next token, state; state: a list of arrays with N K rows.
+    -> ids (N, T) of the best outputs, PAD after EOS; their log_p (N,)."""
+    row = np.arange(N)[:, None]
+    ids = np.full((N, beam, 1), BOS)
+    log_p = np.where(np.arange(beam) == 0, 0.0, -1e9) + np.zeros((N, 1))    # at first only one
+    length, ended = np.zeros((N, beam), int), np.zeros((N, beam), bool)
+    for _ in range(limit):
+        next_log_p, state = step(ids[:, :, -1].ravel(), state)
+        next_log_p = next_log_p.astype(float).reshape(N, beam, -1)
+        V = next_log_p.shape[2]
+        only_pad = np.where(np.arange(V) == PAD, 0.0, -1e9)
+        next_log_p = np.where(ended[:, :, None], only_pad, next_log_p)
+        length = length + ~ended
+        total = log_p[:, :, None] + next_log_p              # (N, K, V)
+        score = (total / length[:, :, None] ** length_penalty).reshape(N, beam * V)
+        best = np.argsort(-score, axis=1, kind="stable")[:, :beam]
+        origin, token = best // V, best % V                 # (N, K) each
+        log_p = total[row, origin, token]
+        ids = np.concatenate([ids[row, origin], token[:, :, None]], axis=2)
+        length, ended = length[row, origin], ended[row, origin] | (token == EOS)
+        state = [array[(beam * row + origin).ravel()] for array in state]
+        if ended.all():
+            break
+    return ids[:, 0, 1:], log_p[:, 0]
+
+
+def translate(params, source, cfg, limit, beam):
+    """-> ids (N, T) that beam_search finds, their log-probabilities (N,)."""
+    decode, _ = decoder_of(cfg)
+    p, source = part(params, "decoder."), np.repeat(source, beam, axis=0)
+    values, _ = bilstm_encoder_forward(params, source)
+
+    def step(ids, state):
+        x = params["E_target"][ids[:, None]]
+        (a, state), _ = decode(x, np.stack(state), values, source != PAD, p)
+        logits, _ = linear_forward(a[:, 0], params["Wo"], params["bo"])
+        return log_softmax(logits), list(state)
+
+    zeros = np.zeros_like(values[:, 0])
+    return beam_search(step, [zeros, zeros], len(source) // beam, limit, beam, cfg.length_penalty)
+
+
+# ---- pairs of a file: python attention.py pairs --data train.tsv ---------------------------------
+
+@dataclass
+class Pairs:
+    """Pairs of sentences of a file (without one: numbers, to be written in Roman numerals)."""
+    unit: Literal["words", "characters"] = "words"  # what a token is
+    vocab_size: int = 3000  # tokens per side; all other ones become <unk>
+    length: int = 20        # most tokens per side; longer pairs are dropped
+    embed_dim: int = 64     # embedding dimension
+    hidden: int = 128       # hidden units; each direction of the encoder has half
+    score: Literal["additive", "dot", "general"] = "additive"  # score of a position
+    input_feeding: bool = False  # the decoder reads its last a as well
+    score_init_scale: float = 1.0  # scale of the first attention scores
+    batch_size: int = 32    # pairs per step
+    steps: int = 900        # optimizer steps
+    lr: float = 0.004       # peak learning rate
+    warmup: int = 50        # steps of linear warmup
+    grad_clip: float = 1.0  # largest gradient norm
+    beam: int = 4           # beam width: partial outputs kept at each step
+    length_penalty: float = 0.7  # exponent of the length that log-probabilities are divided by
+    threads: int = 2        # micro-batches, each on a thread of its own
+    data: str = ""          # UTF-8 file with lines source TAB target, the last tenth held out
+    save: str = ""          # checkpoint file (.npz) to write at every line of progress
+    load: str = ""          # checkpoint file to resume from
+    seed: int = 0           # random seed
+
+
+def roman(n):
+    """1984 -> MCMLXXXIV."""
+    text = ""
+    for value, numeral in zip((1000, 900, 500, 400, 100, 90, 50, 40, 10, 9, 5, 4, 1),
+                              "M CM D CD C XC L XL X IX V IV I".split()):
+        text += numeral * (n // value)
+        n %= value
+    return text
 
 
 def read_pairs(path):
-    """A UTF-8 file of lines source TAB target -> list of (source, target)."""
-    lines = read_text(path).rstrip("\n").split("\n")
-    for n, line in enumerate(lines, 1):
-        require(line.count("\t") == 1 and all(map(str.strip, line.split("\t"))), path,
-                f"source TAB target in line {n}", line[:60])
-    require(len(lines) >= 20, path, "20 lines or more", len(lines))
-    return [tuple(map(str.strip, line.split("\t"))) for line in lines]
+    """A file of lines source TAB target -> (source, target) of each line, a note on lines that are
+    not like this.   Raises InputError."""
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
+    columns = [[text.strip() for text in line.split("\t")] for line in lines]
+    pairs = [(line[0], line[1]) for line in columns if len(line) > 1 and line[0] and line[1]]
+    require(len(pairs) >= 20, path, "20 lines or more of source TAB target", len(pairs))
+    more = sum(len(line) > 2 for line in columns)
+    note = f"; dropped: {len(lines) - len(pairs)} without TAB or a side" * (len(pairs) < len(lines))
+    note += f"; only the first two columns are used, {more} lines have more" * (more > 0)
+    return pairs, f"{path}: {len(lines)} lines{note}"
+
+
+@functools.lru_cache
+def load_pairs(path, unit, vocab_size, length, checkpoint):
+    """-> dict: train, held_out (from the last tenth of the file): (source, target) lists of tokens;
+    vocabs of both sides, those of the checkpoint if there is one; ids: token_ids of them; note.
+    Raises InputError."""
+    if path:
+        pairs, note = read_pairs(path)
+    else:
+        numbers = 1 + np.random.default_rng(0).permutation(3999)
+        pairs, note = [(" ".join(str(n)), " ".join(roman(n))) for n in numbers], "Roman numerals"
+    tokens = re.compile({"words": r"\w+|[^\w\s]", "characters": "."}[unit]).findall
+    pairs = [(tokens(a), tokens(b)) for a, b in pairs]
+    cut = len(pairs) - max(1, len(pairs) // 10)
+    vocabs = []
+    for side in zip(*pairs[:cut]):
+        counts = Counter(token for sentence in side for token in sentence)
+        common = [token for token, _ in counts.most_common(vocab_size)]
+        vocabs.append([*VOCAB[:3], "<unk>", *sorted(common)])
+    if checkpoint:
+        vocabs = read_checkpoint(checkpoint)[0].get("vocabs", vocabs)
+    train, held_out = ([pair for pair in some if max(map(len, pair)) <= length]
+                       for some in (pairs[:cut], pairs[cut:]))
+    require(train and held_out, "--length", "one that most pairs do not exceed", length)
+    ids = [token_ids(vocab) for vocab in vocabs]
+    unknown = [np.mean([token not in ids[k] for pair in train for token in pair[k]])
+               for k in (0, 1)]
+    note += (f"\n{len(train)} pairs for training, {len(held_out)} held out; dropped: "
+             f"{len(pairs) - len(train) - len(held_out)} longer than {length} {unit}\n<unk>: "
+             f"{unknown[0]:.1%} and {unknown[1]:.1%} of the {unit} of the two sides")
+    return {"train": train, "held_out": held_out, "vocabs": vocabs, "ids": ids, "note": note}
+
+
+def pairs_of(cfg):
+    """load_pairs of a configuration."""
+    return load_pairs(cfg.data, cfg.unit, cfg.vocab_size, cfg.length, cfg.load)
+
+
+def init_pairs(cfg, rng, dtype=np.float32):
+    """-> the parameters of init_model."""
+    return init_model(cfg, rng, dtype, *map(len, pairs_of(cfg)["vocabs"]))
+
+
+def pairs_batch(cfg, step, dtype=np.float32):
+    """Random pairs of the training.   -> source (N, S), target (N, T)."""
+    rng, data = np.random.default_rng((cfg.seed, step)), pairs_of(cfg)
+    rows = rng.integers(0, len(data["train"]), cfg.batch_size)
+    return pad_pairs([data["train"][i] for i in rows], *data["ids"])
+
+
+def held_out_loss(params, cfg, pairs):
+    """-> loss per token, share of tokens that are likeliest, given those before them."""
+    (decode, _), losses, right = decoder_of(cfg), [], []
+    for k in range(0, len(pairs), 50):
+        source, target = pad_pairs(pairs[k:k + 50], *pairs_of(cfg)["ids"])
+        logits, _ = translator_forward(params, source, target, decode)
+        tokens = target[target != PAD]
+        losses.append((softmax_cross_entropy_forward(logits, tokens)[0], len(tokens)))
+        right.extend(logits.argmax(axis=1) == tokens)
+    means, counts = zip(*losses)
+    return float(np.average(means, weights=counts)), float(np.mean(right))
+
+
+def run_pairs(cfg):
+    """Train; loss on held-out pairs; some translations, greedy and by beam search; two maps."""
+    start, data = time.perf_counter(), pairs_of(cfg)
+    require(cfg.batch_size <= len(data["train"]), "--batch-size",
+            f"at most {len(data['train'])} for this file", cfg.batch_size)
+    params, state, losses = init_pairs(cfg, np.random.default_rng(cfg.seed)), {}, []
+    meta = dict(task="pairs", unit=cfg.unit, score=cfg.score, input_feeding=cfg.input_feeding,
+                vocabs=data["vocabs"])
+    if cfg.load:
+        load_checkpoint(cfg.load, meta, params, state, losses)
+    if cfg.save:
+        save_checkpoint(cfg.save, meta, params, state, losses, dry_run=True)
+    size, vocab = sum(p.size for p in params.values()), data["vocabs"][1]
+    print(f"{data['note']}\nscore {cfg.score}, hidden {cfg.hidden}, lr {cfg.lr}, batch size "
+          f"{cfg.batch_size}, {size} parameters\nchance level: loss {math.log(len(vocab)):.3f}")
+
+    def note():
+        if cfg.save:
+            save_checkpoint(cfg.save, meta, params, state, losses)
+        return f"  held out {held_out_loss(params, cfg, data['held_out'][:200])[0]:.3f}"
+
+    quiet = functools.partial(np.seterr, over="ignore", invalid="ignore")       # as run does
+    with ThreadPoolExecutor(cfg.threads, initializer=quiet) as pool:
+        threaded = functools.partial(threaded_loss_and_grads, model_loss_and_grads, pool)
+        train(params, cfg, pairs_batch, threaded, state, losses, note)
+    validation, right = held_out_loss(params, cfg, data["held_out"][:1000])
+    check_finite(validation, params)
+    some, gap = data["held_out"][:200], " " * (cfg.unit == "words")
+    source, target = pad_pairs(some, *data["ids"])
+    found = {name: translate(params, source, cfg, 2 + target.shape[1], beam)
+             for name, beam in (("greedy", 1), (f"beam {cfg.beam}", cfg.beam))}
+    print("\nHeld-out sources, their targets, what is written, and the log-probability of it:")
+    for n in range(4):
+        print(f"    {gap.join(some[n][0])}\n    {'target':18s}{gap.join(some[n][1])}")
+        for name, (ids, log_p) in found.items():
+            written = gap.join(vocab[i] for i in ids[n] if i not in (PAD, EOS))
+            print(f"    {name:10s}{log_p[n]:7.2f} {written}")
+    T, (written, _) = target.shape[1], found["greedy"]
+    written = np.pad(written, ((0, 0), (0, T)), constant_values=PAD)[:, :T]
+    exact = float((written == target).all(axis=1).mean())
+    _, (w, *_) = translator_forward(params, source[:2], target[:2], decoder_of(cfg)[0])
+    for n in range(2):
+        print("\nAttention weights. Columns: what is read; rows: the target; "
+              "blank is 0, @ is 1")
+        rows, columns = ([names[i] for i in ids[n] if i != PAD] for names, ids in zip(
+            (vocab, data["vocabs"][0]), (target, source)))
+        draw_map(w[n, :len(rows), :len(columns)], rows, columns)
+    print(f"\nheld-out loss {validation:.3f} nats per token; {right:.1%} of the tokens are the "
+          f"likeliest\ngiven those before them; exact match: {exact:.1%} of {len(some)}")
+    print("\nNext: python attention.py pairs --input-feeding      python nested_attention.py")
+    print_result("pairs", cfg, validation=validation, right=right, exact=exact, params=size,
+                 steps=len(losses), seconds=time.perf_counter() - start)
 
 
 def read_text(path):
-    """The text of a UTF-8 file."""
+    """The text of a UTF-8 file, without a byte order mark.   Raises InputError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        require(False, path, "text in UTF-8", f"byte {error.object[error.start]:#x} at {error.start}")
-    except OSError as error:
-        require(False, path, "a text file", error.strerror)
+        found = f"byte {error.object[error.start]:#x} at {error.start}"
+        raise InputError(f"{path}: expected UTF-8 text, found {found}") from None
+    except (OSError, ValueError) as error:
+        found = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: expected a text file, found: {found}") from None
     require(text.strip(), path, "some text", "an empty file")
     return text
 
 
-@functools.lru_cache
-def symbol_tables(task, *source):
-    """The symbols of sources and of targets, by number -> two lists, two dicts back to the number."""
-    if task == "pairs":
-        lists = load_token_pairs(*source)["symbols"]
-    elif task == "dates":
-        written = {*"".join([*MONTHS, *DAYS, *map(str.upper, MONTHS)]), *"stndrdthof0123456789 ,./-'"}
-        lists = [[EDGE, *sorted(written)], [STOP_SIGN, *"-0123456789"]]
-    else:
-        lists = [[EDGE, *LETTERS], [STOP_SIGN, *LETTERS]]
-    return *lists, *({s: k for k, s in enumerate(symbols)} for symbols in lists)
+# ---- threads: micro-batches on several cores -----------------------------------------------------
+
+def split_batch(batch, n):
+    """n micro-batches, each with its share of the loss terms: the tokens of the targets."""
+    total = (batch[1] != PAD).sum()
+    parts = zip(*(np.array_split(array, n) for array in batch))
+    return [((part[1] != PAD).sum() / total, part) for part in parts]
 
 
-def symbols_of(cfg):
-    """symbol_tables of a Config."""
-    return symbol_tables(cfg.task, *[cfg.data, cfg.unit, cfg.words, cfg.length, cfg.load][:5 * (cfg.task == "pairs")])
+def threaded_loss_and_grads(loss_and_grads, pool, params, batch, cfg):
+    """Every thread takes a micro-batch: NumPy releases the interpreter lock while it computes. The
+    gradient of a mean is the mean of the gradients, weighted by the shares of the loss terms."""
+    shares, parts = zip(*split_batch(batch, cfg.threads))
+    results = list(pool.map(lambda part: loss_and_grads(params, part, cfg), parts))
+    loss = sum(share * loss for share, (loss, _) in zip(shares, results))
+    grads = {name: sum(share * g[name] for share, (_, g) in zip(shares, results))
+             for name in params}
+    return loss, grads
 
 
-def pad_pairs(pairs, cfg):
-    """Examples (source, target, ...) -> a batch: sources (S, N), their mask (S, N, 1), inputs of the decoder (T, N),
-    places that count (numbers t N + n), their targets."""
-    _, _, source_ids, target_ids = symbols_of(cfg)
-    N, n, m = len(pairs), [len(a) + 2 for a, *_ in pairs], np.array([len(b) for _, b, *_ in pairs])
-    source, target = np.zeros((max(n), N), int), np.full((max(m) + 1, N), STOP)
-    for k, (a, b, *_) in enumerate(pairs):
-        source[1:n[k] - 1, k] = [source_ids.get(w, 1) for w in a]
-        target[:m[k], k] = [target_ids.get(w, 1) for w in b]
-    inputs = np.concatenate([np.full((1, N), STOP), target[:-1]])
-    says = np.arange(len(target))[:, None] <= m
-    return source, (np.arange(max(n))[:, None] < n)[:, :, None], inputs, np.flatnonzero(says), target[says]
+# ---- checkpoints ---------------------------------------------------------------------------------
 
-
-def make_batch(cfg, rng, dtype=np.float32):
-    """Examples of the training -> a batch, as from pad_pairs. reverse: letters, backwards.   copy: as they are.
-    dates: in one of many spellings, to 2004-02-29.   pairs: of a file."""
-    return pad_pairs(draw_pairs(cfg, rng, cfg.batch), cfg)
-
-
-# ---- pictures in text ------------------------------------------------------------------------------------------------
-
-SHADES = np.array(list(" .:-=+*#%@"))
-
-
-def shade(values):
-    """Numbers from 0 to 1 -> characters from blank to dark, in an array of the same shape."""
-    return SHADES[(np.clip(values, 0, 1) * 9.99).astype(int)]
-
-
-def loss_curve(losses, width=60):
-    """The losses from first to last in one line of text, dark where high (the scale is logarithmic)."""
-    means = np.log([np.mean(part) + 1e-12 for part in np.array_split(losses, min(width, len(losses)))])
-    return "".join(shade((means - means.min()) / (np.ptp(means) + 1e-12)))
-
-
-def show_map(w, source, said):
-    """Where it looked: weights (T, S), across what was read between two edges, down what was said; dark is 1."""
-    print(f"Across what it read, from edge {EDGE} to edge {EDGE}; down what it says, {STOP_SIGN} is the end:")
-    columns, height = [EDGE, *source, EDGE], max(map(len, source))
-    for line in range(height):                          # the columns' names, from top to bottom
-        print(" " * 14 + " ".join(name.rjust(height)[line] for name in columns).rstrip())
-    for name, row in zip([*said, STOP_SIGN], w):
-        print(f"{name[:12]:>12s} |{' '.join(shade(row[:len(columns)]))}|")
-
-
-# ---- training and demo -----------------------------------------------------------------------------------------------
-
-def train_translator(cfg, rng, quiet=False):
-    """Train new parameters, or go on with those of --load -> params, progress."""
-    params, state, first, about = init_params(cfg, rng), {}, 0, dict(task=cfg.task, attention=cfg.attention)
-    if cfg.task == "pairs":
-        about.update(unit=cfg.unit, symbols=list(symbols_of(cfg)[:2]))
-    parts = {"params": params, "adam": state}
-    if cfg.load:
-        first = load_checkpoint(cfg.load, rng, about, parts)
-    if cfg.save:
-        save_checkpoint(cfg.save, first, rng, about, parts, trial=True)    # before the work, not after it
-    progress, clipped = Progress(cfg.steps, first + 1, quiet), 0
-    for step in progress:
-        loss, grads = loss_and_grads(params, make_batch(cfg, rng), cfg)
-        clipped += clip_norm(grads, cfg.clip) > cfg.clip > 0
-        adamw_update(params, grads, state, learning_rate(step, cfg), cfg.decay)
-        progress.report(loss)
-        if cfg.save and (step % 1000 == 0 or step == cfg.steps or progress.stopped):
-            save_checkpoint(cfg.save, step, rng, about, parts)
-    if clipped and not quiet:
-        print(f"the gradient was clipped to norm {cfg.clip} in {clipped} of {len(progress.losses)} steps")
-    return params, progress
-
-
-def save_checkpoint(path, step, rng, about, parts, trial=False):
-    """Everything that a training needs to go on, in an .npz file that is either whole or not there. about: what has to
-    be the same when it goes on; parts: {"params": dict of arrays, ...}, dicts of arrays and numbers. trial: only find
-    out whether it can be written, and leave what stands there."""
+def save_checkpoint(path, meta, params, state, losses, dry_run=False):
+    """All that a training needs to go on, in one .npz file; written beside it, then renamed. meta:
+    what must agree on loading. dry_run: only try whether it can be written.   Raises InputError."""
     require(not os.path.isdir(path), f"--save {path}", "a file", "a folder")
-    arrays = {f"{part} {name}": a for part, named in parts.items() for name, a in named.items()}
-    arrays["about"] = np.array(json.dumps({**about, "step": step, "rng": rng.bit_generator.state}))
+    check_finite(0.0, params)                           # never over a good one
+    arrays = {f"params {name}": value for name, value in params.items()}
+    arrays.update({f"state {name}": value for name, value in state.items()})
+    beside = f"{path}.{os.getpid()}"
     try:
-        with open(path + ".tmp", "wb") as file:
-            np.savez(file, **arrays)
-        os.remove(path + ".tmp") if trial else os.replace(path + ".tmp", path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
-        raise InputError(f"--save {path}: expected a place to write to, found: {error.strerror}") from None
+        with open(beside, "wb") as file:
+            np.savez(file, meta=json.dumps(meta), losses=losses, **arrays)
+        os.remove(beside) if dry_run else os.replace(beside, path)
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError):
+            os.remove(beside)
+        raise InputError(f"--save {path}: expected a file to write, found: {error}") from None
 
 
 def read_checkpoint(path):
-    """A file of save_checkpoint -> about, arrays by name."""
+    """A file of save_checkpoint -> meta, losses, arrays by name.   Raises InputError."""
     try:
-        zipfile.ZipFile(path).close()                   # an .npz is a zip file of arrays; np.load takes others, too
-        with np.load(path, allow_pickle=False) as saved:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
             arrays = dict(saved)
-        about = json.loads(str(arrays.pop("about")))
-        return {**about, "step": int(about["step"]), "rng": dict(about["rng"])}, arrays
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        found = getattr(error, "strerror", None) or error
-        raise InputError(f"--load {path}: expected a file that --save wrote, found: {found}") from None
+        meta, losses = json.loads(str(arrays.pop("meta"))), arrays.pop("losses").tolist()
+        return dict(meta), list(losses), arrays
+    except Exception as error:                          # there are many ways to be damaged
+        raise InputError(f"--load {path}: expected a file of --save, found: {error}") from None
 
 
-def load_checkpoint(path, rng, about, parts):
-    """Fill rng and parts from a file of save_checkpoint; what it is about must be the same -> number of steps done."""
-    found, arrays = read_checkpoint(path)
-    for name, value in about.items():
-        require(found.get(name) == value, f"--load {path}", f"{name} {value}", found.get(name))
-    for part, named in parts.items():
-        held = {name[len(part) + 1:]: a if a.ndim else a.item() for name, a in arrays.items()
-                if name.startswith(part + " ")}
-        for name in sorted(named.keys() | held.keys()) if part == "params" else ():
-            shape, other = (np.shape(d[name]) if name in d else "no such array" for d in (named, held))
-            require(shape == other, f"--load {path}", f"{name} {shape}", other)
-        named.update(held)
-    rng.bit_generator.state = found["rng"]
-    print(f"going on from {path}, after {found['step']} steps")
-    return found["step"]
+def load_checkpoint(path, meta, params, state, losses):
+    """Fill params, state, losses from a file of save_checkpoint; meta and shapes must agree."""
+    found, past, arrays = read_checkpoint(path)
+    for name, value in meta.items():
+        require(found.get(name) == value, f"--load {path}", f"{name} {value!r}", found.get(name))
+    saved = {name[7:]: value for name, value in arrays.items() if name.startswith("params ")}
+    for name in sorted(saved.keys() | params.keys()):
+        old, new = (d[name].shape if name in d else "no such array" for d in (saved, params))
+        require(old == new, f"--load {path}", f"{name} {new}", old)
+    params.update(saved)
+    state.update({name[6:]: value if value.ndim else value.item()
+                  for name, value in arrays.items() if name.startswith("state ")})
+    losses.extend(past)
+    print(f"resuming {path} after {len(past)} steps")
 
 
-def solve(params, pairs, cfg, beam=1):
-    """Search answers to the sources of examples -> answers (lists of symbols), log-probabilities."""
-    source, mask, inputs, *_ = pad_pairs(pairs, cfg)
-    memory, _ = encoder_forward(params, source, mask, cfg)
-
-    def step(symbols, state):
-        (out, h, c), _ = decoder_forward(params, symbols[None], *state, cfg)
-        return log_softmax(linear_forward(out[0], params["Wo"], params["bo"])[0]), (h, c, *state[2:])
-    said, log_p = beam_search(step, (*memory, mask[:, :, 0].T), len(inputs) + 2, beam, cfg.penalty)
-    names = symbols_of(cfg)[1]
-    return [[names[k] for k in row[:np.argmax(np.append(row, STOP) == STOP)]] for row in said], log_p
-
-
-def exact(params, pairs, cfg, beam=1):
-    """Which of the examples are answered without a mistake -> array of bool."""
-    return np.array([ours == list(right) for ours, (_, right, *_) in zip(solve(params, pairs, cfg, beam)[0], pairs)])
-
-
-def weights_of(params, pairs, cfg):
-    """Where the decoder looks while it says the right answers -> (T, N, S)."""
-    return translator_forward(params, pad_pairs(pairs, cfg), cfg)[1][0]
-
-
-def alignment(params, pairs, cfg):
-    """The share of the attention that lies where what is said stands in the source -> {part: share}."""
-    w, shares = weights_of(params, pairs, cfg), {}
-    for n, (_, _, where) in enumerate(pairs):
-        for t, place in enumerate(where):
-            if place:                                   # one further on: an edge stands before the source
-                shares.setdefault(place[0], []).append(w[t, n, 1 + place[1]:1 + place[2]].sum())
-    return {part: float(np.mean(values)) for part, values in shares.items()}
-
-
-def announce_translator(cfg, text):
-    """What is being learned, and by what."""
-    size = sum(p.size for p in init_params(cfg, np.random.default_rng(0)).values())
-    print(f"\n{text}: attention {cfg.attention}{', fed' * cfg.feed}, hidden {cfg.hidden}, lr {cfg.lr}, "
-          f"batch {cfg.batch}, {size} parameters")
-    print(f"chance level: loss {math.log(len(symbols_of(cfg)[1])):.3f}")
-
-
-def show_answers(params, pairs, cfg):
-    """Some answers and their log-probabilities, by greedy search and with a beam."""
-    gap = " " * (cfg.task == "pairs" and cfg.unit == "words")
-    for pair, *found in zip(pairs, *(zip(*solve(params, pairs, cfg, beam)) for beam in (1, cfg.beam))):
-        print(f"  {gap.join(pair[0])}")
-        for name, (said, log_p) in zip(("greedy", f"beam {cfg.beam}"), found):
-            wrong = "" if said == list(pair[1]) else f"   (expected {gap.join(pair[1])})"
-            print(f"      {name:8s}{log_p:9.4f}  {gap.join(said)}{wrong}")
-
-
-def show_padding_weight(params, cfg, rng):
-    """Other symbols in the padding, and a source that is padding altogether: what changes?"""
-    source, mask, inputs, places, targets = make_batch(cfg, rng)
-    mask[:, 0] = False
-    batch, other = ((np.where(mask[:, :, 0], source, k), mask, inputs, places, targets) for k in (1, 2))
-    (loss, grads), (loss2, grads2) = loss_and_grads(params, batch, cfg), loss_and_grads(params, other, cfg)
-    w = translator_forward(params, batch, cfg)[1][0]
-    worst = max(float(np.abs(grads[k] - grads2[k]).max()) for k in grads)
-    largest = 0.0 if w is None else float(np.where(mask[:, :, 0].T, 0, w).max())
-    print(f"\nA batch in which one source is padding altogether: largest weight on padding {largest}; with other\n"
-          f"symbols there the loss ({loss:.3f}) changes by {abs(loss - loss2):.0e}, gradients by {worst:.0e} at most")
-
-
-def learn_order_of(cfg, rng):
-    """reverse or copy, by the chosen attention and, beside it, by none."""
-    rows, kept, figures = [], None, {}
-    lengths = sorted({-(-cfg.length * k // 5) for k in range(1, 6)}) + [cfg.length + k for k in (1, 2, 4, 8)]
-    for attention in dict.fromkeys((cfg.attention, "none")):
-        part = replace(cfg, attention=attention, feed=cfg.feed and attention == "additive",
-                       **(dict(save="", load="", steps=kept[1].step) if kept else {}))
-        announce_translator(part, f"{cfg.task}, up to {cfg.length} letters")
-        params, progress = train_translator(part, rng, quiet=attention != cfg.attention)
-        print("loss", loss_curve(progress.losses or [0]))
-        fresh = draw_pairs(part, np.random.default_rng(1000), 1000, test=True)
-        right = float(exact(params, fresh, part).mean())
-        print(f"{right:.1%} of 1000 held-out sequences answered without a mistake")
-        tests = (draw_pairs(part, np.random.default_rng(1000 + n), 300, True, n) for n in lengths)
-        rows.append((attention, [exact(params, pairs, part).mean() for pairs in tests]))
-        if attention == cfg.attention:
-            kept, figures = (params, progress), {"exact": right}
-            if attention != "none":
-                figures["alignment"] = alignment(params, fresh, part)["symbol"]
-                print(f"{figures['alignment']:.1%} of the attention lies on the letter that is said. For example:")
-                example = draw_pairs(part, np.random.default_rng(1), 1, True, part.length)
-                show_map(weights_of(params, example, part)[:, 0], *example[0][:2])
-            show_answers(params, draw_pairs(part, np.random.default_rng(2), 2, True, part.length + 1), part)
-        elif cfg.attention != "none":
-            figures["none_exact"] = right
-        if progress.stopped:
-            break
-    print(f"\nExact match (%) of {cfg.task} by length; right of the bar: longer than any in training")
-    print(" " * 10 + "".join(f"{n:7d}" for n in lengths))
-    for attention, shares in rows:
-        print(f"{attention:10s}" + "".join(f"{'|' if n == cfg.length + 1 else '':1s}{100 * share:6.1f}"
-                                           for n, share in zip(lengths, shares)))
-    return figures, *kept
-
-
-def learn_dates(cfg, rng):
-    """Dates in many spellings to one."""
-    announce_translator(cfg, f"Dates in {len(SPELLINGS)} spellings")
-    params, progress = train_translator(cfg, rng)
-    print("loss", loss_curve(progress.losses or [0]))
-    print("\nOn days kept from training, 60 a spelling: how many are right (%), and how much of the attention lies on\n"
-          "the year, the month and the day while these are said")
-    fresh, wrong, shares = np.random.default_rng(1000), [], []
-    for spelling in SPELLINGS:
-        pairs = draw_pairs(cfg, fresh, 60, True, spelling=spelling)
-        answers, _ = solve(params, pairs, cfg)
-        missed = [(a, b, "".join(said)) for (a, b, _), said in zip(pairs, answers) if "".join(said) != b]
-        wrong += missed
-        parts = alignment(params, pairs, cfg) if cfg.attention != "none" else {}
-        shares.append([parts[k] for k in ("year", "month", "day") if k in parts])
-        print(f"  {pairs[0][0]:24s} {100 - 100 * len(missed) / len(pairs):6.1f}   "
-              + "  ".join(f"{share:.3f}" for share in shares[-1]))
-    for a, b, said in wrong[:10]:
-        print(f"  wrong: {a} is {b}, it says {said}")
-    right = 1 - len(wrong) / (60 * len(SPELLINGS))
-    print(f"{right:.2%} right; wrong ones: {len(wrong)}")
-    figures = dict(exact=right, **dict(zip(("year", "month", "day"), np.mean(shares, axis=0).tolist())))
-    example = draw_pairs(cfg, np.random.default_rng(3), 2, True)
-    if cfg.attention != "none":
-        figures["alignment"] = float(np.average([figures[k] for k in ("year", "month", "day")], weights=[4, 2, 2]))
-        for k, (source, target, _) in enumerate(example):
-            show_map(weights_of(params, example, cfg)[:, k], source, target)
-    show_answers(params, example, cfg)
-    return figures, params, progress
-
-
-def learn_file(cfg, rng):
-    """The pairs of a file."""
-    data = load_token_pairs(cfg.data, cfg.unit, cfg.words, cfg.length, cfg.load)
-    require(len(data["train"]) >= cfg.batch, "--batch", f"at most {len(data['train'])} for this file", cfg.batch)
-    sizes = " and ".join(str(len(symbols)) for symbols in data["symbols"])
-    text = f"{len(data['train'])} pairs (longer than {cfg.length}, left out: {data['long']}), {sizes} {cfg.unit}"
-    announce_translator(cfg, text)
-    params, progress = train_translator(cfg, rng)
-    print("loss", loss_curve(progress.losses or [0]))
-    held_out = data["test"][:1000]
-    total, count, right = 0.0, 0, 0
-    for k in range(0, len(held_out), 50):
-        batch = pad_pairs(held_out[k:k + 50], cfg)
-        z, _ = translator_forward(params, batch, cfg)
-        total += float(softmax_cross_entropy_forward(z, batch[-1])[0]) * len(z)
-        count, right = count + len(z), right + int((z.argmax(axis=1) == batch[-1]).sum())
-    answers = float(exact(params, held_out[:200], cfg).mean())
-    figures = dict(validation=total / count, right=right / count, exact=answers)
-    print(f"held out: loss {total / count:.3f} a symbol; right: {right / count:.1%} of the symbols, if those before "
-          f"are given, {answers:.1%} of the answers" + "\n(expected on Multi30k: loss 3.1 or less; 3.4 without "
-          "attention)" * bool(cfg.data))
-    show_answers(params, held_out[:4], cfg)
-    if cfg.attention != "none":
-        for k in range(2):
-            show_map(weights_of(params, held_out[:2], cfg)[:, k], *held_out[k])
-    return figures, params, progress
-
-
-def main(cfg):
-    """Run one task, or the three of the demo."""
-    start, rng, figures = time.perf_counter(), np.random.default_rng(cfg.seed), {}
-    learn = {"reverse": learn_order_of, "copy": learn_order_of, "dates": learn_dates, "pairs": learn_file}
-    examples, seconds, size, steps = 0, 0.0, 0, 0
-    print("attention.py: look where you need to")
-    for task in ("reverse", "copy", "dates") if cfg.task == "demo" else (cfg.task,):
-        part = replace(cfg, task=task)
-        if cfg.task == "demo":                          # its presets, but for flags
-            own = {k: v for k, v in PRESETS.get(task, {}).items() if getattr(cfg, k) == getattr(Config(), k)}
-            part = replace(part, **own)
-        found, params, progress = learn[task](part, rng)
-        figures.update({f"{task}_{name}" if cfg.task == "demo" else name: value for name, value in found.items()})
-        examples, seconds = examples + len(progress.losses) * part.batch, seconds + progress.seconds
-        steps, size = steps + progress.step, size + sum(p.size for p in params.values())
-        if progress.stopped:
-            break
-    show_padding_weight(params, part, rng)
-    print("\nNext: python attention.py --task reverse --attention general      python attention.py --task dates --feed")
-    print_result(task=cfg.task, **figures, params=size, steps=steps, seconds=time.perf_counter() - start,
-                 examples_per_s=int(examples / max(seconds, 1e-9)))
-
-
-# ---- plumbing: the same in every lesson; whoever types along may stop here -------------------------------------------
+# ---- flags and errors: the same in every lesson --------------------------------------------------
 
 class InputError(ValueError):
-    """A flag, value or file that cannot be used; the program ends with its text in one line and exit status 2."""
+    """A flag, value or file that cannot be used: the program ends with one line, exit status 2."""
 
 
 def require(ok, what, expected, found):
@@ -1046,40 +1237,87 @@ def require(ok, what, expected, found):
         raise InputError(f"{what}: expected {expected}, found {found!r}")
 
 
-def read_flags(argv=None):
-    """Every field of Config is a flag, its comment the help text -> Config."""
+class Task(NamedTuple):
+    """What a command runs; gradcheck.py drives the same functions."""
+    config: type
+    init_params: object
+    make_batch: object
+    loss_and_grads: object
+    main: object
+
+
+MAY_BE_ZERO = ("seed", "warmup", "top_k", "crop", "window", "fuse", "patch")    # other int: >= 1
+ABOVE_ZERO = ("lr", "temperature")                                              # other float: >= 0
+
+
+def check(cfg):
+    """Raise InputError unless every value has the type of its field, is one of its choices, is
+    finite and in range, and CONSTRAINTS of this kind of Config hold."""
+    for f in fields(cfg):
+        flag, value = "--" + f.name.replace("_", "-"), getattr(cfg, f.name)
+        if get_args(f.type):
+            choices = get_args(f.type)
+            require(value in choices, flag, " or ".join(map(str, choices)), value)
+        elif f.type in (str, bool):
+            require(isinstance(value, f.type), flag, f.type.__name__, value)
+        elif f.type is int:
+            least = 0 if f.name in MAY_BE_ZERO else 1
+            require(type(value) is int, flag, "a whole number", value)
+            require(least <= value < 2 ** 31, flag, f"{least} or more, below 2^31", value)
+        else:
+            require(type(value) in (int, float), flag, "a number", value)
+            above = value > 0 if f.name in ABOVE_ZERO else value >= 0
+            least = "above 0" if f.name in ABOVE_ZERO else "0 or more"
+            require(above and value < math.inf, flag, f"a number {least}, and finite", value)
+    for ok, what, expected, found in CONSTRAINTS.get(type(cfg), lambda cfg: [])(cfg):
+        require(ok, what, expected, found)
+
+
+def read_flags(tasks, argv):
+    """-> the name of the task that argv begins with (else of the first), its Config: every field is
+    a flag, its comment the help text."""
     def fail(message):
-        raise InputError(f"{message} (--help lists the flags)")
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+        hint = "; tasks are commands: python FILE TASK" if "--task" in message else ""
+        raise InputError(f"{message} (--help lists the flags{hint})")
+
+    parser = argparse.ArgumentParser(description=__doc__ + MORE, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
-    for field in fields(Config):
-        kind = dict(type=field.type, metavar=field.name.upper())
-        if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif get_args(field.type):
-            kind = dict(choices=get_args(field.type))
-        text = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
-        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=text, **kind)
-    known = parser.parse_known_args(argv)[0]
-    data, experiment = (getattr(known, name, "") for name in ("data", "experiment"))
-    for key in (known.task, f"{known.task} --data" if data else "", experiment):
-        parser.set_defaults(**PRESETS.get(key, {}))
-    return Config(**vars(parser.parse_args(argv)))
+    parser.error, commands = fail, parser.add_subparsers(dest="task", metavar="task")
+    for name, task in tasks.items():
+        command = commands.add_parser(name, help=task.config.__doc__, allow_abbrev=False,
+                                      description=task.config.__doc__)
+        command.error, comments = fail, {}
+        with contextlib.suppress(OSError, TypeError):   # no source text in a notebook cell
+            for c in reversed(task.config.__mro__[:-1]) if {"-h", "--help"} & set(argv) else ():
+                comments.update(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(c), re.M))
+        for f in fields(task.config):
+            kind = dict(type=f.type, metavar=f.name.upper())
+            if f.type is bool:
+                kind = dict(action=argparse.BooleanOptionalAction)
+            elif get_args(f.type):
+                kind = dict(choices=get_args(f.type))
+            text = f"{comments.get(f.name, '')} (default: {f.default!r})".replace("%", "%%")
+            flag = "--" + f.name.replace("_", "-")
+            command.add_argument(flag, default=f.default, help=text, **kind)
+    named = argv and (argv[0] in ("-h", "--help") or not argv[0].startswith("-"))
+    flags = vars(parser.parse_args(argv if named else [next(iter(tasks)), *argv]))
+    name = flags.pop("task")
+    cfg = tasks[name].config(**flags)
+    check(cfg)
+    return name, cfg
 
 
-def run(main):
-    """Call main with the Config of the flags; what is not a bug ends in one line, not in a traceback."""
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")      # each line at once, on any console
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)                           # `| head` ends the program quietly
-    np.seterr(over="ignore", invalid="ignore")          # a run that diverges shows in its loss, which Progress checks
-    with contextlib.suppress(AttributeError, OSError, TypeError):               # Linux: keep freed memory for reuse
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30), libc.mallopt(-1, -1)
+def run(tasks):
+    """Run what the command line asks for; user errors end in one line, without a traceback."""
+    if sys.stdout and sys.stdout is sys.__stdout__:     # a console, not a notebook
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+        with contextlib.suppress(AttributeError, ValueError):   # Windows; not the main thread
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends it quietly
+    np.seterr(over="ignore", invalid="ignore")          # divergence: see progress and check_finite
+    pasted = "ipykernel" in sys.argv[0]                 # into a notebook cell: argv is not ours
     try:
-        main(read_flags())
+        name, cfg = read_flags(tasks, [] if pasted else sys.argv[1:])
+        tasks[name].main(cfg)
     except (InputError, FloatingPointError, MemoryError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
@@ -1087,50 +1325,52 @@ def run(main):
         sys.exit(130)
 
 
-class Progress:
-    """for step in progress: ... progress.report(loss).   Prints about ten lines with the time left. Ctrl-C ends the
-    loop after the step at hand, a second one quits. A loss that is not finite raises FloatingPointError."""
-
-    def __init__(self, steps, first=1, quiet=False, lines=10):
-        self.steps, self.first, self.quiet, self.lines = steps, first, quiet, lines
-        self.step, self.losses, self.printed, self.stopped = first - 1, [], 0, False
-        self.start, self.seconds = time.perf_counter(), 0.0
-
-    def __iter__(self):
-        previous = signal.signal(signal.SIGINT, self.interrupt)
-        try:
-            while self.step < self.steps and not self.stopped:
-                self.step += 1
-                yield self.step
-        finally:
-            signal.signal(signal.SIGINT, previous)
-        if self.stopped:
-            print(f"stopped after step {self.step}; this is what has been learned so far")
-
-    def interrupt(self, signum, frame):
-        """Called on Ctrl-C."""
-        if self.stopped:
-            raise KeyboardInterrupt
-        self.stopped = True
-
-    def report(self, loss, note=lambda: ""):
-        """Keep the loss of this step; if a line is due, print it, with what note() says."""
-        if not np.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {self.step}: training diverged; try a smaller --lr")
-        self.losses.append(float(loss))
-        self.seconds = time.perf_counter() - self.start
-        if not self.quiet and (self.step % -(-self.steps // self.lines) == 0 or self.step == self.steps):
-            recent = self.losses[self.printed:]
-            self.printed = len(self.losses)
-            left = self.seconds / len(self.losses) * (self.steps - self.step)
-            print(f"step {self.step:6d}/{self.steps}  loss {sum(recent) / len(recent):.4f}{note()}  |  "
-                  f"{self.seconds:.1f} s  ({left:.0f} s left)")
+def letters_fit(cfg):
+    """The constraints on tasks with letters."""
+    return [(cfg.hidden % 2 == 0, "--hidden", "an even number", cfg.hidden),
+            (cfg.length >= 2, "--length", "2 or more", cfg.length)]
 
 
-def print_result(**figures):
-    """The last line of a run, for comparing runs."""
-    print("result: " + " ".join(f"{k}={v:#.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items()))
+def pairs_fit(cfg):
+    """The constraints on pairs."""
+    over = cfg.save and os.path.realpath(cfg.save) == os.path.realpath(cfg.data)
+    most = f"at most --batch-size {cfg.batch_size}"
+    return [(cfg.hidden % 2 == 0, "--hidden", "an even number", cfg.hidden),
+            (not over, "--save", "a file other than --data", cfg.save),
+            (cfg.threads <= cfg.batch_size, "--threads", most, cfg.threads)]
 
+
+CONSTRAINTS = {Reverse: letters_fit, Copy: letters_fit, Lengths: letters_fit,
+               Dates: lambda cfg: [(cfg.hidden % 2 == 0, "--hidden", "an even number", cfg.hidden)],
+               Pairs: pairs_fit}
+
+
+def attention_cases(rng, **shapes):
+    """Inputs of an attention for gradcheck.py: 3 queries, 5 values, some of them padding."""
+    h, values = rng.standard_normal((2, 3, 6)), rng.standard_normal((2, 5, 6))
+    mask = np.arange(5) < np.array([[5], [2]])
+    return dict(h=h, values=values, mask=mask,
+                p={name: rng.standard_normal(shape) for name, shape in shapes.items()})
+
+
+GRADCHECK = {
+    "masked_softmax": lambda rng: dict(scores=rng.standard_normal((2, 3, 5)),
+                                       mask=np.arange(5) < np.array([[5], [2]])),
+    "additive_attention": lambda rng: attention_cases(rng, Wq=(6, 7), Wk=(6, 7), u=(7,)),
+    "dot_attention": lambda rng: attention_cases(rng, s=(1,)),
+    "general_attention": lambda rng: attention_cases(rng, W=(6, 6)),
+    "lstm_layer": lambda rng: dict(x=rng.standard_normal((3, 5, 7)),
+                                   state=rng.standard_normal((2, 3, 6)),
+                                   p={"Wx": rng.standard_normal((7, 24)),
+                                      "Wh": rng.standard_normal((6, 24)),
+                                      "b": rng.standard_normal(24)})}
+
+TASKS = {"reverse": Task(Reverse, init_model, make_batch, model_loss_and_grads, run_reverse),
+         "copy": Task(Copy, init_model, copy_batch, model_loss_and_grads, run_copy),
+         "lengths": Task(Lengths, init_bottleneck, make_batch, bottleneck_loss_and_grads,
+                         run_lengths),
+         "dates": Task(Dates, init_dates, dates_batch, model_loss_and_grads, run_dates),
+         "pairs": Task(Pairs, init_pairs, pairs_batch, model_loss_and_grads, run_pairs)}
 
 if __name__ == "__main__":
-    run(main)
+    run(TASKS)

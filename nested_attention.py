@@ -371,7 +371,7 @@ def side_by_side(titles, pictures, gap="   "):
         print(gap.join(map(str.ljust, row, widths)).rstrip())
 
 
-def draw_map(weights, key, junk):
+def memory_map(weights, key, junk):
     """An attention map (T, T), with key and junk mark (T,) of every token -> list of lines."""
     keys = [chr(97 + number % 26) for number in key]
     marks = [" x"[mark] for mark in junk]
@@ -424,7 +424,7 @@ def main(cfg):
         weights = attention_map(memory_forward, k, q, eta, ("hebb", "delta").index(rule))
         aligned = (np.abs(weights).argmax(axis=2) == source)[source >= 0].mean()
         titles.append(f"{rule}: {aligned:.0%}")
-        maps.append(draw_map(weights[0], key[:, 0], junk[:, 0]))
+        maps.append(memory_map(weights[0], key[:, 0], junk[:, 0]))
         metrics.update({f"{rule}_accuracy": accuracy, f"{rule}_alignment": float(aligned)})
         if len(losses) < cfg.steps:                     # Ctrl-C
             break
@@ -777,7 +777,7 @@ def run_rules(cfg):
             weights = attention_map(inner_memory_forward, k, q, *gates, part)
             aligned = (np.abs(weights).argmax(axis=2) == source)[source >= 0].mean()
             titles.append(f"{name}: {aligned:.0%}")
-            maps.append(draw_map(weights[0], key[:, 0], junk[:, 0]))
+            maps.append(memory_map(weights[0], key[:, 0], junk[:, 0]))
         if name in ("hebb", "delta"):
             metrics.update({f"{name}_accuracy_{n}": tests[n][1] for n in tests})
         if len(losses) < cfg.steps:                     # Ctrl-C

@@ -1198,9 +1198,10 @@ def run_mnist(cfg):
 # ---- the encoder-decoder: python transformer.py reverse, or sort ---------------------------------
 # The transformer of 2017: the encoder reads the source, the decoder writes the target and attends
 # to the encoder's output as well (cross-attention). Around every sublayer f stands a residual
-# connection: norm(x + f(x)) in 2017 (postnorm), x + f(norm(x)) since Xiong 2020 (prenorm).
+# connection: norm(x + f(x)) in 2017 (postnorm), x + f(norm(x)) since Xiong 2020 (prenorm). Digit n
+# is token n + 3.
 
-PAD, BOS, EOS = 0, 1, 2     # padding, beginning and end of a sequence; digit n is token n + 3
+PAD, BOS, EOS = 0, 1, 2     # padding, beginning and end of a sequence
 
 
 @dataclass

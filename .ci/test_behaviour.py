@@ -7,13 +7,14 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from dataclasses import fields, replace
 from typing import get_args
 
 import numpy as np
 import pytest
 from lessons import (ASCII_CONSOLE, NEW, ROOT, comments, data_for, is_refused, lesson, load, metrics, pairs,
-                     prose, python, tasks, without_times, words)
+                     python, tasks, without_times)
 
 posix = pytest.mark.skipif(os.name == "nt", reason="signals, pipes and limits of POSIX")
 SMALL = {"batch_size": 8, "dim": 16, "layers": 2, "context": 16}       # and hidden, where it is int
@@ -107,6 +108,13 @@ REFUSED = {     # values that do not go together, or are out of range: command, 
         ("finetune --threads 99", "--threads --batch-size"), ("cifar", "--data"), ("mnist", "--data"),
         ("cifar --data nowhere", "nowhere cifar-10-binary.tar.gz"), ("cifar --crop 32", "--crop 32"),
         ("mnist --data nowhere", "nowhere train-images-idx3-ubyte.gz")],
+    "attention.py": [
+        ("reverse --hidden 7", "--hidden even 7"), ("reverse --length 1", "--length 2"),
+        ("copy --length 0", "--length 1"), ("copy --length 1", "--length 2"),
+        ("lengths --hidden 7", "--hidden even"), ("dates --hidden 7", "--hidden even"),
+        ("reverse --score foo", "--score foo"), ("pairs --hidden 7", "--hidden even"),
+        ("pairs --threads 99", "--threads --batch-size"), ("pairs --data nowhere", "nowhere"),
+        ("pairs --beam 0", "--beam 1"), ("pairs --load nowhere.npz", "--load nowhere.npz")],
     "transformer.py": [
         ("rhyme --dim 30", "--dim multiple --heads 4 30"), ("generate --context 1", "--context 2"),
         ("rhyme --context 500", "--context 500"), ("modern --dim 12", "--dim even 3.0"),
@@ -325,8 +333,8 @@ def test_ascii_console(name):
 def test_text_beyond_ascii(name, task, tmp_path):
     if task in ("mnist", "cifar"):
         return
-    file, change = tmp_path / "data.txt", {"e": "\xe9", "a": "\u03b1", "n": "\u4f60"}
-    text = words() if task == "names" else prose()
+    file, change = tmp_path / "other.txt", {"e": "\xe9", "a": "\u03b1", "n": "\u4f60"}
+    text = Path(data_for(task, tmp_path)).read_text("utf-8")
     file.write_text("".join(change.get(c, c) for c in text), "utf-8")
     done = lesson(name, task, "--data", str(file), "--steps", "20", env=ASCII_CONSOLE)
     assert metrics(done) and done.stdout.isascii()

@@ -24,7 +24,8 @@ WORDS = {       # in code and text: what to write instead
     r"(it|model|net|network|decoder|encoder|head|layer) (says|said|knows|knew|looks|looked)":
         "outputs, depends, attends"}
 ALLOWED = {     # "file, word": why it is right there
-    "nested_attention.py, letters?": "keys are drawn as a to z"}
+    "nested_attention.py, letters?": "keys are drawn as a to z",
+    "attention.py, letters?": "words of a to z are reversed and copied"}
 NAMES = {       # of variables, functions, fields
     "answers": "targets", "kinds": "tokens", "Vocabulary": "tokenizer", "spell": "decode",
     "START": "BOS", "STOP": "EOS", "END": "EOS", "figures": "metrics", "corners": "window",

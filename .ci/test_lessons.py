@@ -1,0 +1,132 @@
+"""What only one lesson has: its data files, its masks, its identities."""
+import re
+import tarfile
+import zlib
+
+import numpy as np
+import pytest
+from lessons import cifar_archive, cifar_folder, is_refused, lesson, load, metrics
+
+
+# ---- attention.py --------------------------------------------------------------------------------
+
+PAIRS = ["pairs", "--steps", "20", "--hidden", "16", "--batch-size", "8", "--vocab-size", "100"]
+
+
+def test_pairs_file(tmp_path):
+    file = tmp_path / "pairs.tsv"
+    good = [f"one {n} two\tzwei {n} eins" for n in range(60)]
+    for lines, words in ((good[:5], ["20"]), ([], ["empty"]), (["no tab"] * 40, ["20", "TAB"])):
+        file.write_text("\n".join(lines), encoding="utf-8")
+        is_refused(lesson("attention.py", *PAIRS, "--data", str(file)), "pairs.tsv", *words)
+    file.write_bytes("caf\xe9\tcoffee\n".encode("latin-1") * 30)
+    is_refused(lesson("attention.py", *PAIRS, "--data", str(file)), "pairs.tsv", "UTF-8", "0xe9")
+    file.write_text("\n".join([*good[:7], "no tab here", "\tb", *good[7:]]), encoding="utf-8")
+    is_refused(lesson("attention.py", *PAIRS, "--data", str(file), "--batch-size", "99"),
+               "--batch-size", "at most 54")
+    done = lesson("attention.py", *PAIRS, "--data", str(file))
+    assert "validation" in metrics(done) and "dropped: 2 without TAB or a side" in done.stdout
+
+
+def test_pairs_with_more_columns(tmp_path):
+    """The first two columns are used, and it is said."""
+    file, outputs = tmp_path / "pairs.tsv", []
+    for more in ("", "\tthree"):
+        file.write_text("".join(f"{n} is\t{7 * n}{more}\n" for n in range(100)), encoding="utf-8")
+        outputs.append(lesson("attention.py", *PAIRS, "--data", str(file)))
+    assert "first two" in outputs[1].stdout and "first two" not in outputs[0].stdout
+    plain, extra = (re.search(r"validation=\S+", done.stdout)[0] for done in outputs)
+    assert plain == extra
+
+
+def test_pairs_that_hold_special_tokens(tmp_path):
+    """Words of the data that are spelled as a special token are words."""
+    file = tmp_path / "pairs.tsv"
+    file.write_text("".join(f"<eos> {n} . <pad>\t{n} <bos> .\n" for n in range(100)), encoding="utf-8")
+    attention = load("attention.py")
+    for unit in ("words", "characters"):
+        data = attention.pairs_of(attention.Pairs(data=str(file), unit=unit))
+        assert all(len(set(vocab)) == len(vocab) for vocab in data["vocabs"])
+        for pair in data["train"]:
+            for tokens, ids in zip(pair, data["ids"]):
+                assert min(attention.encode(tokens, ids)) >= attention.UNK
+
+
+@pytest.mark.parametrize("score", ["additive", "dot", "general"])
+@pytest.mark.parametrize("input_feeding", [False, True])
+def test_padding_gets_no_attention(score, input_feeding):
+    a = load("attention.py")
+    cfg = a.Dates(score=score, input_feeding=input_feeding, hidden=8, batch_size=6)
+    params = a.init_dates(cfg, np.random.default_rng(0), np.float64)
+    padding_changes_nothing(a, cfg, params, a.dates_batch(cfg, 1), a.model_loss_and_grads)
+    source, target = a.dates_batch(cfg, 1)
+    _, (w, *_) = a.translator_forward(params, source, target, a.decoder_of(cfg)[0])
+    on_padding = np.broadcast_to((source == a.PAD)[:, None], w.shape)
+    assert on_padding.any() and not w[on_padding].any() and np.allclose(w.sum(axis=2), 1)
+
+
+def test_padding_without_attention():
+    a = load("attention.py")
+    cfg = a.Lengths(hidden=8, batch_size=6)
+    params = a.init_bottleneck(cfg, np.random.default_rng(0), np.float64)
+    padding_changes_nothing(a, cfg, params, a.make_batch(cfg, 1), a.bottleneck_loss_and_grads)
+
+
+def padding_changes_nothing(module, cfg, params, batch, loss_and_grads):
+    """Neither loss nor gradients depend on columns of padding, nor on the embedding of padding."""
+    source, target, *rest = batch
+    loss, grads = loss_and_grads(params, batch, cfg)
+    other = {**params, "E_source": params["E_source"].copy()}
+    other["E_source"][module.PAD] += 3
+    longer = [np.pad(ids, ((0, 0), (0, 4)), constant_values=module.PAD) for ids in (source, target)]
+    loss2, grads2 = loss_and_grads(other, (*longer, *rest), cfg)
+    assert abs(loss - loss2) < 1e-13
+    for name, g in grads.items():
+        assert np.isfinite(g).all() and np.abs(g - grads2[name]).max() < 1e-13, name
+    assert not grads["E_source"][module.PAD].any()
+
+
+# ---- mae.py --------------------------------------------------------------------------------------
+
+def test_mae_depends_on_visible_patches_only():
+    mae = load("mae.py")
+    rng, (x, visible, masked) = np.random.default_rng(0), mae.make_batch(mae.Config(batch_size=5), 1, np.float64)
+    for norm in (False, True):
+        cfg = mae.Probe(norm_pixels=norm, batch_size=5)
+        params = mae.init_images(cfg, rng, np.float64)
+        other = x.copy()
+        np.put_along_axis(other, masked[:, :, None], rng.standard_normal((*masked.shape, x.shape[2])), axis=1)
+        a, b = (mae.reconstruct(params, images, visible, masked, cfg) for images in (x, other))
+        a, b = (out[0] if isinstance(out, tuple) else out for out in (a, b))
+        assert np.array_equal(a, b) and masked.shape[1] == 3 * visible.shape[1]
+
+
+def test_mae_on_cifar(tmp_path):
+    common = ["cifar", "--dim", "8", "--layers", "1", "--steps", "6", "--batch-size", "8", "--warmup", "2"]
+    archive, png = cifar_archive(tmp_path), tmp_path / "a.png"
+    done = lesson("mae.py", *common, "--data", archive, "--png", str(png), "--finetune")
+    assert {"error", "finetuned"} <= metrics(done).keys()
+    raw = png.read_bytes()
+    width, height = (int.from_bytes(raw[k:k + 4], "big") for k in (16, 20))
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n" and raw[12:16] == b"IHDR"
+    assert len(zlib.decompress(raw[raw.index(b"IDAT") + 4:-16])) == height * (1 + width * 3)
+
+
+def test_cifar_files(tmp_path):
+    """Cut, damaged, or another archive: one line each that says what was expected."""
+    folder = cifar_folder(tmp_path)
+    lessons = [name for name in ("mae.py", "cnn.py") if "cifar" in getattr(load(name), "TASKS", {})]
+    for name in lessons:
+        task = [name, "cifar", "--steps", "2", "--batch-size", "8", "--data"]
+        archive = tmp_path / "cifar-10-binary.tar.gz"
+        assert metrics(lesson(*task, cifar_archive(tmp_path)))["task"] == "cifar"
+        raw = archive.read_bytes()
+        for damaged, words in ((raw[:-2000], "cifar-10-binary.tar.gz"), (b"no archive", "cifar")):
+            archive.write_bytes(damaged)
+            is_refused(lesson(*task, str(archive)), words)
+        with tarfile.open(archive, "w:gz") as tar:
+            tar.add(folder / "data_batch_1.bin", arcname="cifar-10-batches-py/data_batch_1")
+        is_refused(lesson(*task, str(archive)), "data_batch_1.bin")
+        good = (folder / "test_batch.bin").read_bytes()
+        is_refused(lesson(*task, str(cifar_folder(tmp_path, data_batch_2=good[:-9]))), "data_batch_2", "3073")
+        cifar_folder(tmp_path, data_batch_2=good)
