@@ -1,234 +1,97 @@
+"""cnn.py: the same small detector at every position of the image.
+
+A linear layer on pixels learns an edge anew for every position where one can be. A convolution
+learns it once: a filter of k x k pixels slides over the image and outputs at every position how
+well the patch there matches. All positions share its weights, so there are few of them, and where
+the input shifts, the output shifts with it. Pooling halves the image, so that the filters of the
+next layer cover more of it: first edges, then parts, then shapes.
+
+Forward, output pixel q, offsets p in the k x k window (channels are summed as well):
+    conv         y[q] = sum_p x[q + p] W[p]   as one product: y = patches W, one patch per row
+    batchnorm2d  xhat = (x - mean) / std, y = gamma xhat + beta; mean and std of a channel over all
+                 pixels of all images; in evaluation those of the training (moving averages)
+    maxpool      y = the largest x of a 2 x 2 window
+Backward:
+    conv         dW[p] = sum_q x[q + p] dy[q]   as one product: dW = patches^T dy
+                 dx[r] = sum_p dy[r - p] W[p]   x[r] is in y[q] for every q = r - p: so dx is dy,
+                                                convolved with W rotated by 180 degrees
+    batchnorm2d  g = gamma dy, dx = (g - mean(g) - xhat mean(g xhat)) / std
+    maxpool      dy goes to the largest pixel of its window; the others get 0
+
+Run    python cnn.py      (ten shapes; python cnn.py --help lists the other tasks)
+
+Papers: LeCun et al. 1998 (convolutional networks), Ioffe and Szegedy 2015 (BatchNorm), He et al.
+2015 (initialisation), Kingma and Ba 2015 (Adam).
+"""
+
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["numpy"]
 # ///
-"""cnn.py: the same small detector everywhere in the picture.
 
-A linear layer on pixels has to learn an edge anew for every place where it can be. A convolution learns it once: one
-small filter W, k x k pixels, slides over the picture, and says at every place how well the patch there matches. Its
-weights are shared by all places, so there are few of them, and what is shifted in the picture is shifted in the output.
-Pooling halves the picture, so the filters of the next layer see more of it: edges, then parts, then things.
-
-Forward, output pixel q, k x k places p under the filter (channels are summed, too):
-    y[q] = sum_p x[q + p] W[p]                  as one product: y = patches W, a patch a row, k k C numbers long
-Backward. Call dy, dx, dW the derivatives of the loss by y, x, W:
-    dW[p] = sum_q x[q + p]^T dy[q]              one product as well: dW = patches^T dy
-    dx[r] = sum_p dy[r - p] W[p]^T              pixel r is x[q + p] for every q = r - p: so dy, convolved with W turned
-    max pooling      dy goes to the pixel that was the largest, the others get none
-    BatchNorm        as in mlp.py; here a mean is over all pixels of all pictures (GroupNorm: over some channels of one)
-    y = x + f(x)     dx = dy + f's dx: whatever f does to it, the gradient also goes past it (He 2016)
-
-Several processes (--workers 2) each take a part of the batch, with the same parameters; the sum of their gradients is
-the gradient. BatchNorm measures each part by itself. --slices 2 cuts a batch the same way in one process: equal losses.
-
-Run
-    python cnn.py                                      ten shapes of any place, size and colour
-    python cnn.py --model resnet --workers 2
-    python cnn.py --experiment lr-sweep                which learning rates work, with and without BatchNorm
-    python cnn.py --task mnist --data mnist            digits (mlp.py --help says where to get the folder)
-    python cnn.py --task cifar --data cifar-10-binary.tar.gz --save plain.npz                         85 % or more
-    python cnn.py --task cifar --data cifar-10-binary.tar.gz --save resnet.npz --model resnet --channels 16 \\
-        --dropout 0 --lr 0.1 --crop 3 --workers 2 --steps 8400                                        91 % or more
-        curl -O https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz
-
-Break it
-    --lr 0.2: 99.4 %, as with a rate forty times smaller; --lr 0.2 --norm none: 10 %, chance. BatchNorm forgives
-    np.maximum(x, 0), x -> x, x and dout * (x > 0) -> dout, both of relu: 99.1 %, since a maximum in max pooling bends
-        lines, too; with --pool average as well: 17 %, the whole net is a linear model
-    place == k -> place >= 0 in maxpool_backward, so all four pixels get the gradient: 94.8 % instead of 99.4 %
-    W[::-1, ::-1] -> W in conv_backward: 96.8 %. It learns all the same! So check gradients
-    x = x.astype(dtype) -> x = x.astype(dtype)[:, np.random.default_rng(0).permutation(16)] in make_batch: 96.7 %; the
-        rows are shuffled, always alike, which is nothing to a linear layer, but neighbours mean something here
-
-Papers: LeCun et al. 1998 (convolutional networks); Srivastava et al. 2014 (dropout); Ioffe, Szegedy 2015 (BatchNorm);
-He et al. 2016 (residual networks); Szegedy et al. 2016 (label smoothing); Goyal et al. 2017 (training on many
-processes); Wu, He 2018 (GroupNorm); Smith 2018 (one-cycle schedule).
-"""
-import argparse
-import contextlib
-import ctypes
-import functools
-import gzip
-import inspect
-import json
 import math
-import multiprocessing
 import os
-import re
 import signal
-import sys
-import tarfile
+import threading
 import time
-import zipfile
-import zlib
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Literal, get_args
+from dataclasses import dataclass, fields
 
+for library in ("OPENBLAS", "MKL", "OMP"):  # the matrices are small: one BLAS thread is fastest
+    os.environ.setdefault(library + "_NUM_THREADS", "1")
 import numpy as np
 
 
 @dataclass
 class Config:
-    """Hyperparameters. Edit a line, or pass its name as a flag: --lr 0.1"""
-    task: Literal["shapes", "cifar", "mnist"] = "shapes"  # pictures of what
-    experiment: Literal["none", "lr-sweep"] = "none"  # instead: learning rates with and without BatchNorm
-    model: Literal["plain", "resnet"] = "plain"  # three convolutions and two linear layers, or residual blocks
-    channels: int = 8       # of the first layer; later ones have more
-    norm: Literal["batch", "group", "none"] = "batch"  # what normalises the channels
-    pool: Literal["max", "average"] = "max"  # what halves the picture
-    dropout: float = 0.0    # share of the features that is dropped before the last layer
-    smoothing: float = 0.0  # share of the target's probability that is spread over all classes
-    size: int = 16          # shapes: pixels a side
-    flip: bool = False      # mirror half of the pictures
-    crop: int = 0           # shift the pictures by up to so many pixels
-    optimizer: Literal["momentum", "adamw"] = "adamw"  # how a gradient becomes a step
-    lr: float = 0.005       # learning rate at its height
-    decay: float = 0.01     # share of every matrix that is taken off, times lr
-    schedule: Literal["one-cycle", "cosine"] = "one-cycle"  # course of the learning rate
-    rise: float = 0.2       # share of the steps in which it rises from 0
-    steps: int = 1000       # updates
-    batch: int = 64         # pictures an update
-    workers: int = 1        # processes that share the work of a batch
-    slices: int = 0         # parts of a batch, each with BatchNorm statistics of its own; 0: one a worker
-    data: str = ""          # cifar: cifar-10-binary.tar.gz or its folder; mnist: the folder of MNIST
-    save: str = ""          # file (.npz) to keep parameters and state of the training in
-    load: str = ""          # such a file to go on from
-    seed: int = 0           # of every random draw
-
-    def __post_init__(self):
-        for name in ("steps", "batch", "channels", "workers"):
-            require(getattr(self, name) >= 1, "--" + name, "1 or more", getattr(self, name))
-        for name in ("crop", "decay", "slices", "seed"):
-            require(0 <= getattr(self, name) < math.inf, "--" + name, "0 or more", getattr(self, name))
-        for name in ("dropout", "smoothing", "rise"):
-            require(0 <= getattr(self, name) < 1, "--" + name, "0 or more, below 1", getattr(self, name))
-        require(0 < self.lr < math.inf, "--lr", "a number above 0", self.lr)
-        require(self.size > 0 and self.size % 8 == 0, "--size", "a multiple of 8: pooling halves it thrice", self.size)
-        require(self.crop < picture_size(self), "--crop", f"less than {picture_size(self)}, the side", self.crop)
-        require(not self.data or self.task != "shapes", "--data", "--task cifar or mnist with it", self.task)
-        require(self.experiment == "none" or self.norm == "batch", "--norm", "batch; --experiment tries none as well",
-                self.norm)
-        require(self.experiment == "none" or not self.save + self.load, "--experiment", "no --save or --load with it",
-                self.save + self.load)
-        self.slices = self.slices or self.workers
-        require(self.workers <= self.batch, "--workers", f"at most --batch {self.batch}", self.workers)
-        require(self.workers <= self.slices <= self.batch, "--slices",
-                f"from --workers {self.workers} to --batch {self.batch}", self.slices)
+    """Tell ten shapes apart, at any position, in any size and colour."""
+    size: int = 16          # pixels per side, a multiple of 8
+    channels: int = 8       # filters of the first layer; the second has twice, the third four times
+    batch_size: int = 64    # images per step
+    steps: int = 600        # optimizer steps
+    lr: float = 0.01        # peak learning rate
+    warmup: int = 50        # steps of linear warmup
+    seed: int = 0           # random seed
 
 
-PRESETS = {     # what a task changes above, unless a flag says otherwise
-    "cifar": dict(channels=32, dropout=0.2, smoothing=0.1, flip=True, crop=4, optimizer="momentum", lr=0.08,
-                  decay=0.005, rise=0.25, steps=5600, batch=128),
-    "mnist": dict(channels=16, dropout=0.3, crop=2, steps=3000, batch=128),
-    "lr-sweep": dict(model="resnet", channels=4, optimizer="momentum", lr=0.2, decay=0.005, steps=400, batch=64),
-}
+# ---- layers: N images of H x W pixels, C channels in, M channels out, k x k filters --------------
 
-
-# ---- layers: N pictures, H x W pixels, C channels, M filters, k the side of a kernel ---------------------------------
-
-def conv_loop_forward(x, W, stride=1, padding=0, dilation=1, groups=1):
-    """Convolution by its definition: every patch of x, times every filter, summed.   x (N, H, W, C),
-    W (k, k, C / groups, M) -> (N, H', W', M), H' = (H + 2 padding - dilation (k - 1) - 1) // stride + 1.
-    Of several groups, each block of M / groups filters sees its block of C / groups channels only."""
-    x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    k, _, c, M = W.shape
-    m, reach = M // groups, dilation * (k - 1) + 1
-    out = np.zeros((len(x), (x.shape[1] - reach) // stride + 1, (x.shape[2] - reach) // stride + 1, M), x.dtype)
-    for i, j in np.ndindex(out.shape[1:3]):
-        patch = x[:, i * stride:i * stride + reach:dilation, j * stride:j * stride + reach:dilation]
-        for g in range(groups):
-            out[:, i, j, g * m:g * m + m] = np.tensordot(patch[..., g * c:g * c + c], W[..., g * m:g * m + m], 3)
-    return out, (x, W, stride, padding, dilation, groups)
-
-
-def conv_loop_backward(dout, cache):
-    """Each output pixel gives its slope to the patch it saw, times W, and to W, times the patch.   -> dx, dW."""
-    x, W, stride, padding, dilation, groups = cache
-    k, _, c, M = W.shape
-    m, reach = M // groups, dilation * (k - 1) + 1
-    dx, dW = np.zeros_like(x), np.zeros_like(W)
-    for i, j in np.ndindex(dout.shape[1:3]):
-        here = np.s_[:, i * stride:i * stride + reach:dilation, j * stride:j * stride + reach:dilation]
-        for g in range(groups):
-            channels, filters = np.s_[..., g * c:g * c + c], np.s_[..., g * m:g * m + m]
-            dx[here][channels] += np.tensordot(dout[:, i, j][filters], W[filters], (1, 3))
-            dW[filters] += np.tensordot(x[here][channels], dout[:, i, j][filters], (0, 0))
-    return dx[:, padding:dx.shape[1] - padding, padding:dx.shape[2] - padding], dW
-
-
-def patches(x, k, stride, dilation):
-    """Every patch of x under a k x k kernel, as a view.   x (N, H, W, C) -> (N, H', W', k, k, C)."""
-    (N, H, width, C), (picture, row, pixel, number) = x.shape, x.strides        # strides: bytes from one to the next
-    reach = dilation * (k - 1) + 1
-    shape = N, (H - reach) // stride + 1, (width - reach) // stride + 1, k, k, C
-    steps = picture, stride * row, stride * pixel, dilation * row, dilation * pixel, number
-    return np.lib.stride_tricks.as_strided(x, shape, steps, writeable=False)
-
-
-def rows_of(view, groups):
-    """Patches (n, H', W', k, k, C) written out, one a row -> (groups, n H' W', k k C / groups)."""
-    n, H, W, k, _, C = view.shape
-    view = view.reshape(n, H, W, k, k, groups, C // groups)
-    return view.transpose(5, 0, 1, 2, 3, 4, 6).reshape(groups, n * H * W, k * k * C // groups)
-
-
-PORTION = 2 ** 16        # numbers that are worked on at once: a quarter of a megabyte
-
-
-def portions(x):
-    """Slices of the rows of x, of about PORTION numbers each. Several passes over an array are faster over one portion
-    after the other, since that stays in the cache of a core."""
-    n = max(1, PORTION // x[0].size)
-    return [slice(i, i + n) for i in range(0, len(x), n)]
-
-
-def correlate(x, W, stride, dilation, groups):
-    """Slide W over x: what fits the cache in one product.   x (N, H, W, C), W as above -> (N, H', W', M)."""
-    k, _, c, M = W.shape
-    view, by_group = patches(x, k, stride, dilation), W.reshape(k * k * c, groups, -1).transpose(1, 0, 2)
-    out = np.empty((*view.shape[:3], M), x.dtype)
-    for part in portions(view):
-        np.matmul(rows_of(view[part], groups), by_group, out=out[part].reshape(-1, groups, M // groups).swapaxes(0, 1))
-    return out
-
-
-def conv_forward(x, W, stride=1, padding=0, dilation=1, groups=1, first=False):
-    """The same as conv_loop_forward, fast. first: x is the picture, whose gradient nobody needs. (The nets below need
-    nothing but padding; stride, dilation and groups are for yours.)"""
-    N, H, width, C = x.shape
-    padded = np.zeros((N, H + 2 * padding, width + 2 * padding, C), x.dtype)
-    padded[:, padding:padding + H, padding:padding + width] = x
-    return correlate(padded, W, stride, dilation, groups), (padded, W, stride, padding, dilation, groups, first)
+def conv_forward(x, W):
+    """y[q] = sum_p x[q + p] W[p]; zeros around x, k // 2 deep, keep the size; k is odd.
+    x (N, H, W, C), W (k, k, C, M) -> (N, H, W, M)."""
+    k, _, C, M = W.shape
+    edge = (k // 2, k // 2)
+    padded = np.pad(x, ((0, 0), edge, edge, (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (k, k), axis=(1, 2))
+    patches = windows.transpose(0, 1, 2, 4, 5, 3).reshape(-1, k * k * C)        # im2col
+    y = patches @ W.reshape(-1, M)                      # (N H W, M)
+    return y.reshape(*x.shape[:3], M), (patches, W)
 
 
 def conv_backward(dout, cache):
-    """dW = patches^T dout.   dx: pixel r reaches output q through W[r - q], so dout is slid over with W turned around.
-    Where the stride left out outputs there are zeros between those of dout.   -> dx (None if first), dW."""
-    x, W, stride, padding, dilation, groups, first = cache
-    k, _, c, M = W.shape
-    view, shape = patches(x, k, stride, dilation), (-1, groups, M // groups)
-    dW = sum(rows_of(view[part], groups).swapaxes(1, 2) @ dout[part].reshape(shape).swapaxes(0, 1)
-             for part in portions(view))
-    dx = None
-    if not first:
-        (N, H, width, _), edge = x.shape, dilation * (k - 1)
-        spread = np.zeros((N, H + edge, width + edge, M), dout.dtype)
-        spread[:, edge:edge + stride * dout.shape[1]:stride, edge:edge + stride * dout.shape[2]:stride] = dout
-        spread = spread[:, padding:H - padding + edge, padding:width - padding + edge]
-        turned = W[::-1, ::-1].reshape(k, k, c, groups, -1).transpose(0, 1, 4, 3, 2).reshape(k, k, -1, c * groups)
-        dx = correlate(spread, turned, 1, dilation, groups)
-    return dx, dW.swapaxes(0, 1).reshape(W.shape)
+    """dW = patches^T dout. dx is dout, convolved with W rotated by 180 degrees, C and M swapped."""
+    patches, W = cache
+    dW = patches.T @ dout.reshape(-1, dout.shape[3])
+    dx, _ = conv_forward(dout, W[::-1, ::-1].swapaxes(2, 3))
+    return dx, dW.reshape(W.shape)
 
 
-def bias_forward(x, b):
-    """y = x + b.   x (..., C), b (C,)."""
-    return x + b, None
+def batchnorm2d_forward(x, gamma, beta, running=None, eps=1e-5):
+    """y = gamma xhat + beta, xhat = (x - mean) / sqrt(var + eps), mean and var of each channel over
+    all pixels of all images; in evaluation running = (mean, var).   x (N, H, W, C), gamma (C,)."""
+    mean, var = running or (x.mean(axis=(0, 1, 2)), x.var(axis=(0, 1, 2)))
+    inv_std = (var + eps) ** -0.5
+    xhat = (x - mean) * inv_std
+    return gamma * xhat + beta, (xhat, gamma, inv_std, running is None, mean, var)
 
 
-def bias_backward(dout, cache):
-    """dx = dout, db = the sum over all but the channels."""
-    return dout, dout.reshape(-1, dout.shape[-1]).sum(axis=0)
+def batchnorm2d_backward(dout, cache):
+    """g = gamma dout, dx = (g - mean(g) - xhat mean(g xhat)) / std, since every x moves mean and
+    std, too; in evaluation they are constants. dgamma = sum dout xhat, dbeta = sum dout."""
+    xhat, gamma, inv_std, training, _, _ = cache
+    g = gamma * dout
+    moved = g.mean(axis=(0, 1, 2)) + xhat * (g * xhat).mean(axis=(0, 1, 2))
+    dx = (g - training * moved) * inv_std
+    return dx, (dout * xhat).sum(axis=(0, 1, 2)), dout.sum(axis=(0, 1, 2))
 
 
 def relu_forward(x):
@@ -242,964 +105,1425 @@ def relu_backward(dout, cache):
     return dout * (x > 0)
 
 
-def corners(shape, size):
-    """For each place in a size x size window: the pixels of (N, H, W, C) pictures that stand there, in all windows."""
-    H, W = (n // size * size for n in shape[1:3])
-    return [np.s_[:, i:H:size, j:W:size] for i in range(size) for j in range(size)]
-
-
-def maxpool_forward(x, size=2):
-    """The largest value in each size x size window.   x (N, H, W, C) -> (N, H / size, W / size, C)."""
-    first, *others = corners(x.shape, size)
-    out = x[first].copy()
-    place = np.zeros(out.shape, np.uint8)               # of the largest in its window; of equal ones the first
-    for k, here in enumerate(others, 1):
-        larger = x[here] > out
-        np.maximum(place, larger * np.uint8(k), out=place)
-        np.maximum(out, x[here], out=out)
-    return out, (place, x.shape, size)
+def maxpool_forward(x):
+    """The largest pixel of each 2 x 2 window, of equals the first.   x (N, H, W, C), H and W even
+    -> (N, H / 2, W / 2, C)."""
+    N, H, W, C = x.shape
+    windows = x.reshape(N, H // 2, 2, W // 2, 2, C).transpose(0, 1, 3, 5, 2, 4)
+    windows = windows.reshape(N, H // 2, W // 2, C, 4)
+    argmax = windows.argmax(axis=4)[..., None]
+    return np.take_along_axis(windows, argmax, axis=4)[..., 0], (argmax, x.shape)
 
 
 def maxpool_backward(dout, cache):
-    """The pixel that was the largest gets the whole gradient, the others none."""
-    place, shape, size = cache
+    """The largest pixel of a window gets the whole gradient, the others get 0."""
+    argmax, (N, H, W, C) = cache
+    dwindows = np.zeros((*dout.shape, 4), dout.dtype)
+    np.put_along_axis(dwindows, argmax, dout[..., None], axis=4)
+    dwindows = dwindows.reshape(N, H // 2, W // 2, C, 2, 2)
+    return dwindows.transpose(0, 1, 4, 2, 5, 3).reshape(N, H, W, C)
+
+
+def linear_forward(x, W, b):
+    """y = x W + b.   x (N, D), W (D, M), b (M,) -> y (N, M)."""
+    return x @ W + b, (x, W)
+
+
+def linear_backward(dout, cache):
+    """dx = dout W^T, dW = x^T dout, db = sum_n dout: b is added to every row."""
+    x, W = cache
+    return dout @ W.T, x.T @ dout, dout.sum(axis=0)
+
+
+def softmax_cross_entropy_forward(logits, targets):
+    """-mean_n log softmax(logits)[n, targets_n].   logits (N, V), targets (N,) ids -> scalar."""
+    logits = logits - logits.max(axis=1, keepdims=True)     # the same softmax, without overflow
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    loss = -log_p[np.arange(len(targets)), targets].mean()
+    return loss, (log_p, targets)
+
+
+def softmax_cross_entropy_backward(dout, cache):
+    """dlogits = (p - onehot(targets)) / N."""
+    log_p, targets = cache
+    dlogits = np.exp(log_p)
+    dlogits[np.arange(len(targets)), targets] -= 1
+    return dlogits * (dout / len(targets))
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+SHAPES = "disc ring square frame triangle diamond plus cross lines bars".split()
+
+
+def draw_shapes(labels, size, rng):
+    """Images of ten shapes at any position, in any size and colour, with noise.
+    labels (N,) indices of SHAPES -> (N, size, size, 3), from about -1 to 1."""
+    N = len(labels)
+    radius = rng.uniform(0.3, 0.45, (N, 1)) * size
+    center = radius + rng.random((2, N, 1)) * (size - 1 - 2 * radius)
+    y, x = (np.arange(size) - center) / radius          # (N, size) each; the shape is within 1
+    y, x = np.broadcast_arrays(y[:, :, None], x[:, None, :])    # (N, size, size)
+    ax, ay, r = abs(x), abs(y), np.hypot(x, y)
+    far, near = np.maximum(ax, ay), np.minimum(ax, ay)
+    inside = [r < 1,                                    # disc
+              (0.6 < r) & (r < 1),                      # ring
+              far < 0.85,                               # square
+              (0.45 < far) & (far < 0.85),              # frame
+              (y < 0.75) & (ax < (y + 1) * 0.55),       # triangle
+              ax + ay < 1.05,                           # diamond
+              (near < 0.25) & (far < 1),                # plus
+              (abs(ax - ay) < 0.3) & (far < 0.8),       # cross
+              (abs(ay - 0.55) < 0.22) & (ax < 0.9),     # lines
+              (abs(ax - 0.55) < 0.22) & (ay < 0.9)]     # bars
+    mask = np.choose(labels[:, None, None], inside)[..., None]
+    ground, ink = rng.random((2, N, 1, 1, 3))
+    alike = abs(ink - ground).sum(axis=3, keepdims=True) < 0.75
+    ink = np.where(alike, 1 - ground.round(), ink)      # every shape has to be visible
+    images = np.where(mask, ink, ground)
+    return (images - 0.5) * 2 + 0.2 * rng.standard_normal(images.shape)
+
+
+def make_batch(cfg, step, dtype=np.float32):
+    """New shapes at every step.   -> x (N, size, size, 3), labels (N,)."""
+    rng = np.random.default_rng((cfg.seed, step))
+    labels = rng.integers(0, 10, cfg.batch_size)
+    return draw_shapes(labels, cfg.size, rng).astype(dtype), labels
+
+
+# ---- model: three times convolution, BatchNorm, ReLU, pooling; then two linear layers ------------
+
+def init_params(cfg, rng, dtype=np.float32):
+    """W1 (3, 3, C, M), gamma1, beta1 (M,), ... W3, gamma3, beta3; W4, b4, W5, b5. Weights with
+    standard deviation sqrt(2 / inputs) (He et al. 2015)."""
+    channels = [3, cfg.channels, 2 * cfg.channels, 4 * cfg.channels]
+    params = {}
+    for i in (1, 2, 3):
+        C, M = channels[i - 1], channels[i]
+        params[f"W{i}"] = rng.standard_normal((3, 3, C, M)) * (2 / (9 * C)) ** 0.5
+        params[f"gamma{i}"], params[f"beta{i}"] = np.ones(M), np.zeros(M)
+    features, hidden = M * (cfg.size // 8) ** 2, 8 * cfg.channels
+    for i, D, M in ((4, features, hidden), (5, hidden, 10)):
+        params[f"W{i}"] = rng.standard_normal((D, M)) * (2 / D) ** 0.5
+        params[f"b{i}"] = np.zeros(M)
+    return {name: value.astype(dtype) for name, value in params.items()}
+
+
+def cnn_forward(params, x, running=None):
+    """x (N, H, W, 3) -> logits (N, 10). running: mean and var of every BatchNorm, in evaluation."""
+    blocks = []
+    for i in (1, 2, 3):
+        x, conv = conv_forward(x, params[f"W{i}"])
+        statistics = running and tuple(running[f"norm{i}"])
+        x, norm = batchnorm2d_forward(x, params[f"gamma{i}"], params[f"beta{i}"], statistics)
+        x, relu = relu_forward(x)
+        x, pool = maxpool_forward(x)
+        blocks.append((conv, norm, relu, pool))
+    shape = x.shape
+    x, hidden = linear_forward(x.reshape(len(x), -1), params["W4"], params["b4"])
+    x, relu = relu_forward(x)
+    logits, out = linear_forward(x, params["W5"], params["b5"])
+    return logits, (blocks, shape, hidden, relu, out)
+
+
+def cnn_backward(dout, cache):
+    """cnn_forward from bottom to top -> gradients under the keys of params."""
+    (blocks, shape, hidden, relu, out), grads = cache, {}
+    dx, grads["W5"], grads["b5"] = linear_backward(dout, out)
+    dx, grads["W4"], grads["b4"] = linear_backward(relu_backward(dx, relu), hidden)
+    dx = dx.reshape(shape)
+    for i in (3, 2, 1):
+        conv, norm, relu, pool = blocks[i - 1]
+        dx = relu_backward(maxpool_backward(dx, pool), relu)
+        dx, grads[f"gamma{i}"], grads[f"beta{i}"] = batchnorm2d_backward(dx, norm)
+        dx, grads[f"W{i}"] = conv_backward(dx, conv)
+    return grads
+
+
+def moving_averages(running, statistics):
+    """A tenth of the way from running to the statistics of a batch; at first, the statistics."""
+    running = running or {}
+    return {name: 0.9 * running.get(name, new) + 0.1 * new for name, new in statistics.items()}
+
+
+def loss_and_grads(params, batch, cfg, running=None):
+    """One forward and one backward pass -> loss, gradients, running statistics after it."""
+    x, labels = batch
+    logits, cache = cnn_forward(params, x)
+    loss, loss_cache = softmax_cross_entropy_forward(logits, labels)
+    grads = cnn_backward(softmax_cross_entropy_backward(1.0, loss_cache), cache)
+    (blocks, *_), statistics = cache, {}
+    for i, (_, norm, _, _) in enumerate(blocks, 1):
+        *_, mean, var = norm
+        statistics[f"norm{i}"] = np.stack([mean, var])
+    return loss, grads, moving_averages(running, statistics)
+
+
+# ---- training and demo ---------------------------------------------------------------------------
+
+def adam_update(params, grads, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
+    """m, v: moving averages of g and g^2, divided by 1 - beta^t to correct for their start at 0;
+    w <- w - lr m / (sqrt(v) + eps)."""
+    t = state["t"] = state.get("t", 0) + 1
+    for name, g in grads.items():
+        m = state["m " + name] = beta1 * state.get("m " + name, 0) + (1 - beta1) * g
+        v = state["v " + name] = beta2 * state.get("v " + name, 0) + (1 - beta2) * g * g
+        m = m / (1 - beta1 ** t)
+        v = v / (1 - beta2 ** t)
+        params[name] -= lr * m / (np.sqrt(v) + eps)
+
+
+def learning_rate(step, cfg):
+    """Linear warmup times half a cosine, from step 1 on; the last step is small, not 0."""
+    warmup = min(1, step / max(1, cfg.warmup))
+    return cfg.lr * warmup * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / cfg.steps))
+
+
+def check_finite(loss, params=None):
+    """Raise FloatingPointError unless the loss and all parameters are finite, and below 1e10."""
+    if not all(np.abs(value).max() < 1e10 for value in (loss, *(params or {}).values())):
+        raise FloatingPointError(f"training diverged (loss {loss:.4g}); try a smaller --lr")
+
+
+def progress(steps, losses, note=lambda: ""):
+    """for step in progress(steps, losses): ... losses.append(loss).   Prints ten lines, or one per
+    minute: the mean loss since the line before, note(), the time left. Ctrl-C ends the loop after
+    the step at hand, a second Ctrl-C the program. A loss that is not finite raises an error."""
+    stopped = []
+
+    def stop(*signal_and_frame):
+        stopped.append(True)
+        signal.signal(signal.SIGINT, previous)          # the next Ctrl-C ends the program
+    main_thread = threading.current_thread() is threading.main_thread()
+    previous = main_thread and signal.signal(signal.SIGINT, stop)
+    start = printed = time.perf_counter()
+    first = before = len(losses)
+    try:
+        for step in range(first + 1, steps + 1):
+            yield step
+            check_finite(losses[-1])
+            now = time.perf_counter()
+            due = step % math.ceil(steps / 10) == 0 or step == steps or now > printed + 60
+            if due or stopped:
+                mean = sum(losses[before:]) / (step - before)
+                left = (now - start) / (step - first) * (steps - step)
+                print(f"step {step:6d}/{steps}  mean loss {mean:#.4g}{note()}  |  "
+                      f"{now - start:.1f} s  ({left:.0f} s left)", flush=True)
+                printed, before = now, step
+            if stopped:
+                print(f"stopped after step {step}; this is what has been learned so far")
+                break
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGINT, previous)
+
+
+def train(params, cfg, running, make_batch=make_batch, loss_and_grads=loss_and_grads,
+          update=adam_update, rate=learning_rate, state=None, losses=None, note=lambda: "",
+          after_step=lambda step: None):
+    """Train params in place, keep running statistics -> losses. Later parts pass own functions."""
+    state, losses = {} if state is None else state, [] if losses is None else losses
+    for step in progress(cfg.steps, losses, note):
+        loss, grads, new = loss_and_grads(params, make_batch(cfg, step), cfg, running)
+        update(params, grads, state, rate(step, cfg))
+        running.update(new)
+        losses.append(float(loss))
+        after_step(step)
+    check_finite(losses[-1], params)
+    return losses
+
+
+def shade(values):
+    """Numbers from 0 to 1 -> characters from blank (0) to @ (1), in an array of the same shape."""
+    shades = np.array(list(" .:-=+*#%@"))
+    return shades[(np.clip(values, 0, 1) * 9.99).astype(int)]
+
+
+def side_by_side(titles, pictures, gap="   "):
+    """Print several pictures, each a list of lines, next to each other under their titles."""
+    columns = [[title, *lines] for title, lines in zip(titles, pictures)]
+    widths = [max(map(len, column)) for column in columns]
+    for row in zip(*columns):
+        print(gap.join(map(str.ljust, row, widths)).rstrip())
+
+
+def show_images(images, titles):
+    """Images (N, H, W) of numbers from 0 to 1, side by side; a line of text is two rows of pixels,
+    since characters are tall."""
+    pictures = []
+    for image in images:
+        lines = image.reshape(len(image) // 2, 2, -1).mean(axis=1)
+        pictures.append(["".join(line) for line in shade(lines)])
+    n = max(1, 103 // (images.shape[2] + 3))            # as many as fit into 100 columns
+    for i in range(0, len(images), n):
+        side_by_side(titles[i:i + n], pictures[i:i + n])
+
+
+def show_filters(W):
+    """The first eight filters of the first layer, W (k, k, C, M)."""
+    print("Filters of the first layer, one channel below the other (blank is the most negative "
+          "weight,\n@ the most positive)")
+    W = W[..., :8] / (abs(W[..., :8]).max(axis=(0, 1, 2)) + 1e-9)
+    rows = shade(0.5 + 0.5 * W).transpose(3, 2, 0, 1).reshape(W.shape[3], -1, len(W))
+    side_by_side([f"filter {m + 1}" for m in range(len(rows))],
+                 [["".join(2 * weight for weight in row) for row in filter] for filter in rows])
+
+
+def show_confusion(outputs, labels, names):
+    """The confusion matrix in percent, and the most confused pair in words."""
+    table = np.zeros((10, 10), int)
+    np.add.at(table, (labels, outputs), 1)
+    print("Confusion matrix: of 100 images of a row's class, how many were taken for each column's")
+    print(" " * 10 + "".join(f"{name[:5]:>6s}" for name in names))
+    for name, row in zip(names, table):
+        percent = 100 * row / max(1, row.sum())
+        print(f"{name:>10s}" + "".join(f"{p:6.0f}" if p >= 0.5 else "     ." for p in percent))
+    pairs = np.triu(table + table.T, 1)
+    a, b = np.unravel_index(pairs.argmax(), pairs.shape)
+    if pairs.any():
+        print(f"Most confused: {names[a]} and {names[b]}; {table[a, b]} of {table[a].sum()} images "
+              f"of {names[a]} were\ntaken for {names[b]}, {table[b, a]} of {table[b].sum()} the "
+              "other way round")
+
+
+def print_result(task, cfg, **metrics):
+    """The last line of a run, for comparing runs: task, changed fields and seed, metrics."""
+    changed = {f.name: getattr(cfg, f.name) for f in fields(cfg)
+               if f.name == "seed" or getattr(cfg, f.name) != f.default}
+    line = f"result: task={task}"
+    for name, value in {**changed, **metrics}.items():
+        text = f"{value:#.4g}" if isinstance(value, float) else str(value)
+        line += f" {name}={text.replace(' ', '_')}"
+    print(line)
+
+
+def main(cfg):
+    """Learn to tell ten shapes apart; show filters, their outputs, and what is confused."""
+    start, rng = time.perf_counter(), np.random.default_rng((cfg.seed, 10 ** 6))
+    params, running = init_params(cfg, np.random.default_rng(cfg.seed)), {}
+    size = sum(p.size for p in params.values())
+    print(f"Ten shapes, {cfg.size} x {cfg.size} pixels in colour, new ones in every batch; "
+          f"{cfg.channels}, {2 * cfg.channels}, {4 * cfg.channels} filters,\n{size} parameters, "
+          f"lr {cfg.lr}. Examples, the colour of most contrast (blank is 0, @ is 1):")
+    examples = draw_shapes(np.arange(10), cfg.size, rng).astype(np.float32)
+    colour = examples.std(axis=(1, 2)).argmax(axis=1)
+    show_images(0.5 + 0.5 * examples[np.arange(10), :, :, colour], SHAPES)
+    print("chance level: loss 2.303, 10 % right")
+    losses = train(params, cfg, running)
+    labels = rng.integers(0, 10, 2000)
+    x = draw_shapes(labels, cfg.size, rng).astype(np.float32)
+    logits, _ = cnn_forward(params, x, running)
+    loss, _ = softmax_cross_entropy_forward(logits, labels)
+    check_finite(loss, params)
+    accuracy = float((logits.argmax(axis=1) == labels).mean())
+    show_filters(params["W1"])
+    _, (blocks, *_) = cnn_forward(params, examples[3:4], running)
+    _, _, relu, _ = blocks[0]                           # what goes into the first ReLU
+    maps = np.maximum(relu[0, :, :, :8], 0).transpose(2, 0, 1)
+    print("Their outputs over the frame above, after BatchNorm and ReLU (blank is 0)")
+    show_images(maps / (maps.max() + 1e-9), [f"filter {m + 1}" for m in range(len(maps))])
+    show_confusion(logits.argmax(axis=1), labels, SHAPES)
+    print(f"{accuracy:.2%} of 2000 fresh shapes right")
+    print("\nNext: python cnn.py net --model linear      python cnn.py lr-sweep")
+    print_result("shapes", cfg, accuracy=accuracy, test_loss=float(loss), params=size,
+                 steps=len(losses), seconds=time.perf_counter() - start)
+
+
+# ==== A complete program ends here. Typing along? End it with  main(Config())  and run it. ====
+# ==== The rest adds to it: conv by its definition; stride, groups; residual nets; real images. =
+
+MORE = """
+Tasks (seconds and minutes on two cores)
+    python cnn.py net --model resnet --norm group       any net, on the shapes; 20 s
+    python cnn.py gradients                             layer by layer, with and without BatchNorm
+    python cnn.py lr-sweep                              a hundredfold range of learning rates; 25 s
+    python cnn.py lr-sweep --data cifar-10-binary.tar.gz                            on photographs
+    python cnn.py resnet18                              ResNet-18, as it was published; 20 s
+    python cnn.py mnist --data mnist                                            99.3 %, 3 minutes
+    python cnn.py cifar --data cifar-10-binary.tar.gz --save plain.npz          85 %, 13 minutes
+    python cnn.py cifar --data cifar-10-binary.tar.gz --save resnet.npz --model resnet \\
+        --channels 16 --dropout 0 --lr 0.1 --crop 3 --steps 8400                92 %, 75 minutes
+
+Break it (what to change, and what comes of it)
+    relu_forward: return x, x; relu_backward: return dout       99 %: max pooling bends lines, too
+        the same, and python cnn.py net --pool average          13 %: the whole net is linear
+    conv_backward: W.swapaxes(2, 3), not rotated                94 % instead of 98.5 %: it learns
+        all the same, so check gradients instead of looking at the loss
+    draw_shapes: np.where(mask, ink, ground)[:, np.random.default_rng(0).permutation(size)]
+                                                                95 %: all images have their rows in
+        the same wrong order; to a linear layer it is no loss, to a filter neighbours matter
+    init_params: standard_normal((1, 1, C, M))                  41 %: filters without neighbours
+    python cnn.py net --lr 0.1                                  99 %, as at a tenth of it;
+        with --norm none                                        10 %: chance
+
+Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
+    1. Add a bias to conv: y + b. Why can BatchNorm after it do without?
+    2. Derive and add a stride to conv, before you look at conv2d.
+    3. Halve the image by a stride of 2 in place of pooling (Springenberg 2015). Which is better?
+
+Data
+    curl -O https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz
+    mnist: python mlp.py --help says where to get it
+
+Papers of these parts: Srivastava et al. 2014 (dropout), He et al. 2016 (residual nets), Szegedy et
+al. 2016 (label smoothing), Howard et al. 2017 (depthwise), Goyal et al. 2017 (many threads), Smith
+2018 (one-cycle), Wu and He 2018 (GroupNorm), Loshchilov and Hutter 2019 (weight decay).
+"""
+
+import argparse
+import contextlib
+import ctypes
+import functools
+import gzip
+import inspect
+import io
+import json
+import lzma
+import re
+import sys
+import tarfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse freed memory, which
+    libc = ctypes.CDLL(None)                                    # makes a step up to 3 times faster
+    libc.mallopt(-3, 1 << 30)
+    libc.mallopt(-1, -1)
+
+
+# ---- convolution by its definition ---------------------------------------------------------------
+# The formula as it stands: a sum over the k x k offsets p of the window. conv (above) does the same
+# in one product, for which it writes out every patch; gradcheck.py holds the two equal.
+
+def conv_loop_forward(x, W):
+    """y[q] = sum_p x[q + p] W[p].   x (N, H, W, C), W (k, k, C, M) -> (N, H, W, M)."""
+    (_, H, width, _), k = x.shape, len(W)
+    edge = (k // 2, k // 2)
+    padded = np.pad(x, ((0, 0), edge, edge, (0, 0)))
+    y = 0
+    for i, j in np.ndindex(k, k):
+        y = y + padded[:, i:i + H, j:j + width] @ W[i, j]
+    return y, (padded, W)
+
+
+def conv_loop_backward(dout, cache):
+    """dW[p] = sum_q x[q + p]^T dout[q],  dx[q + p] += dout[q] W[p]^T for every p."""
+    padded, W = cache
+    (_, H, width, _), k = dout.shape, len(W)
+    dpadded, dW = np.zeros_like(padded), np.zeros_like(W)
+    for i, j in np.ndindex(k, k):
+        window = np.s_[:, i:i + H, j:j + width]
+        dW[i, j] = np.tensordot(padded[window], dout, axes=([0, 1, 2], [0, 1, 2]))
+        dpadded[window] += dout @ W[i, j].T
+    return dpadded[:, k // 2:k // 2 + H, k // 2:k // 2 + width], dW
+
+
+# ---- stride, padding, dilation, groups -----------------------------------------------------------
+# stride s: the window moves s pixels at a time, so the output is s times smaller. dilation d: the
+# pixels of a window are d apart. groups g: the channels are cut into g groups, and every filter
+# sees one of them. With g = C each filter sees one channel (depthwise); a 1 x 1 convolution after
+# it mixes the channels, and both together have (9 + M) C weights in place of 9 C M (Howard 2017).
+
+def offset_views(x, k, stride=1, dilation=1):
+    """For each offset in a k x k window the pixels of x that have it, over all windows.
+    x (N, H, W, C) -> list of k k views (N, H', W', C)."""
+    H, W = ((n - dilation * (k - 1) - 1) // stride + 1 for n in x.shape[1:3])
+    offsets = range(0, k * dilation, dilation)
+    return [x[:, i:i + H * stride:stride, j:j + W * stride:stride]
+            for i in offsets for j in offsets]
+
+
+def conv2d_forward(x, W, stride=1, padding=0, dilation=1, groups=1):
+    """y[q] = sum_p x[stride q + dilation p] W[p], in every group of channels; padding: depth of the
+    zeros around x.   x (N, H, W, C), W (k, k, C / groups, M) -> (N, H', W', M),
+    H' = (H + 2 padding - dilation (k - 1) - 1) // stride + 1."""
+    k, _, c, M = W.shape
+    padded = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    size = dilation * (k - 1) + 1                       # pixels from first to last of a window
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(1, 2))
+    windows = windows[:, ::stride, ::stride, :, ::dilation, ::dilation]     # (N, H', W', C, k, k)
+    N, H, width = windows.shape[:3]
+    patches = windows.reshape(N, H, width, groups, c, k, k).transpose(3, 0, 1, 2, 5, 6, 4)
+    patches = patches.reshape(groups, N * H * width, k * k * c)
+    filters = W.reshape(k * k * c, groups, M // groups).swapaxes(0, 1)
+    y = (patches @ filters).swapaxes(0, 1)              # (N H' W', groups, M / groups)
+    return y.reshape(N, H, width, M), (patches, filters, W.shape, padded.shape, stride, padding,
+                                       dilation)
+
+
+def conv2d_backward(dout, cache):
+    """dW below; dpatches = dout W^T, and x gets the sum over all patches in which it stands."""
+    patches, filters, (k, _, c, _), shape, stride, padding, dilation = cache
+    groups, (N, H, width, M) = len(patches), dout.shape
+    drows = dout.reshape(-1, groups, M // groups).swapaxes(0, 1)    # (groups, N H' W', M / groups)
+    dpatches = (drows @ filters.swapaxes(1, 2)).reshape(groups, N, H, width, k * k, c)
+    dpatches = dpatches.transpose(4, 1, 2, 3, 0, 5)     # (k k, N, H', W', groups, c)
+    dpadded = np.zeros(shape, dout.dtype)
+    for view, dpatch in zip(offset_views(dpadded, k, stride, dilation), dpatches):
+        view += dpatch.reshape(view.shape)
+    dx = dpadded[:, padding:shape[1] - padding, padding:shape[2] - padding]
+    return dx, conv2d_filter_gradient(dout, cache)
+
+
+def conv2d_filter_gradient(dout, cache):
+    """dW = patches^T dout in every group.   dout (N, H', W', M) -> dW (k, k, C / groups, M)."""
+    patches, _, W_shape, *_ = cache
+    drows = dout.reshape(patches.shape[1], len(patches), -1).swapaxes(0, 1)
+    return (patches.swapaxes(1, 2) @ drows).swapaxes(0, 1).reshape(W_shape)
+
+
+# ---- BatchNorm and max pooling, fast -------------------------------------------------------------
+# The same operations in fewer and longer loops; gradcheck.py holds them equal. Without them a step
+# of the plain net on CIFAR-10 takes 1.6 times as long.
+
+def channel_sums(rows, C):
+    """Sum of every channel over rows (N H, W C) of pixels.   -> (C,)."""
+    return (np.ones(len(rows), rows.dtype) @ rows).reshape(-1, C).sum(axis=0)
+
+
+def channel_products(a, b, C):
+    """Sum of a b of every channel over rows (N H, W C) of pixels.   -> (C,)."""
+    return np.einsum("nc,nc->c", a, b).reshape(-1, C).sum(axis=0)
+
+
+def fast_batchnorm2d_forward(x, gamma, beta, running=None, eps=1e-5):
+    """batchnorm2d on rows of W C numbers, with one factor and one term per channel.
+    x (N, H, W, C), gamma, beta (C,)."""
+    N, H, W, C = x.shape
+    rows, n = x.reshape(N * H, W * C), N * H * W
+    mean = channel_sums(rows, C) / n if running is None else running[0]
+    centered = rows - np.tile(mean, W)
+    var = channel_products(centered, centered, C) / n if running is None else running[1]
+    inv_std = (var + eps) ** -0.5
+    y = centered * np.tile(gamma * inv_std, W)
+    y += np.tile(beta, W)
+    return y.reshape(x.shape), (centered, gamma, inv_std, running is None, mean, var)
+
+
+def fast_batchnorm2d_backward(dout, cache):
+    """dx = gamma / std (dout - mean(dout) - centered mean(dout centered) / var): the formula of
+    batchnorm2d in terms of centered = x - mean.   -> dx, dgamma, dbeta."""
+    centered, gamma, inv_std, training, _, _ = cache
+    N, H, W, C = dout.shape
+    drows, n = dout.reshape(N * H, W * C), N * H * W
+    dbeta = channel_sums(drows, C)
+    dgamma = channel_products(drows, centered, C) * inv_std
+    if not training:
+        return dout * (gamma * inv_std), dgamma, dbeta
+    dx = drows - np.tile(dbeta / n, W)
+    dx -= centered * np.tile(dgamma * inv_std / n, W)
+    dx *= np.tile(gamma * inv_std, W)
+    return dx.reshape(dout.shape), dgamma, dbeta
+
+
+def fast_maxpool_forward(x, k=2, stride=2, padding=0):
+    """maxpool by one comparison per offset in the window: y is the largest so far, argmax its
+    offset. Windows may be larger than 2 x 2 and may overlap.   x (N, H, W, C) -> (N, H', W', C)."""
+    if padding:
+        edge = (padding, padding)
+        x = np.pad(x, ((0, 0), edge, edge, (0, 0)), constant_values=-np.inf)
+    first, *others = offset_views(x, k, stride)
+    y, argmax = first.copy(), np.zeros(first.shape, np.uint8)
+    for n, view in enumerate(others, 1):
+        np.maximum(argmax, (view > y) * np.uint8(n), out=argmax)
+        np.maximum(y, view, out=y)
+    return y, (argmax, x.shape, k, stride, padding)
+
+
+def fast_maxpool_backward(dout, cache):
+    """The largest pixel of a window gets its gradient; those of several windows add up."""
+    argmax, shape, k, stride, padding = cache
     dx = np.zeros(shape, dout.dtype)
-    for k, here in enumerate(corners(shape, size)):
-        np.multiply(dout, place == k, out=dx[here])
-    return dx
+    for n, view in enumerate(offset_views(dx, k, stride)):
+        view += dout * (argmax == n)
+    return dx[:, padding:shape[1] - padding, padding:shape[2] - padding]
 
 
-def avgpool_forward(x, size=2):
-    """The mean of each size x size window.   x (N, H, W, C) -> (N, H / size, W / size, C)."""
-    return sum(x[here] for here in corners(x.shape, size)) * size ** -2, (x.shape, size)
+# ---- average pooling, GroupNorm, dropout, label smoothing, bias ----------------------------------
+
+def avgpool_forward(x):
+    """The mean of each 2 x 2 window.   x (N, H, W, C), H and W even -> (N, H / 2, W / 2, C)."""
+    N, H, W, C = x.shape
+    return x.reshape(N, H // 2, 2, W // 2, 2, C).mean(axis=(2, 4)), None
 
 
 def avgpool_backward(dout, cache):
-    """Every pixel of a window gets an equal share."""
-    shape, size = cache
-    dx = np.zeros(shape, dout.dtype)
-    for here in corners(shape, size):
-        dx[here] = dout * size ** -2
-    return dx
+    """Each of the four pixels gets a quarter."""
+    return (dout * 0.25).repeat(2, axis=1).repeat(2, axis=2)
 
 
 def globalpool_forward(x):
-    """The mean of each channel over the whole picture.   x (N, H, W, C) -> (N, C)."""
+    """The mean of each channel over all pixels.   x (N, H, W, C) -> (N, C)."""
     return x.mean(axis=(1, 2)), x.shape
 
 
 def globalpool_backward(dout, cache):
     """Every pixel gets an equal share."""
-    _, H, W, _ = shape = cache
-    return np.broadcast_to(dout[:, None, None] * (1 / (H * W)), shape).copy()
-
-
-def channelnorm_forward(x, gamma, beta, running=None, eps=1e-5):
-    """BatchNorm of pictures: y = gamma (x - mean) / sqrt(var + eps) + beta, mean and var of a channel over all pixels
-    of all pictures, or in evaluation the running ones.   x (N, H, W, C), the others (C,) -> (N, H, W, C).
-    In few passes over x, each along whole rows of pixels, W C numbers: long loops are fast ones. Sums are products, var
-    is mean(x^2) - mean^2, the rest is one factor, one term."""
-    N, H, W, C = x.shape
-    rows, share = x.reshape(N * H, W * C), 1 / (N * H * W)
-    if running is None:
-        mean = (np.ones(N * H, x.dtype) @ rows).reshape(W, C).sum(axis=0) * share
-        var = np.maximum(np.einsum("nc,nc->c", rows, rows).reshape(W, C).sum(axis=0) * share - mean * mean, 0)
-    else:
-        mean, var = running
-    inv_std = (var + eps) ** -0.5
-    y = rows * np.tile(gamma * inv_std, W)
-    y += np.tile(beta - mean * gamma * inv_std, W)
-    return y.reshape(x.shape), (x, gamma, inv_std, running is None, mean, var)
-
-
-def channelnorm_backward(dout, cache):
-    """As in mlp.py: dx = gamma / std (dout - mean(dout) - xhat mean(dout xhat)), xhat = (x - mean) / std; in evaluation
-    mean and std are constants.   -> dx, dgamma, dbeta."""
-    x, gamma, inv_std, training, mean, _ = cache
-    N, H, W, C = x.shape
-    rows, drows = x.reshape(N * H, W * C), dout.reshape(N * H, W * C)
-    dbeta = (np.ones(N * H, dout.dtype) @ drows).reshape(W, C).sum(axis=0)
-    dgamma = (np.einsum("nc,nc->c", drows, rows).reshape(W, C).sum(axis=0) - mean * dbeta) * inv_std
-    if not training:
-        return dout * (gamma * inv_std), dgamma, dbeta
-    share = 1 / (N * H * W)
-    per_x = dgamma * inv_std * share
-    dx = rows * np.tile(-per_x, W)
-    dx += np.tile(mean * per_x - dbeta * share, W)
-    dx += drows
-    dx *= np.tile(gamma * inv_std, W)
-    return dx.reshape(x.shape), dgamma, dbeta
+    N, H, W, C = cache
+    return np.broadcast_to(dout[:, None, None] * (1 / (H * W)), (N, H, W, C)).copy()
 
 
 def groupnorm_forward(x, gamma, beta, groups, eps=1e-5):
-    """As BatchNorm, but mean and variance are those of a group of channels in one picture: no batch is needed.
-    x (N, H, W, C), gamma, beta (C,) -> (N, H, W, C)."""
+    """y = gamma xhat + beta, xhat = (x - mean) / sqrt(var + eps), mean and var of each image over
+    all pixels of a group of channels: no batch is needed (Wu and He 2018).   x (N, H, W, C)."""
     N, H, W, C = x.shape
     xg = x.reshape(N, H * W, groups, C // groups)
-    xhat = xg - xg.mean(axis=(1, 3), keepdims=True)
-    inv_std = ((xhat * xhat).mean(axis=(1, 3), keepdims=True) + eps) ** -0.5
-    xhat = (xhat * inv_std).reshape(x.shape)
-    return gamma * xhat + beta, (xhat, gamma, inv_std, groups)
+    mean, var = xg.mean(axis=(1, 3), keepdims=True), xg.var(axis=(1, 3), keepdims=True)
+    inv_std = (var + eps) ** -0.5
+    xhat = (xg - mean) * inv_std
+    return gamma * xhat.reshape(x.shape) + beta, (xhat, gamma, inv_std)
 
 
 def groupnorm_backward(dout, cache):
-    """dgamma = sum dout xhat, dbeta = sum dout;  dxhat = gamma dout, without its part along 1 and along xhat, / std."""
-    xhat, gamma, inv_std, groups = cache
-    N, H, W, C = dout.shape
-    d, xg = (gamma * dout).reshape(N, H * W, groups, -1), xhat.reshape(N, H * W, groups, -1)
-    dx = d - d.mean(axis=(1, 3), keepdims=True) - xg * (d * xg).mean(axis=(1, 3), keepdims=True)
-    return (dx * inv_std).reshape(dout.shape), (dout * xhat).sum(axis=(0, 1, 2)), dout.sum(axis=(0, 1, 2))
+    """g = gamma dout, dx = (g - mean(g) - xhat mean(g xhat)) / std, with means over a group;
+    dgamma = sum dout xhat, dbeta = sum dout."""
+    xhat, gamma, inv_std = cache
+    g = (gamma * dout).reshape(xhat.shape)
+    mean_g = g.mean(axis=(1, 3), keepdims=True)
+    mean_g_xhat = (g * xhat).mean(axis=(1, 3), keepdims=True)
+    dx = (g - mean_g - xhat * mean_g_xhat) * inv_std
+    dgamma = (dout * xhat.reshape(dout.shape)).sum(axis=(0, 1, 2))
+    return dx.reshape(dout.shape), dgamma, dout.sum(axis=(0, 1, 2))
 
 
 def dropout_forward(x, keep, rate):
-    """Every entry is 0 with probability rate, the others grow to make up for it; keep (N, D) comes with the batch."""
-    y = x * keep
-    y *= 1 / (1 - rate)
-    return y, (keep, rate)
+    """y = x keep / (1 - rate): a fraction rate of the entries becomes 0, the others grow to make up
+    for it (Srivastava et al. 2014).   x (N, D), keep (N, D) of True and False."""
+    return x * keep * (1 / (1 - rate)), (keep, rate)
 
 
 def dropout_backward(dout, cache):
-    """dx = dout where x was kept, grown alike."""
+    """dx = dout keep / (1 - rate)."""
     keep, rate = cache
-    dx = dout * keep
-    dx *= 1 / (1 - rate)
-    return dx
+    return dout * keep * (1 / (1 - rate))
 
 
-def linear_forward(x, W, b):
-    """y = x W + b.   x (N, D), W (D, K), b (K,) -> y (N, K)."""
-    y = x @ W
-    y += b
-    return y, (x, W)
-
-
-def linear_backward(dout, cache):
-    """dx = dout W^T, dW = x^T dout, db = sum_n dout.   dout (N, K) -> dx (N, D), dW (D, K), db (K,)."""
-    x, W = cache
-    return dout @ W.T, x.T @ dout, dout.sum(axis=0)     # b was broadcast over N, so sum over N
-
-
-def smoothed_cross_entropy_forward(z, targets, smoothing):
-    """mean_n of -sum_k y_k log p[n, k], p = softmax of each row, y = (1 - smoothing) onehot(target) + smoothing / K
-    (Szegedy 2016).   z (N, K), targets (N,) class numbers -> scalar."""
-    p, rows = z - z.max(axis=1, keepdims=True), np.arange(len(targets))
-    right, mean = p[rows, targets], p.mean(axis=1) if smoothing else 0
-    np.exp(p, out=p)
-    total = p.sum(axis=1, keepdims=True)
-    p *= 1 / total
-    loss = np.log(total[:, 0]) - (1 - smoothing) * right - smoothing * mean
-    return loss.mean(), (p, targets, smoothing)
+def smoothed_cross_entropy_forward(logits, targets, label_smoothing):
+    """-mean_n sum_k y_nk log softmax(logits)_nk, y = (1 - s) onehot(targets) + s / K, s the label
+    smoothing (Szegedy 2016).   logits (N, K), targets (N,) ids -> scalar."""
+    N, K = logits.shape
+    logits = logits - logits.max(axis=1, keepdims=True)
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    y = np.full_like(logits, label_smoothing / K)
+    y[np.arange(N), targets] += 1 - label_smoothing
+    return -(y * log_p).sum(axis=1).mean(), (log_p, y)
 
 
 def smoothed_cross_entropy_backward(dout, cache):
-    """dz = (p - y) / N.   dout scalar -> dz (N, K)."""
-    p, targets, smoothing = cache
-    N, K = p.shape
-    dz = p * (dout / N)
-    if smoothing:
-        dz -= smoothing / K * (dout / N)
-    dz[np.arange(N), targets] -= (1 - smoothing) * (dout / N)
-    return dz
+    """dlogits = (p - y) / N."""
+    log_p, y = cache
+    return (np.exp(log_p) - y) * (dout / len(y))
 
 
-# ---- model: convolutional blocks, then linear layers -----------------------------------------------------------------
-
-def layer_plan(cfg):
-    """Convolutional layers from bottom to top -> (name, channels in, channels out, is it followed by pooling?)."""
-    w, c = cfg.channels, task_channels(cfg)
-    if cfg.model == "plain":
-        return [("conv1", c, w, True), ("conv2", w, 2 * w, True), ("conv3", 2 * w, 4 * w, True)]
-    plan = [("stem", c, w, False)]
-    for stage, (c, m) in enumerate(((w, 2 * w), (2 * w, 8 * w), (8 * w, 8 * w)), 1):
-        plan += [(f"conv{stage}", c, m, True), (f"res{stage}", m, m, False)]
-    return plan
+def bias_forward(x, b):
+    """y = x + b.   x (N, H, W, C), b (C,)."""
+    return x + b, None
 
 
-def init_params(cfg, rng, dtype=np.float32):
-    """For every convolution W, gamma and beta (or a bias b); a residual block has two, a and b; then linear layers."""
-    params = {}
-    for name, c, m, _ in layer_plan(cfg):
-        for conv in (name + ".a", name + ".b") if name[:3] == "res" else (name,):
-            params[conv + ".W"] = rng.standard_normal((3, 3, c, m)) * (2 / (9 * c)) ** 0.5   # He 2015
-            if cfg.norm == "none":
-                params[conv + ".bias"] = np.zeros(m)
-            else:
-                params[conv + ".gamma"], params[conv + ".beta"] = np.ones(m), np.zeros(m)
-    D = m
-    if cfg.model == "plain":
-        D = 8 * cfg.channels
-        F = m * (picture_size(cfg) // 8) ** 2
-        params["fc.W"], params["fc.bias"] = rng.standard_normal((F, D)) * (2 / F) ** 0.5, np.zeros(D)
-    params["out.W"], params["out.bias"] = rng.standard_normal((D, 10)) * D ** -0.5, np.zeros(10)
-    return {name: value.astype(dtype) for name, value in params.items()}
+def bias_backward(dout, cache):
+    """dx = dout, db = sum dout over all but the channels."""
+    return dout, dout.sum(axis=(0, 1, 2))
 
 
-def convnorm_forward(params, x, name, first, cfg, running):
-    """Convolution, then BatchNorm, GroupNorm or a bias.   x (N, H, W, C) -> (N, H, W, M)."""
-    x, conv_cache = conv_forward(x, params[name + ".W"], padding=1, first=first)
-    if cfg.norm == "none":
-        x, norm_cache = bias_forward(x, params[name + ".bias"])
-        return x, (conv_cache, norm_cache, name, cfg)
-    gamma, beta = params[name + ".gamma"], params[name + ".beta"]
-    if cfg.norm == "batch":
-        x, norm_cache = channelnorm_forward(x, gamma, beta, running and running[name])
-    else:
-        x, norm_cache = groupnorm_forward(x, gamma, beta, math.gcd(x.shape[-1], 8))   # 8 groups, if they fit
-    return x, (conv_cache, norm_cache, name, cfg)
+# ---- nets with choices: python cnn.py net --model resnet --norm group ----------------------------
+# A residual block is y = relu(f(x) + x): f has to learn only what x lacks, and the gradient of y
+# reaches x past f as well, whatever f does to it (He et al. 2016).
+
+@dataclass
+class Net:
+    """Any net, on ten shapes."""
+    model: Literal["plain", "resnet", "linear"] = "plain"  # linear: one layer on the pixels
+    channels: int = 8       # filters of the first layer; later ones have more
+    norm: Literal["batch", "group", "none"] = "batch"  # normalisation after each convolution
+    pool: Literal["max", "average"] = "max"  # pooling
+    dropout: float = 0.0    # fraction of the features dropped before the last layer
+    label_smoothing: float = 0.0  # probability spread over all classes
+    flip: bool = False      # data augmentation: mirror half of the images
+    crop: int = 0           # data augmentation: largest shift of an image, in pixels
+    batch_size: int = 64    # images per step
+    steps: int = 600        # optimizer steps
+    optimizer: Literal["momentum", "adam"] = "adam"  # update rule
+    lr: float = 0.01        # peak learning rate
+    weight_decay: float = 0.005  # weight decay of momentum
+    schedule: Literal["one-cycle", "cosine"] = "one-cycle"  # learning rate after the warmup
+    warmup_fraction: float = 0.2  # fraction of the steps with linear warmup
+    threads: int = 1        # micro-batches, each on a thread, with BatchNorm statistics of its own
+    save: str = ""          # checkpoint file (.npz), written every 500 steps
+    load: str = ""          # checkpoint file to resume from
+    seed: int = 0           # random seed
+    image = (16, 16, 3)     # height, width, channels
+
+
+PLANS = {       # layers in their order, each with the channels after it, over --channels
+    "plain": dict(stem1=1, pool1=1, conv2=2, pool2=2, conv3=4, pool3=4),
+    "resnet": dict(stem1=1, conv1=2, pool1=2, res1=2, conv2=8, pool2=8, res2=8, conv3=8, pool3=8,
+                   res3=8),
+    "linear": {}}
+UNITS = {"stem": "a", "conv": "a", "res": "ab", "pool": ""}     # convolutions of a layer
+NORMS = {       # forward, backward, parameters
+    "batch": (fast_batchnorm2d_forward, fast_batchnorm2d_backward, ("gamma", "beta")),
+    "group": (groupnorm_forward, groupnorm_backward, ("gamma", "beta")),
+    "none": (bias_forward, bias_backward, ("bias",))}
+POOLS = {"max": (fast_maxpool_forward, fast_maxpool_backward),
+         "average": (avgpool_forward, avgpool_backward)}
+
+
+def part(params, prefix):
+    """The parameters whose names begin with prefix, without it."""
+    return {name.removeprefix(prefix): w for name, w in params.items() if name.startswith(prefix)}
+
+
+def prefixed(params, prefix):
+    """The inverse of part."""
+    return {prefix + name: w for name, w in params.items()}
+
+
+def convnorm_params(rng, k, C, M, norm):
+    """W (k, k, C, M); gamma and beta, or bias (M,)."""
+    p = {"W": rng.standard_normal((k, k, C, M)) * (2 / (k * k * C)) ** 0.5}
+    for name in NORMS[norm][2]:
+        p[name] = np.ones(M) if name == "gamma" else np.zeros(M)
+    return p
+
+
+def normalize_forward(x, params, norm, running):
+    """BatchNorm, GroupNorm (8 groups, if they fit) or a bias.   x (N, H, W, C)."""
+    forward, _, names = NORMS[norm]
+    options = {"batch": [running], "group": [math.gcd(x.shape[3], 8)], "none": []}[norm]
+    y, cache = forward(x, *(params[name] for name in names), *options)
+    return y, (cache, norm)
+
+
+def normalize_backward(dout, cache):
+    """-> dx, gradients under the keys of params."""
+    cache, norm = cache
+    _, backward, names = NORMS[norm]
+    dx, *grads = backward(dout, cache)
+    return dx, dict(zip(names, grads))
+
+
+def convnorm_forward(x, params, norm, stride, running):
+    """Convolution and normalize.   x (N, H, W, C), W (k, k, C, M) -> (N, H', W', M)."""
+    y, conv = conv2d_forward(x, params["W"], stride, len(params["W"]) // 2)
+    y, cache = normalize_forward(y, params, norm, running)
+    return y, (conv, cache)
 
 
 def convnorm_backward(dout, cache):
-    """convnorm_forward from bottom to top -> dx, gradients."""
-    conv_cache, norm_cache, name, cfg = cache
-    grads = {}
-    if cfg.norm == "none":
-        dout, grads[name + ".bias"] = bias_backward(dout, norm_cache)
-    elif cfg.norm == "batch":
-        dout, grads[name + ".gamma"], grads[name + ".beta"] = channelnorm_backward(dout, norm_cache)
-    else:
-        dout, grads[name + ".gamma"], grads[name + ".beta"] = groupnorm_backward(dout, norm_cache)
-    dx, grads[name + ".W"] = conv_backward(dout, conv_cache)
+    """convnorm_forward from bottom to top -> dx, gradients under the keys of params."""
+    conv, cache = cache
+    dy, grads = normalize_backward(dout, cache)
+    dx, grads["W"] = conv2d_backward(dy, conv)
     return dx, grads
 
 
-def convblock_forward(params, x, name, pool, first, cfg, running):
-    """convnorm, pooling by half if wanted, relu.   (relu behind max pooling: the same, for a quarter of the work.)"""
-    x, norm_cache = convnorm_forward(params, x, name, first, cfg, running)
-    pool_cache = None
-    if pool:
-        x, pool_cache = (maxpool_forward if cfg.pool == "max" else avgpool_forward)(x)
-    x, relu_cache = relu_forward(x)
-    return x, (norm_cache, pool_cache, relu_cache, cfg)
+def convblock_forward(x, params, norm, stride, running):
+    """relu(convnorm(x)).   params: a.W, ...; running: a."""
+    y, a = convnorm_forward(x, part(params, "a."), norm, stride, running.get("a"))
+    y, relu = relu_forward(y)
+    return y, {"a": a, "relu": relu}
 
 
 def convblock_backward(dout, cache):
-    """convblock_forward from bottom to top -> dx, gradients."""
-    norm_cache, pool_cache, relu_cache, cfg = cache
-    dout = relu_backward(dout, relu_cache)
-    if pool_cache is not None:
-        dout = (maxpool_backward if cfg.pool == "max" else avgpool_backward)(dout, pool_cache)
-    return convnorm_backward(dout, norm_cache)
+    """convblock_forward from bottom to top -> dx, gradients under the keys of params."""
+    dx, grads = convnorm_backward(relu_backward(dout, cache["relu"]), cache["a"])
+    return dx, prefixed(grads, "a.")
 
 
-def residual_forward(params, x, name, cfg, running):
-    """y = relu(x + f(x)), f = convnorm, relu, convnorm: if f is not needed yet, x goes through, and its gradient."""
-    inner, block_cache = convblock_forward(params, x, name + ".a", False, False, cfg, running)
-    inner, norm_cache = convnorm_forward(params, inner, name + ".b", False, cfg, running)
-    y, relu_cache = relu_forward(x + inner)
-    return y, (block_cache, norm_cache, relu_cache, cfg)
+def stem_forward(x, params, norm, stride, running):
+    """convblock as the first layer."""
+    return convblock_forward(x, params, norm, stride, running)
+
+
+def stem_backward(dout, cache):
+    """Without dx: images need no gradient, which saves a seventh of a step."""
+    conv, norm_cache = cache["a"]
+    dy, grads = normalize_backward(relu_backward(dout, cache["relu"]), norm_cache)
+    grads["W"] = conv2d_filter_gradient(dy, conv)
+    return None, prefixed(grads, "a.")
+
+
+def residual_forward(x, params, norm, stride, running):
+    """relu(f(x) + x), f = convnorm(relu(convnorm(x))); where f changes the size of x, x goes
+    through a 1 x 1 convolution s.   params: a.W, ..., b.W, ... and perhaps s.W, ..."""
+    y, a = convnorm_forward(x, part(params, "a."), norm, stride, running.get("a"))
+    y, relu = relu_forward(y)
+    y, b = convnorm_forward(y, part(params, "b."), norm, 1, running.get("b"))
+    cache = {"a": a, "relu": relu, "b": b}
+    if "s.W" in params:
+        x, cache["s"] = convnorm_forward(x, part(params, "s."), norm, stride, running.get("s"))
+    y, cache["last"] = relu_forward(y + x)
+    return y, cache
 
 
 def residual_backward(dout, cache):
-    """residual_forward from bottom to top; x is used twice, so its gradients add -> dx, gradients."""
-    block_cache, norm_cache, relu_cache, _ = cache
-    dout = relu_backward(dout, relu_cache)
-    dinner, grads = convnorm_backward(dout, norm_cache)
-    dx, more = convblock_backward(dinner, block_cache)
-    return dout + dx, {**grads, **more}
+    """residual_forward from bottom to top; x is used twice, so its two gradients add."""
+    dsum = relu_backward(dout, cache["last"])
+    dy, g = convnorm_backward(dsum, cache["b"])
+    dx, a = convnorm_backward(relu_backward(dy, cache["relu"]), cache["a"])
+    grads = {**prefixed(a, "a."), **prefixed(g, "b.")}
+    if "s" in cache:
+        dsum, s = convnorm_backward(dsum, cache["s"])
+        grads.update(prefixed(s, "s."))
+    return dx + dsum, grads
 
 
-def cnn_forward(params, x, keep, cfg, running=None):
-    """x (N, H, W, C) -> z (N, 10). keep: for dropout, or None. With running, BatchNorm's statistics, it evaluates."""
-    caches = []
-    for name, _, _, pool in layer_plan(cfg):
-        if name[:3] == "res":
-            x, cache = residual_forward(params, x, name, cfg, running)
+def block_statistics(blocks):
+    """Mean and var of every BatchNorm in the caches of blocks, by name.   -> {"res1.a": (2, M)}."""
+    statistics = {}
+    for name, block in blocks.items():
+        for unit in [unit for unit in ("a", "b", "s") if unit in block]:
+            _, (cache, norm) = block[unit]
+            if norm == "batch":
+                *_, mean, var = cache
+                statistics[f"{name}.{unit}"] = np.stack([mean, var])
+    return statistics
+
+
+BLOCKS = {"stem": (stem_forward, stem_backward),
+          "conv": (convblock_forward, convblock_backward),
+          "res": (residual_forward, residual_backward)}
+
+
+def init_net(cfg, rng, dtype=np.float32):
+    """The parameters of every convolution; fc of the plain net; out."""
+    params, (H, W, C), D = {}, cfg.image, 8 * cfg.channels
+    for name, multiple in PLANS[cfg.model].items():
+        for unit in UNITS[name[:-1]]:
+            p = convnorm_params(rng, 3, C, multiple * cfg.channels, cfg.norm)
+            params.update(prefixed(p, f"{name}.{unit}."))
+            C = multiple * cfg.channels
+    if cfg.model == "plain":
+        F = C * (H // 8) * (W // 8)
+        params["fc.W"], params["fc.b"] = rng.standard_normal((F, D)) * (2 / F) ** 0.5, np.zeros(D)
+    D = H * W * C if cfg.model == "linear" else D
+    params["out.W"], params["out.b"] = rng.standard_normal((D, 10)) * D ** -0.5, np.zeros(10)
+    return {name: value.astype(dtype) for name, value in params.items()}
+
+
+def convnet_forward(params, x, cfg, keep=None, running=None):
+    """x (N, H, W, C) -> logits (N, 10). keep: what dropout keeps, None in evaluation; running: mean
+    and var of every BatchNorm, None in training."""
+    blocks = {}
+    for name in PLANS[cfg.model]:
+        if name[:4] == "pool":
+            x, pool = POOLS[cfg.pool][0](x)
+            blocks[name] = {"pool": pool}
         else:
-            x, cache = convblock_forward(params, x, name, pool, not caches, cfg, running)
-        caches.append(cache)
-    shape = x.shape
-    if cfg.model == "plain":
-        x, linear_cache = linear_forward(x.reshape(len(x), -1), params["fc.W"], params["fc.bias"])
-        x, relu_cache = relu_forward(x)
-        top_cache = linear_cache, relu_cache
+            forward, _ = BLOCKS[name[:-1]]
+            p, statistics = part(params, name + "."), part(running or {}, name + ".")
+            x, blocks[name] = forward(x, p, cfg.norm, 1, statistics)
+    shape, fc, relu, drop = x.shape, None, None, None
+    if cfg.model == "resnet":
+        x, _ = globalpool_forward(x)
     else:
-        x, top_cache = globalpool_forward(x)
-    drop_cache = None
+        x = x.reshape(len(x), -1)
+    if cfg.model == "plain":
+        x, fc = linear_forward(x, params["fc.W"], params["fc.b"])
+        x, relu = relu_forward(x)
     if keep is not None:
-        x, drop_cache = dropout_forward(x, keep, cfg.dropout)
-    z, out_cache = linear_forward(x, params["out.W"], params["out.bias"])
-    return z, (caches, shape, top_cache, drop_cache, out_cache, cfg)
+        x, drop = dropout_forward(x, keep, cfg.dropout)
+    logits, out = linear_forward(x, params["out.W"], params["out.b"])
+    return logits, (blocks, shape, fc, relu, drop, out, cfg)
 
 
-def cnn_backward(dout, cache):
-    """cnn_forward from bottom to top -> gradients under the keys of params."""
-    (caches, shape, top_cache, drop_cache, out_cache, cfg), grads = cache, {}
-    dx, grads["out.W"], grads["out.bias"] = linear_backward(dout, out_cache)
-    if drop_cache is not None:
-        dx = dropout_backward(dx, drop_cache)
+def convnet_backward(dout, cache):
+    """convnet_forward from bottom to top -> gradients under the keys of params."""
+    (blocks, shape, fc, relu, drop, out, cfg), grads = cache, {}
+    dx, grads["out.W"], grads["out.b"] = linear_backward(dout, out)
+    if drop is not None:
+        dx = dropout_backward(dx, drop)
     if cfg.model == "plain":
-        linear_cache, relu_cache = top_cache
-        dx, grads["fc.W"], grads["fc.bias"] = linear_backward(relu_backward(dx, relu_cache), linear_cache)
-        dx = dx.reshape(shape)
-    else:
-        dx = globalpool_backward(dx, top_cache)
-    for (name, *_), cache in reversed(list(zip(layer_plan(cfg), caches))):
-        dx, more = (residual_backward if name[:3] == "res" else convblock_backward)(dx, cache)
-        grads.update(more)
+        dx, grads["fc.W"], grads["fc.b"] = linear_backward(relu_backward(dx, relu), fc)
+    dx = globalpool_backward(dx, shape) if cfg.model == "resnet" else dx.reshape(shape)
+    for name in reversed(PLANS[cfg.model]):
+        if name[:4] == "pool":
+            dx = POOLS[cfg.pool][1](dx, blocks[name]["pool"])
+        else:
+            _, backward = BLOCKS[name[:-1]]
+            dx, g = backward(dx, blocks[name])
+            grads.update(prefixed(g, name + "."))
     return grads
 
 
-def batch_statistics(cache):
-    """All that BatchNorm measured in a forward pass, picked out of the cache -> {name: (mean, var)}."""
-    if len(cache) == 4 and isinstance(cache[2], str):           # of convnorm
-        return {cache[2]: cache[1][-2:]} if cache[3].norm == "batch" else {}
-    found = {}
-    for part in cache:
-        if isinstance(part, (tuple, list)):
-            found.update(batch_statistics(part))
-    return found
+def net_loss_and_grads(params, batch, cfg, running=None):
+    """One forward and one backward pass -> loss, gradients, running statistics."""
+    x, labels, keep = batch
+    logits, cache = convnet_forward(params, x, cfg, keep)
+    loss, loss_cache = smoothed_cross_entropy_forward(logits, labels, cfg.label_smoothing)
+    grads = convnet_backward(smoothed_cross_entropy_backward(1.0, loss_cache), cache)
+    blocks, *_ = cache
+    return loss, grads, moving_averages(running, block_statistics(blocks))
 
 
-def loss_and_grads(params, batch, cfg, running=None):
-    """One forward and one backward pass -> loss, gradients under the keys of params. If given, running, BatchNorm's
-    {name: array (2, M) of mean and variance}, moves a tenth of the way to the statistics of this batch."""
-    x, targets, keep = batch
-    z, cache = cnn_forward(params, x, keep, cfg)
-    loss, loss_cache = smoothed_cross_entropy_forward(z, targets, cfg.smoothing)
-    if running is not None:
-        for name, statistics in batch_statistics(cache[0]).items():
-            running[name] += 0.1 * (np.array(statistics) - running[name])
-    return loss, cnn_backward(smoothed_cross_entropy_backward(1.0, loss_cache), cache)
+def crop_and_flip(images, crop, flip, rng):
+    """Data augmentation: shift each image by up to crop pixels, reflecting at the borders; with
+    flip mirror half of them.   images (N, H, W, C) -> the same shape."""
+    N, H, W, _ = images.shape
+    down, right = rng.integers(-crop, crop + 1, (2, N, 1))
+    row, col = np.arange(H) + down, np.arange(W) + right            # (N, H), (N, W)
+    row = (H - 1) - np.abs((H - 1) - np.abs(row))       # -1 becomes 1, H becomes H - 2
+    col = (W - 1) - np.abs((W - 1) - np.abs(col))
+    if flip:
+        col = np.where(rng.random((N, 1)) < 0.5, col[:, ::-1], col)
+    return images[np.arange(N)[:, None, None], row[:, :, None], col[:, None, :]]
 
 
-# ---- optimizers: how a gradient becomes a step -----------------------------------------------------------------------
+def augmented_batch(cfg, rng, images, labels, prepare, dtype):
+    """-> x (N, H, W, C), labels (N,), keep (N, D) for dropout."""
+    x = prepare(crop_and_flip(images, cfg.crop, cfg.flip, rng)).astype(dtype, copy=False)
+    D = math.prod(cfg.image) if cfg.model == "linear" else 8 * cfg.channels
+    return x, labels, rng.random((len(x), D), np.float32) >= cfg.dropout
 
-def momentum_update(params, grads, state, lr, mu=0.9):
-    """s <- mu s + g,  w <- w - lr s: a ball that keeps rolling."""
+
+def net_batch(cfg, step, dtype=np.float32):
+    """New shapes at every step.   -> the arrays of augmented_batch."""
+    rng = np.random.default_rng((cfg.seed, step))
+    labels = rng.integers(0, 10, cfg.batch_size)
+    images = draw_shapes(labels, cfg.image[0], rng)
+    return augmented_batch(cfg, rng, images, labels, np.asarray, dtype)
+
+
+def fresh_shapes(seed, size, n, k):
+    """n shapes that no batch has, others for every k.   -> images, labels."""
+    rng = np.random.default_rng((seed, 10 ** 6 + k))
+    labels = rng.integers(0, 10, n)
+    return draw_shapes(labels, size, rng).astype(np.float32), labels
+
+
+def sgdw_update(params, grads, state, lr, weight_decay, mu=0.9):
+    """s <- mu s + g,  w <- w - lr (s + weight_decay w), the last term for matrices only."""
     for name, g in grads.items():
-        s = state[name] = mu * state.get(name, 0.0) + g
+        s = state[name] = mu * state.get(name, 0) + g
+        if g.ndim > 1:
+            s = s + weight_decay * params[name]
         params[name] -= lr * s
 
 
-def momentumw_update(params, grads, state, lr, decay):
-    """Momentum, and every matrix shrinks by lr decay, as in AdamW."""
-    for W in params.values():
-        if W.ndim > 1:
-            W *= 1 - lr * decay
-    momentum_update(params, grads, state, lr)
+def one_cycle_rate(step, cfg):
+    """Linear warmup, then down, along a straight line (one-cycle: Smith 2018) or half a cosine."""
+    warmup = cfg.warmup_fraction * cfg.steps
+    if step < warmup:
+        return cfg.lr * step / warmup
+    left = min(1, max(cfg.steps - step, 0.5) / (cfg.steps - warmup))    # the last step is not 0
+    factor = {"one-cycle": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
+    return cfg.lr * factor[cfg.schedule]
 
 
-def adam_update(params, grads, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
-    """m, v: running means of g and g^2, over 1 - beta^t since they start at 0;  w <- w - lr m / (sqrt v + eps)."""
-    t = state["t"] = state.get("t", 0) + 1
-    step, scale = lr / (1 - beta1 ** t), (1 - beta2 ** t) ** -0.5
-    for name, g in grads.items():
-        if "m " + name not in state:
-            state["m " + name], state["v " + name] = np.zeros_like(g), np.zeros_like(g)
-        m, v = state["m " + name], state["v " + name]
-        m += (1 - beta1) * (g - m)
-        v += (1 - beta2) * (g * g - v)
-        params[name] -= step * m / (np.sqrt(v) * scale + eps)
+def predict(params, x, cfg, running):
+    """Logits (N, 10) in evaluation, 250 images at a time. With cfg.flip, those of an image and of
+    its mirror image are added (test-time augmentation)."""
+    logits = []
+    for chunk in np.array_split(x, math.ceil(len(x) / 250)):
+        views = [chunk, chunk[:, :, ::-1]] if cfg.flip else [chunk]
+        logits.append(sum(convnet_forward(params, view, cfg, None, running)[0] for view in views))
+    return np.concatenate(logits)
 
 
-def adamw_update(params, grads, state, lr, decay=0.01):
-    """Adam, and every matrix shrinks by lr decay, whatever its gradient was."""
-    for W in params.values():
-        if W.ndim > 1:
-            W *= 1 - lr * decay
-    adam_update(params, grads, state, lr)
+def train_convnet(params, cfg, running, make_batch, **options):
+    """train on cfg.threads threads -> losses."""
+    update = {"momentum": functools.partial(sgdw_update, weight_decay=cfg.weight_decay),
+              "adam": adam_update}[cfg.optimizer]
+    quiet = functools.partial(np.seterr, over="ignore", invalid="ignore")       # as run does
+    with ThreadPoolExecutor(cfg.threads, initializer=quiet) as pool:
+        threaded = functools.partial(threaded_with_statistics, net_loss_and_grads, pool)
+        return train(params, cfg, running, make_batch, threaded, update, one_cycle_rate, **options)
 
 
-def rate_at(step, cfg):
-    """Learning rate: up to lr in a straight line, in the first part (rise) of the steps; then down to 0, straight
-    (one-cycle) or along half a cosine."""
-    done = step / cfg.steps
-    if done < cfg.rise:
-        return cfg.lr * done / cfg.rise
-    left = (1 - done) / (1 - cfg.rise)
-    return cfg.lr * (left if cfg.schedule == "one-cycle" else 0.5 - 0.5 * math.cos(math.pi * left))
+def run_images(task, cfg, make_batch, data, prepare, names):
+    """Train a net; show its filters and what is confused.   data: validation and test, each images
+    and labels; prepare: images -> x.   -> metrics."""
+    params, running, state, losses = init_net(cfg, np.random.default_rng(cfg.seed)), {}, {}, []
+    meta = dict(task=task, model=cfg.model, norm=cfg.norm, pool=cfg.pool, optimizer=cfg.optimizer)
+    if cfg.load:
+        load_checkpoint(cfg.load, meta, params, state, losses)
+        running.update(part(state, "running "))
+        state = {name: value for name, value in state.items() if name[:8] != "running "}
+
+    def save(step=500, dry_run=False):
+        if cfg.save and step % 500 == 0:
+            everything = {**state, **prefixed(running, "running ")}
+            save_checkpoint(cfg.save, meta, params, everything, losses, dry_run)
+
+    def logits_of(split):
+        images, labels = data[split]
+        logits = predict(params, prepare(images), cfg, running)
+        return logits, float((logits.argmax(axis=1) == labels).mean())
+    save(dry_run=True)
+    size = sum(p.size for p in params.values())
+    print(f"{cfg.model} net, {cfg.channels} channels, norm {cfg.norm}, {size} parameters; "
+          f"{cfg.optimizer}, lr {cfg.lr}, batches of {cfg.batch_size}, {cfg.threads} thread(s)")
+    print("chance level: loss 2.303, 10 % right")
+    train_convnet(params, cfg, running, make_batch, state=state, losses=losses, after_step=save,
+                  note=lambda: f"  validation {logits_of('validation')[1]:.2%}")
+    logits, accuracy = logits_of("test")
+    check_finite(logits.sum(), params)
+    save()                                              # after Ctrl-C as well
+    if cfg.model != "linear":
+        show_filters(params["stem1.a.W"])
+    show_confusion(logits.argmax(axis=1), data["test"][1], names)
+    return dict(accuracy=accuracy, params=size, steps=len(losses))
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------
-
-SHAPES = "disc ring square frame triangle diamond plus cross lines bars".split()
-CIFAR = "airplane automobile bird cat deer dog frog horse ship truck".split()
-
-
-def draw_shapes(labels, size, rng):
-    """Pictures of ten shapes: any place, size, colour, and noise.   labels (N,) -> (N, size, size, 3), mean about 0."""
-    N = len(labels)
-    radius = rng.uniform(0.3, 0.45, N) * size
-    center = radius + rng.random((2, N)) * (size - 1 - 2 * radius)
-    y, x = ((np.arange(size) - c[:, None]) / radius[:, None] for c in center)
-    y, x = y[:, :, None], x[:, None, :]
-    r, far, sum_, X, Y = np.hypot(x, y), np.maximum(abs(x), abs(y)), abs(x) + abs(y), abs(x) + 0 * y, abs(y) + 0 * x
-    inside = [r < 1, (r < 1) & (r > 0.6), far < 0.85, (far < 0.85) & (far > 0.45),
-              (y < 0.75) & (X < (y + 1) * 0.55), sum_ < 1.05, (np.minimum(X, Y) < 0.25) & (far < 1),
-              (abs(X - Y) < 0.3) & (far < 0.8), (abs(Y - 0.55) < 0.22) & (X < 0.9), (abs(X - 0.55) < 0.22) & (Y < 0.9)]
-    inside = np.choose(labels[:, None, None], inside)[..., None]
-    ground, ink = rng.random((2, N, 1, 1, 3))
-    ink = np.where(abs(ink - ground).sum(axis=3, keepdims=True) < 0.75, 1 - ground.round(), ink)  # must be seen
-    return (np.where(inside, ink, ground) - 0.5) * 2 + 0.2 * rng.standard_normal((N, size, size, 3))
+def run_net(cfg):
+    """Train a net with the choices of the configuration on ten shapes."""
+    start, size = time.perf_counter(), cfg.image[0]
+    data = {"validation": fresh_shapes(cfg.seed, size, 1000, 1),
+            "test": fresh_shapes(cfg.seed, size, 2000, 2)}
+    metrics = run_images("net", cfg, net_batch, data, np.asarray, SHAPES)
+    print(f"{metrics['accuracy']:.2%} of 2000 fresh shapes right")
+    print("\nNext: python cnn.py net --model resnet      python cnn.py gradients")
+    print_result("net", cfg, **metrics, seconds=time.perf_counter() - start)
 
 
-def task_channels(cfg):
-    """Colours of a picture."""
-    return 1 if cfg.task == "mnist" else 3
+# ---- gradients with and without BatchNorm: python cnn.py gradients -------------------------------
+
+@dataclass
+class Gradients:
+    """Norm of the gradient in every layer, with and without BatchNorm, before training."""
+    model: Literal["plain", "resnet"] = "resnet"  # model of the task net
+    channels: int = 8       # filters of the first layer; later ones have more
+    batch_size: int = 64    # images
+    seed: int = 0           # random seed
 
 
-def picture_size(cfg):
-    """Pixels a side."""
-    return cfg.size if cfg.task == "shapes" else 32 if cfg.data else 8
+def run_gradients(cfg):
+    """A table: the norm of dW in every layer, for first weights of three sizes."""
+    start, metrics = time.perf_counter(), {}
+    print("Norm of the gradient of W before training. Columns: layers, from first to last. Rows:\n"
+          "all first weights are multiplied by this. BatchNorm takes such a factor out after each\n"
+          "layer; without it the factors of all layers multiply.")
+    for norm, text in (("batch", "with"), ("none", "without")):
+        net = Net(norm=norm, **vars(cfg))
+        names = [name for name in init_net(net, np.random.default_rng(0)) if name.endswith("W")]
+        print(f"{text:>7s} BatchNorm\n" + 11 * " " + "".join(f"{name[:-2]:>8s}" for name in names))
+        largest, smallest = 0.0, math.inf
+        for factor in (0.3, 1, 3):
+            params = init_net(net, np.random.default_rng(cfg.seed))
+            for name in names:
+                params[name] *= factor
+            _, grads, _ = net_loss_and_grads(params, net_batch(net, 1), net)
+            norms = [float(np.linalg.norm(grads[name])) for name in names]
+            print(f"{factor:>9}  " + "".join(f"{value:8.2g}" for value in norms))
+            largest, smallest = max(largest, *norms), min(smallest, *norms)
+        metrics[f"range_{norm}"] = largest / smallest
+    print("In the result line: the largest norm over the smallest.")
+    print("\nNext: python cnn.py gradients --model plain      python cnn.py lr-sweep")
+    print_result("gradients", cfg, **metrics, seconds=time.perf_counter() - start)
 
 
-def normalised(pictures, cfg, dtype=np.float32):
-    """Bytes (N, H, W, C) -> numbers of about mean 0, variance 1."""
-    mean, std = ([125.3, 123.0, 113.9], [63.0, 62.1, 66.7]) if cfg.task == "cifar" else ([33.3], [78.6])
-    return (pictures - np.array(mean, dtype)) * np.array([1 / s for s in std], dtype)
+# ---- ResNet-18: python cnn.py resnet18 -----------------------------------------------------------
+
+@dataclass
+class ResNet18(Config):
+    """Ten shapes by ResNet-18 as He et al. built it for 224 x 224 pixels, with fewer channels."""
+    size: int = 32          # pixels per side
+    channels: int = 8       # channels of the first stage, then 2, 4, 8 times as many (He: 64)
+    steps: int = 500        # optimizer steps
 
 
-def crop_and_flip(pictures, reach, flip, rng):
-    """Move each picture by up to reach pixels, what is missing being reflected, and mirror half of them."""
-    N, H, W, _ = pictures.shape
-    down, right = rng.integers(-reach, reach + 1, (2, N, 1))
-    row, column = np.arange(H) + down, np.arange(W) + right
-    row, column = (np.abs((n - 1) - np.abs((n - 1) - i)) for i, n in ((row, H), (column, W)))
-    if flip:
-        column = np.where(rng.random((N, 1)) < 0.5, column[:, ::-1], column)
-    return pictures[np.arange(N)[:, None, None], row[:, :, None], column[:, None, :]]
+STRIDES = {"11": 1, "12": 1, "21": 2, "22": 1, "31": 2, "32": 1, "41": 2, "42": 1}  # stage, block
 
 
-@functools.lru_cache(2)
-def epoch_order(n, seed, epoch):
-    """The training pictures in random order, another in each epoch."""
-    return np.random.default_rng((seed, epoch)).permutation(n)
+def init_resnet18(cfg, rng, dtype=np.float32):
+    """stem; residual blocks 11 to 42; out."""
+    C = cfg.channels
+    params = prefixed(convnorm_params(rng, 7, 3, C, "batch"), "stem.a.")
+    for name, stride in STRIDES.items():
+        M = C * stride                                  # half the pixels, twice the channels
+        units = {"a": (3, C, M), "b": (3, M, M)}
+        if stride == 2:
+            units["s"] = (1, C, M)
+        for unit, shape in units.items():
+            params.update(prefixed(convnorm_params(rng, *shape, "batch"), f"{name}.{unit}."))
+        C = M
+    params["out.W"], params["out.b"] = rng.standard_normal((C, 10)) * C ** -0.5, np.zeros(10)
+    return {name: value.astype(dtype) for name, value in params.items()}
 
 
-def make_batch(cfg, rng, dtype=np.float32, step=None):
-    """-> x (N, H, W, C), targets (N,), what dropout keeps (N, D) or None. Shapes are always new; of other data each
-    picture comes once an epoch if the step is given, else random ones."""
-    if cfg.task == "shapes":
-        targets = rng.integers(0, 10, cfg.batch)
-        x = draw_shapes(targets, cfg.size, rng)
-        if cfg.flip or cfg.crop:
-            x = crop_and_flip(x, cfg.crop, cfg.flip, rng)
-        x = x.astype(dtype)
-    else:
-        pictures, targets = load_pictures(cfg.task, cfg.data)["train"]
-        n = len(targets)
-        if step is None:
-            pick = rng.integers(0, n, cfg.batch)
-        else:
-            places = np.arange((step - 1) * cfg.batch, step * cfg.batch)
-            pick = np.concatenate([epoch_order(n, cfg.seed, e)[places[places // n == e] % n]
-                                   for e in np.unique(places // n)])
-        x, targets = normalised(crop_and_flip(pictures[pick], cfg.crop, cfg.flip, rng), cfg, dtype), targets[pick]
-    D = 8 * cfg.channels
-    return x, targets, rng.random((cfg.batch, D), np.float32) >= cfg.dropout if cfg.dropout else None
+def resnet18_forward(params, x, running=None):
+    """x (N, H, W, 3) -> logits (N, 10)."""
+    blocks, running = {}, running or {}
+    x, blocks["stem"] = stem_forward(x, part(params, "stem."), "batch", 2, part(running, "stem."))
+    x, pool = fast_maxpool_forward(x, k=3, stride=2, padding=1)
+    for name, stride in STRIDES.items():
+        p, statistics = part(params, name + "."), part(running, name + ".")
+        x, blocks[name] = residual_forward(x, p, "batch", stride, statistics)
+    x, shape = globalpool_forward(x)
+    logits, out = linear_forward(x, params["out.W"], params["out.b"])
+    return logits, (blocks, pool, shape, out)
 
 
-def cut_batch(batch, parts):
-    """A batch in parts of equal size, or nearly -> [(share of the pictures, part), ...]."""
-    N = len(batch[1])
-    edges = [N * k // parts for k in range(parts + 1)]
-    return [((b - a) / N, tuple(x if x is None else x[a:b] for x in batch)) for a, b in zip(edges, edges[1:])]
+def resnet18_backward(dout, cache):
+    """resnet18_forward from bottom to top -> gradients under the keys of params."""
+    (blocks, pool, shape, out), grads = cache, {}
+    dx, grads["out.W"], grads["out.b"] = linear_backward(dout, out)
+    dx = globalpool_backward(dx, shape)
+    for name in reversed(STRIDES):
+        dx, g = residual_backward(dx, blocks[name])
+        grads.update(prefixed(g, name + "."))
+    _, g = stem_backward(fast_maxpool_backward(dx, pool), blocks["stem"])
+    return {**grads, **prefixed(g, "stem.")}
+
+
+def resnet18_loss_and_grads(params, batch, cfg, running=None):
+    """One forward and one backward pass -> loss, gradients, running statistics."""
+    x, labels = batch
+    logits, cache = resnet18_forward(params, x)
+    loss, loss_cache = softmax_cross_entropy_forward(logits, labels)
+    grads = resnet18_backward(softmax_cross_entropy_backward(1.0, loss_cache), cache)
+    blocks, *_ = cache
+    return loss, grads, moving_averages(running, block_statistics(blocks))
+
+
+def run_resnet18(cfg):
+    """Train ResNet-18 on shapes; show the confusion matrix."""
+    start = time.perf_counter()
+    params, running = init_resnet18(cfg, np.random.default_rng(cfg.seed)), {}
+    size = sum(p.size for p in params.values())
+    print(f"ResNet-18 with {cfg.channels} channels, {size} parameters, on shapes of {cfg.size} x "
+          f"{cfg.size} pixels, lr {cfg.lr}")
+    print("chance level: loss 2.303, 10 % right")
+    losses = train(params, cfg, running, make_batch, resnet18_loss_and_grads)
+    x, labels = fresh_shapes(cfg.seed, cfg.size, 1000, 1)
+    logits, _ = resnet18_forward(params, x, running)
+    check_finite(logits.sum(), params)
+    outputs = logits.argmax(axis=1)
+    accuracy = float((outputs == labels).mean())
+    show_confusion(outputs, labels, SHAPES)
+    print(f"{accuracy:.2%} of 1000 fresh shapes right")
+    print("\nNext: python cnn.py net --model resnet      python transformer.py")
+    print_result("resnet18", cfg, accuracy=accuracy, params=size, steps=len(losses),
+                 seconds=time.perf_counter() - start)
+
+
+# ---- handwritten digits: python cnn.py mnist --data mnist ----------------------------------------
+
+@dataclass
+class Mnist(Net):
+    """Handwritten digits."""
+    channels: int = 16      # filters of the first layer; later ones have more
+    dropout: float = 0.3    # fraction of the features dropped before the last layer
+    crop: int = 2           # data augmentation: largest shift of an image in pixels
+    batch_size: int = 128   # images per step
+    steps: int = 3000       # optimizer steps
+    threads: int = 2        # micro-batches, each on a thread, with BatchNorm statistics of its own
+    data: str = ""          # folder with the four files of MNIST
+    image = (32, 32, 1)     # height, width, channels: 28 can be halved only twice
 
 
 def read_idx(path):
-    """An IDX file of bytes, gzipped or not: 0 0 8 ndim, the sizes as big-endian uint32, the bytes -> array."""
+    """An IDX file of bytes, gzipped or not: 0 0 8 ndim, sizes as big-endian uint32, the bytes.
+    -> array of uint8.   Raises InputError."""
     try:
         raw = path.read_bytes()
-        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     except (OSError, EOFError, zlib.error) as error:
-        require(False, path, "a whole gzip file", str(error))
-    whole = raw[:3] == b"\0\0\x08" and len(raw) >= 4 + 4 * raw[3]
-    require(whole, path, "an IDX file of bytes (0 0 8) with its sizes", raw[:8])
+        raise InputError(f"{path}: expected a whole gzip file, found: {error}") from None
+    known = raw[:3] == b"\0\0\x08" and len(raw) > 3 and len(raw) >= 4 + 4 * raw[3]
+    require(known, path, "an IDX file of bytes (0 0 8) with its sizes, gzip or not", raw[:8])
     sizes = np.frombuffer(raw[4:4 + 4 * raw[3]], ">u4").tolist()
     body = np.frombuffer(raw[4 + 4 * raw[3]:], np.uint8)
-    require(len(body) == np.prod(sizes), path, f"{' x '.join(map(str, sizes))} bytes after the header", len(body))
+    expected = f"{' x '.join(map(str, sizes))} bytes after the header"
+    require(len(body) == math.prod(sizes), path, expected, len(body))
     return body.reshape(sizes)
 
 
-def load_idx_pictures(folder):
-    """The four files of MNIST, or of another set in its layout -> {"train": (bytes (N, 32, 32, 1), labels), "test"}.
-    28 x 28 pixels get a frame, for 28 can be halved only twice."""
-    parts = {}
-    for prefix, split in (("train", "train"), ("t10k", "test")):
-        for kind in ("images-idx3", "labels-idx1"):
-            name = f"{prefix}-{kind}-ubyte"
-            paths = [path for path in (Path(folder) / f"{name}.gz", Path(folder) / name) if path.is_file()]
-            require(paths, f"--data {folder}", f"a folder with {name}.gz", "no such file")
-            parts[kind[:6]] = read_idx(paths[0])
-        x, y = parts["images"], parts["labels"]
-        require(x.shape == (len(y), 28, 28) and y.max(initial=0) < 10, f"--data {folder}",
-                f"{prefix}: as many 28 x 28 pictures as labels from 0 to 9", f"{x.shape} and {y.shape}")
-        parts[split] = np.pad(x[..., None], ((0, 0), (2, 2), (2, 2), (0, 0))), y.astype(int)
-    return parts
+@functools.lru_cache
+def load_mnist(folder):
+    """The four files of MNIST, or of a data set in its format, gzipped or not.   -> dict: train,
+    validation (the last 5,000 training images, or a tenth of fewer), test; each images (N, 784)
+    with mean 0 and variance 1, labels (N,).   Without a folder noise, for gradient checks.
+    Raises InputError."""
+    if not folder:
+        noise = np.random.default_rng(0).standard_normal((1000, 784)).astype(np.float32)
+        return dict.fromkeys(("train", "validation", "test"), (noise, np.arange(1000) % 10))
+    flag, parts = f"--data {folder}", {}
+    for prefix in ("train", "t10k"):
+        for kind, ndim in (("images", 3), ("labels", 1)):       # mirrors name them .idx3-ubyte, too
+            paths = sorted(Path(folder).glob(f"{prefix}-{kind}?idx{ndim}-ubyte*"))
+            expected = f"a folder with {prefix}-{kind}-idx{ndim}-ubyte.gz"
+            require(paths, flag, expected, "no such file")
+            parts[kind] = read_idx(paths[0])
+        images, labels = parts["images"], parts["labels"]
+        require(images.shape[1:] == (28, 28) and labels.shape == images.shape[:1], flag,
+                f"{prefix}: images of 28 x 28 pixels and as many labels",
+                (images.shape, labels.shape))
+        require(len(images) >= 20, flag, f"{prefix}: 20 images or more", len(images))
+        require(labels.max() < 10, flag, f"{prefix}: labels from 0 to 9",
+                f"labels from {labels.min()} to {labels.max()}")
+        x = images.reshape(len(images), 784) * np.float32(1 / 255)
+        parts[prefix] = (x - np.float32(0.1307)) * np.float32(1 / 0.3081), labels.astype(int)
+    x, y = parts["train"]
+    n = min(5000, len(x) // 10)
+    return {"train": (x[:-n], y[:-n]), "validation": (x[-n:], y[-n:]), "test": parts["t10k"]}
 
 
-CIFAR_FILES = [f"data_batch_{k}.bin" for k in range(1, 6)] + ["test_batch.bin"]
+def mnist_images(x):
+    """x (N, 784) of load_mnist, or (N, 28, 28, 1) -> (N, 32, 32, 1), with a frame of background."""
+    background = -0.1307 / 0.3081
+    frame = ((0, 0), (2, 2), (2, 2), (0, 0))
+    return np.pad(x.reshape(-1, 28, 28, 1), frame, constant_values=background)
+
+
+def epoch_indices(n, cfg, step):
+    """Indices of the batch of this step, where every epoch is a new permutation of n examples."""
+    at = np.arange((step - 1) * cfg.batch_size, step * cfg.batch_size)
+    order = {e: np.random.default_rng((cfg.seed, e)).permutation(n) for e in np.unique(at // n)}
+    return np.array([order[i // n][i % n] for i in at])
+
+
+def mnist_batch(cfg, step, dtype=np.float32):
+    """-> the arrays of augmented_batch."""
+    x, labels = load_mnist(cfg.data)["train"]
+    rows, rng = epoch_indices(len(x), cfg, step), np.random.default_rng((cfg.seed, step))
+    images = x[rows].reshape(-1, 28, 28, 1)
+    return augmented_batch(cfg, rng, images, labels[rows], mnist_images, dtype)
+
+
+def run_mnist(cfg):
+    """Learn to read digits."""
+    require(cfg.data, "--data", "the folder of MNIST (--help says where to get it)", cfg.data)
+    start, data = time.perf_counter(), load_mnist(cfg.data)
+    metrics = run_images("mnist", cfg, mnist_batch, data, mnist_images, list("0123456789"))
+    print(f"test accuracy {metrics['accuracy']:.2%} (expected on MNIST: 99.3 %)")
+    print("\nNext: python cnn.py cifar --data cifar-10-binary.tar.gz      python transformer.py")
+    print_result("mnist", cfg, **metrics, seconds=time.perf_counter() - start)
+
+
+# ---- photographs: python cnn.py cifar --data cifar-10-binary.tar.gz ------------------------------
+
+@dataclass
+class Cifar(Net):
+    """CIFAR-10: photographs of ten kinds of animals and vehicles."""
+    channels: int = 32      # filters of the first layer; later ones have more
+    dropout: float = 0.2    # fraction of the features dropped before the last layer
+    label_smoothing: float = 0.1  # probability spread over all classes
+    flip: bool = True       # data augmentation: mirror half of the images
+    crop: int = 4           # data augmentation: largest shift of an image in pixels
+    batch_size: int = 128   # images per step
+    steps: int = 5600       # optimizer steps
+    optimizer: Literal["momentum", "adam"] = "momentum"  # update rule
+    lr: float = 0.08        # peak learning rate
+    warmup_fraction: float = 0.25  # fraction of the steps with linear warmup
+    threads: int = 2        # micro-batches, each on a thread, with BatchNorm statistics of its own
+    data: str = ""          # cifar-10-binary.tar.gz or its folder
+    image = (32, 32, 3)     # height, width, channels
+
+
+CIFAR = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
 def load_cifar(path):
-    """CIFAR-10 in its binary layout, cifar-10-binary.tar.gz or its folder: a label byte, then 32 x 32 reds, greens and
-    blues, 10,000 times a file -> {"train": (bytes (N, 32, 32, 3), labels), "test"}."""
-    where, files = f"--data {path}", {}
+    """CIFAR-10 in its binary layout, cifar-10-binary.tar.gz or its folder: a label, 32 x 32 reds,
+    greens, blues, 10,000 times per file.   -> dict: train, test; each images (N, 32, 32, 3) of
+    bytes, labels (N,).   Raises InputError."""
+    flag, expected, files = f"--data {path}", "cifar-10-binary.tar.gz or its folder", {}
+    names = [f"data_batch_{k}.bin" for k in range(1, 6)] + ["test_batch.bin"]
     try:
         if Path(path).is_dir():
-            folder = Path(path) / "cifar-10-batches-bin"
-            folder = folder if folder.is_dir() else Path(path)
-            files = {name: (folder / name).read_bytes() for name in CIFAR_FILES if (folder / name).is_file()}
+            paths = [*Path(path).glob("*.bin"), *Path(path).glob("cifar-10-batches-bin/*.bin")]
+            files = {file.name: file.read_bytes() for file in paths if file.name in names}
         else:
-            with tarfile.open(path) as archive:
+            raw = Path(path).read_bytes()               # gzip checks its checksum, tarfile does not
+            raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+            with tarfile.open(fileobj=io.BytesIO(raw)) as archive:
                 members = {Path(m.name).name: m for m in archive if m.isfile()}
-                files = {name: archive.extractfile(m).read() for name, m in members.items() if name in CIFAR_FILES}
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        found = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
-        require(False, where, "cifar-10-binary.tar.gz or its folder", found)
+                files = {name: archive.extractfile(m).read() for name, m in members.items()
+                         if name in names}
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
+        found = str(getattr(error, "strerror", None) or error or type(error).__name__)
+        raise InputError(f"{flag}: expected {expected}, found: {found.splitlines()[0]}") from None
     parts = []
-    for name in CIFAR_FILES:
-        require(name in files, where, f"cifar-10-binary.tar.gz or its folder, with {name}", "no such file in it")
+    for name in names:
+        require(name in files, flag, f"{expected}, with {name}", "no such file in it")
         raw = np.frombuffer(files[name], np.uint8)
-        require(len(raw) > 0 and len(raw) % 3073 == 0, f"{where}, {name}", "pictures of 3073 bytes each", len(raw))
-        raw = raw.reshape(-1, 3073)
-        require(raw[:, 0].max() < 10, f"{where}, {name}", "labels from 0 to 9", int(raw[:, 0].max()))
-        parts.append((raw[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy(), raw[:, 0].astype(int)))
-    x, y = map(np.concatenate, zip(*parts[:5]))
-    return {"train": (x, y), "test": parts[5]}
+        require(len(raw) and len(raw) % 3073 == 0, f"{flag}, {name}", "images of 3073 bytes each",
+                len(raw))
+        labels, pixels = np.split(raw.reshape(-1, 3073), [1], axis=1)
+        require(labels.max() < 10, f"{flag}, {name}", "labels from 0 to 9", int(labels.max()))
+        images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        parts.append((np.ascontiguousarray(images), labels[:, 0].astype(int)))
+    return {"train": tuple(map(np.concatenate, zip(*parts[:5]))), "test": parts[5]}
 
 
 @functools.lru_cache
-def load_pictures(task, path):
-    """A data set, the last tenth (at most 5,000) of its training pictures set aside for validation. With no path, noise
-    of 8 x 8: enough to check gradients on."""
+def split_cifar(path):
+    """load_cifar, the last 5,000 training images (or a tenth of fewer) as validation; noise without
+    a path, for gradient checks."""
     if not path:
-        noise = np.random.default_rng(0).integers(0, 256, (500, 8, 8, 3 if task == "cifar" else 1), np.uint8)
-        return {"train": (noise, np.arange(500) % 10)}
-    data = load_cifar(path) if task == "cifar" else load_idx_pictures(path)
-    x, y = data["train"]
-    require(len(x) >= 10, f"--data {path}", "10 training pictures or more", len(x))
-    cut = len(x) - min(5000, len(x) // 10)
-    return {"train": (x[:cut], y[:cut]), "validation": (x[cut:], y[cut:]), "test": data["test"]}
+        noise = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 3), np.uint8)
+        return dict.fromkeys(("train", "validation", "test"), (noise, np.arange(200) % 10))
+    data = load_cifar(path)
+    images, labels = data["train"]
+    require(len(images) >= 20, f"--data {path}", "20 training images or more", len(images))
+    n = min(5000, len(images) // 10)
+    return {"train": (images[:-n], labels[:-n]), "validation": (images[-n:], labels[-n:]),
+            "test": data["test"]}
 
 
-# ---- pictures in text ------------------------------------------------------------------------------------------------
-
-SHADES = np.array(list(" .:-=+*#%@"))
-
-
-def shade(values):
-    """Numbers from 0 to 1 -> characters from blank to dark, in an array of the same shape."""
-    return SHADES[(np.clip(values, 0, 1) * 9.99).astype(int)]
+def cifar_images(images):
+    """Bytes (N, 32, 32, 3) -> numbers with mean 0 and variance 1 per colour, over CIFAR-10."""
+    mean, std = np.array([[125.3, 123.0, 113.9], [63.0, 62.1, 66.7]], np.float32)
+    return (images - mean) * (1 / std)
 
 
-def loss_curve(losses, width=60):
-    """The losses from first to last in one line of text, dark where high (the scale is logarithmic)."""
-    means = np.log([np.mean(part) + 1e-12 for part in np.array_split(losses, min(width, len(losses)))])
-    return "".join(shade((means - means.min()) / (np.ptp(means) + 1e-12)))
+def cifar_batch(cfg, step, dtype=np.float32):
+    """-> the arrays of augmented_batch."""
+    images, labels = split_cifar(cfg.data)["train"]
+    rows, rng = epoch_indices(len(images), cfg, step), np.random.default_rng((cfg.seed, step))
+    return augmented_batch(cfg, rng, images[rows], labels[rows], cifar_images, dtype)
 
 
-def side_by_side(titles, pictures, gap="   "):
-    """Several pictures of equal height, each a list of lines, next to each other under their titles -> text."""
-    columns = [[title, *lines] for title, lines in zip(titles, pictures)]
-    widths = [max(map(len, column)) for column in columns]
-    return "\n".join(gap.join(map(str.ljust, row, widths)).rstrip() for row in zip(*columns))
+def run_cifar(cfg):
+    """Learn to tell photographs apart."""
+    require(cfg.data, "--data", "cifar-10-binary.tar.gz (--help says where to get it)", cfg.data)
+    start, data = time.perf_counter(), split_cifar(cfg.data)
+    metrics = run_images("cifar", cfg, cifar_batch, data, cifar_images, CIFAR)
+    print(f"test accuracy {metrics['accuracy']:.2%} (expected of the commands that --help lists: "
+          "85 % plain, 92 % resnet)")
+    print("\nNext: python cnn.py lr-sweep --data cifar-10-binary.tar.gz      python transformer.py")
+    print_result("cifar", cfg, **metrics, seconds=time.perf_counter() - start)
 
 
-# ---- training and demo -----------------------------------------------------------------------------------------------
+# ---- learning rates with and without BatchNorm: python cnn.py lr-sweep ---------------------------
 
-def new_running(params):
-    """BatchNorm's running statistics before any training: mean 0, variance 1, by layer."""
-    return {name[:-6]: np.stack([0 * gamma, gamma]) for name, gamma in params.items() if name.endswith(".gamma")}
-
-
-def new_state(params, cfg):
-    """The optimizer's state before any training, all 0, so that the first checkpoint is as large as the last."""
-    names = [kind + name for kind in (("",) if cfg.optimizer == "momentum" else ("m ", "v ")) for name in params]
-    return {**{name: np.zeros_like(params[name.split()[-1]]) for name in names}, "t": 0}
-
-
-def train_cnn(cfg, rng, quiet=False):
-    """-> params, BatchNorm's running statistics, progress."""
-    params, first = init_params(cfg, rng), 0
-    state = new_state(params, cfg)
-    running = new_running(params) if cfg.norm == "batch" else {}
-    parts = {"params": params, "state": state, "running": running}
-    about = {name: getattr(cfg, name) for name in ("task", "model", "norm", "optimizer")}
-    if cfg.load:
-        first = load_checkpoint(cfg.load, rng, about, parts)
-    if cfg.save:
-        save_checkpoint(cfg.save, first, rng, about, parts, trial=True)    # before the work, not after it
-    update = momentumw_update if cfg.optimizer == "momentum" else adamw_update
-    epoch = 0 if cfg.task == "shapes" else len(load_pictures(cfg.task, cfg.data)["train"][0]) / cfg.batch   # in steps
-    progress = Progress(cfg.steps, first + 1, quiet)
-    with Workers(cfg, params, running) as workers:
-        for step in progress:
-            loss, grads = workers.loss_and_grads(params, cut_batch(make_batch(cfg, rng, step=step), cfg.slices))
-            update(params, grads, state, rate_at(step, cfg), cfg.decay)
-            progress.report(loss, lambda: f"  validation {accuracy(params, running, cfg):.2%}")
-            if epoch and not quiet and step % int(epoch / 3 + 1) == 0:
-                left = progress.seconds / len(progress.losses) * (cfg.steps - step)
-                print(f"    epoch {step / epoch:5.1f}/{cfg.steps / epoch:.1f}  loss {loss:.4f}  |  {left:.0f} s left")
-            if cfg.save and (step % 500 == 0 or step == cfg.steps or progress.stopped):
-                save_checkpoint(cfg.save, step, rng, about, parts)
-    return params, running, progress
+@dataclass
+class LrSweep:
+    """Accuracy at a hundredfold range of learning rates, with and without BatchNorm."""
+    channels: int = 16      # filters of the first layer of a plain net
+    batch_size: int = 64    # images per step
+    steps: int = 300        # optimizer steps per training, on shapes
+    epochs: int = 4         # passes over the training images per training, with --data
+    lr: float = 0.015       # learning rate in the middle of the range
+    threads: int = 2        # micro-batches, each on a thread, with BatchNorm statistics of its own
+    data: str = ""          # cifar-10-binary.tar.gz or its folder; none: ten shapes
+    seed: int = 0           # random seed
 
 
-def save_checkpoint(path, step, rng, about, parts, trial=False):
-    """Everything that a training needs to go on, in an .npz file that is either whole or not there. about: what has to
-    be the same when it goes on; parts: {"params": dict of arrays, ...}, dicts of arrays and numbers. trial: only find
-    out whether it can be written, and leave what stands there."""
-    require(not os.path.isdir(path), f"--save {path}", "a file", "a folder")
-    arrays = {f"{part} {name}": a for part, named in parts.items() for name, a in named.items()}
-    arrays["about"] = np.array(json.dumps({**about, "step": step, "rng": rng.bit_generator.state}))
+def accuracy_after_training(cfg, make_batch, x, labels):
+    """-> accuracy on x (None, if the training diverges), whether all steps were made."""
+    params, running, losses = init_net(cfg, np.random.default_rng(cfg.seed)), {}, []
     try:
-        with open(path + ".tmp", "wb") as file:
-            np.savez(file, **arrays)
-        os.remove(path + ".tmp") if trial else os.replace(path + ".tmp", path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
-        raise InputError(f"--save {path}: expected a place to write to, found: {error.strerror}") from None
+        train_convnet(params, cfg, running, make_batch, losses=losses)
+        logits = predict(params, x, cfg, running)
+        check_finite(logits.sum(), params)
+    except FloatingPointError:
+        print("diverged: counted as 10 %")
+        return None, True
+    return float((logits.argmax(axis=1) == labels).mean()), len(losses) == cfg.steps
+
+
+def run_lr_sweep(cfg):
+    """Train a plain net at five learning rates, with and without BatchNorm; show the accuracies."""
+    start, net, make_batch = time.perf_counter(), Net(steps=cfg.steps), net_batch
+    x, labels = fresh_shapes(cfg.seed, net.image[0], 2000, 1)
+    if cfg.data:
+        data = split_cifar(cfg.data)
+        x, labels = cifar_images(data["validation"][0]), data["validation"][1]
+        steps = max(1, cfg.epochs * len(data["train"][0]) // cfg.batch_size)
+        net, make_batch = Cifar(steps=steps, data=cfg.data), cifar_batch
+    net = replace(net, dropout=0.0, label_smoothing=0.0, flip=False, crop=0, optimizer="adam",
+                  schedule="cosine", channels=cfg.channels, batch_size=cfg.batch_size,
+                  threads=cfg.threads, seed=cfg.seed)
+    rates = [cfg.lr * 10 ** (k / 2) for k in (-2, -1, 0, 1, 2)]
+    found = {"batch": [], "none": []}
+    for norm, lr in [(norm, lr) for norm in found for lr in rates]:
+        print(f"\nnorm {norm}, lr {lr:.2g}; chance level: loss 2.303, 10 % right")
+        one = replace(net, norm=norm, lr=lr)
+        accuracy, complete = accuracy_after_training(one, make_batch, x, labels)
+        found[norm].append(accuracy)
+        if not complete:                                # Ctrl-C
+            break
+    if not any(found["batch"]):
+        raise FloatingPointError("training diverged at every learning rate; try a smaller --lr")
+    pictures, spread = [], {}
+    for norm, accuracies in found.items():
+        accuracies = [accuracy or 0.1 for accuracy in accuracies]
+        lines = [f"{lr:7.2g} {a:7.1%} {'#' * round(25 * a)}" for lr, a in zip(rates, accuracies)]
+        pictures.append(lines + [""] * (len(rates) - len(lines)))
+        spread[norm] = 100 * float(np.ptp(accuracies or [0.0]))
+    print(f"\nAccuracy on {len(labels)} held-out images; rows are learning rates, a # is 4 %")
+    side_by_side(["    with BatchNorm", "    without"], pictures)
+    print(f"best minus worst: {spread['batch']:.1f} points with, {spread['none']:.1f} without")
+    print("\nNext: python cnn.py net --norm none --lr 0.1      python cnn.py resnet18")
+    print_result("lr-sweep", cfg, spread_batch=spread["batch"], spread_none=spread["none"],
+                 seconds=time.perf_counter() - start)
+
+
+# ---- threads: micro-batches on several cores -----------------------------------------------------
+
+def split_batch(batch, n):
+    """n micro-batches, each with its share of the loss terms (here: of the rows)."""
+    parts = zip(*(np.array_split(array, n) for array in batch))
+    return [(len(part[0]) / len(batch[0]), part) for part in parts]
+
+
+def threaded_with_statistics(loss_and_grads, pool, params, batch, cfg, running):
+    """Every thread takes a micro-batch: NumPy releases the interpreter lock while it computes.
+    Gradients and running statistics are means over the micro-batches, weighted by their shares."""
+    shares, parts = zip(*split_batch(batch, cfg.threads))
+    results = list(pool.map(lambda part: loss_and_grads(params, part, cfg, running), parts))
+    losses, *dicts = zip(*results)
+    grads, running = ({name: sum(share * d[name] for share, d in zip(shares, ds)) for name in ds[0]}
+                      for ds in dicts)
+    return sum(share * loss for share, loss in zip(shares, losses)), grads, running
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+def save_checkpoint(path, meta, params, state, losses, dry_run=False):
+    """All that a training needs to go on, in one .npz file; written beside it, then renamed. meta:
+    what must agree on loading. dry_run: only try whether it can be written.   Raises InputError."""
+    require(not os.path.isdir(path), f"--save {path}", "a file", "a folder")
+    check_finite(0.0, params)                           # never over a good one
+    arrays = {f"params {name}": value for name, value in params.items()}
+    arrays.update({f"state {name}": value for name, value in state.items()})
+    beside = f"{path}.{os.getpid()}"
+    try:
+        with open(beside, "wb") as file:
+            np.savez(file, meta=json.dumps(meta), losses=losses, **arrays)
+        os.remove(beside) if dry_run else os.replace(beside, path)
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError):
+            os.remove(beside)
+        raise InputError(f"--save {path}: expected a file to write, found: {error}") from None
 
 
 def read_checkpoint(path):
-    """A file of save_checkpoint -> about, arrays by name."""
+    """A file of save_checkpoint -> meta, losses, arrays by name.   Raises InputError."""
     try:
-        zipfile.ZipFile(path).close()                   # an .npz is a zip file of arrays; np.load takes others, too
-        with np.load(path, allow_pickle=False) as saved:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
             arrays = dict(saved)
-        about = json.loads(str(arrays.pop("about")))
-        return {**about, "step": int(about["step"]), "rng": dict(about["rng"])}, arrays
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        found = getattr(error, "strerror", None) or error
-        raise InputError(f"--load {path}: expected a file that --save wrote, found: {found}") from None
+        meta, losses = json.loads(str(arrays.pop("meta"))), arrays.pop("losses").tolist()
+        return dict(meta), list(losses), arrays
+    except Exception as error:                          # there are many ways to be damaged
+        raise InputError(f"--load {path}: expected a file of --save, found: {error}") from None
 
 
-def load_checkpoint(path, rng, about, parts):
-    """Fill rng and parts from a file of save_checkpoint; what it is about must be the same -> number of steps done."""
-    found, arrays = read_checkpoint(path)
-    for name, value in about.items():
-        require(found.get(name) == value, f"--load {path}", f"{name} {value}", found.get(name))
-    for part, named in parts.items():
-        held = {name[len(part) + 1:]: a if a.ndim else a.item() for name, a in arrays.items()
-                if name.startswith(part + " ")}
-        for name in sorted(named.keys() | held.keys()) if part == "params" else ():
-            shape, other = (np.shape(d[name]) if name in d else "no such array" for d in (named, held))
-            require(shape == other, f"--load {path}", f"{name} {shape}", other)
-        named.update(held)
-    rng.bit_generator.state = found["rng"]
-    print(f"going on from {path}, after {found['step']} steps")
-    return found["step"]
+def load_checkpoint(path, meta, params, state, losses):
+    """Fill params, state, losses from a file of save_checkpoint; meta and shapes must agree."""
+    found, past, arrays = read_checkpoint(path)
+    for name, value in meta.items():
+        require(found.get(name) == value, f"--load {path}", f"{name} {value!r}", found.get(name))
+    saved = {name[7:]: value for name, value in arrays.items() if name.startswith("params ")}
+    for name in sorted(saved.keys() | params.keys()):
+        old, new = (d[name].shape if name in d else "no such array" for d in (saved, params))
+        require(old == new, f"--load {path}", f"{name} {new}", old)
+    params.update(saved)
+    state.update({name[6:]: value if value.ndim else value.item()
+                  for name, value in arrays.items() if name.startswith("state ")})
+    losses.extend(past)
+    print(f"resuming {path} after {len(past)} steps")
 
 
-def predict(params, running, x, cfg):
-    """Classes of pictures, of bytes or ready. If the net knows mirrored pictures, it looks at each both ways, and the
-    sum counts.   x (N, H, W, C) -> (N,)."""
-    answers = []
-    for part in np.array_split(x, -(-len(x) // 250)):   # a few hundred at a time
-        part = normalised(part, cfg) if part.dtype == np.uint8 else part
-        z, _ = cnn_forward(params, part, None, cfg, running)
-        if cfg.flip:
-            z = z + cnn_forward(params, part[:, :, ::-1], None, cfg, running)[0]
-        answers.append(z.argmax(axis=1))
-    return np.concatenate(answers)
-
-
-def held_out_pictures(cfg, split):
-    """2000 fresh shapes, or a split of the data set -> pictures, labels."""
-    if cfg.task == "shapes":
-        seed = cfg.seed + {"validation": 1000, "test": 2000}[split]
-        return make_batch(replace(cfg, batch=2000, dropout=0.0, flip=False, crop=0), np.random.default_rng(seed))[:2]
-    return load_pictures(cfg.task, cfg.data)[split]
-
-
-def accuracy(params, running, cfg, split="validation"):
-    """Share of right answers on held-out pictures."""
-    x, y = held_out_pictures(cfg, split)
-    return float((predict(params, running, x, cfg) == y).mean())
-
-
-def linear_accuracy(cfg, rng):
-    """What one softmax layer on the pixels reaches, trained on as many pictures."""
-    def flat(x):
-        x = normalised(x, cfg) if x.dtype == np.uint8 else x
-        return x.reshape(len(x), -1)
-    params, state = {}, {}
-    for step in range(1, cfg.steps + 1):
-        x, y, _ = make_batch(cfg, rng, step=step)
-        x = flat(x)
-        if not params:
-            params = {"W": np.zeros((x.shape[1], 10), x.dtype), "b": np.zeros(10, x.dtype)}
-        z, cache = linear_forward(x, params["W"], params["b"])
-        dz = smoothed_cross_entropy_backward(1.0, smoothed_cross_entropy_forward(z, y, 0.0)[1])
-        _, dW, db = linear_backward(dz, cache)
-        adamw_update(params, {"W": dW, "b": db}, state, rate_at(step, replace(cfg, lr=0.001)))
-    x, y = held_out_pictures(cfg, "test")
-    return float(((flat(x) @ params["W"] + params["b"]).argmax(axis=1) == y).mean())
-
-
-def show_gradients(cfg, rng):
-    """Norm of the gradient of every W before training, with and without BatchNorm."""
-    print("Norm of the gradient of W before training, first layer to last (alike, or ever larger?):")
-    for norm, text in (("batch", "with"), ("none", "without")):
-        part = replace(cfg, experiment="none", norm=norm)
-        params = init_params(part, np.random.default_rng(cfg.seed))
-        _, grads = loss_and_grads(params, make_batch(part, rng), part)
-        norms = [float(np.linalg.norm(grads[name])) for name in params if name.endswith(".W")]
-        print(f"{text:>8s} BatchNorm " + "".join(f"{v:8.3f}" for v in norms))
-
-
-def show_filters(W):
-    """The filters of the first layer: red, green and blue below each other, dark positive, blank negative."""
-    pictures, W = [], W[..., :8] / np.abs(W[..., :8]).max(axis=(0, 1, 2))
-    for n in range(W.shape[3]):
-        planes = shade(0.5 + 0.5 * W[..., n].transpose(2, 0, 1)).reshape(-1, W.shape[1])
-        pictures.append(["".join(2 * c for c in row) for row in planes])
-    colours = "; red, green, blue below each other" if W.shape[2] == 3 else ""
-    print(f"First-layer filters{colours} (blank: negative, dark: positive):")
-    print(side_by_side([f"{n + 1}" for n in range(len(pictures))], pictures))
-
-
-def show_confusion(guess, y, names):
-    """Confusion matrix and accuracy by class; the most confused pair in words."""
-    table = np.zeros((10, 10), int)
-    np.add.at(table, (y, guess), 1)
-    width = max(map(len, names))
-    print(f"{'what it is':>{width}s}   what the net says, of 100" + 22 * " " + "right")
-    print(" " * (width + 2) + "".join(f"{name[:4]:>5s}" for name in names))
-    share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
-    for k, name in enumerate(names):
-        print(f"{name:>{width}s}  " + "".join(f"{100 * v:5.0f}" if v >= 0.005 else "    ." for v in share[k])
-              + f"   {share[k, k]:6.1%}")
-    pairs = np.triu(table + table.T, 1)
-    if not pairs.any():
-        print("No picture was taken for another kind.")
-        return
-    a, b = np.unravel_index(pairs.argmax(), pairs.shape)
-    print(f"Most often confused: {names[a]} and {names[b]}; {table[a, b]} of {table[a].sum()} times a picture of "
-          f"{names[a]} was called {names[b]}, {table[b, a]} of {table[b].sum()} times the other way round.")
-
-
-def learn_pictures(cfg, rng):
-    """Train a net and show what it has learned."""
-    params = init_params(cfg, np.random.default_rng(cfg.seed))
-    side, c = picture_size(cfg), task_channels(cfg)
-    about = {"shapes": "Ten shapes, new ones in each batch", "cifar": "CIFAR-10", "mnist": "Digits"}[cfg.task]
-    print(f"{about}, {side} x {side} x {c}: {cfg.model}, {cfg.channels} channels, {cfg.norm} norm, {cfg.optimizer}, lr "
-          f"{cfg.lr}, batch {cfg.batch}, {cfg.workers} process(es), {sum(p.size for p in params.values())} parameters")
-    if cfg.task == "shapes":
-        x, y, _ = make_batch(replace(cfg, batch=5, flip=False, crop=0), np.random.default_rng(cfg.seed))
-        gray = (0.5 + 0.4 * x.mean(axis=3)).repeat(2, axis=2)               # letters are tall
-        print(side_by_side([SHAPES[k] for k in y], [["".join(row) for row in shade(g[:, :32])] for g in gray]))
-    show_gradients(cfg, rng)
-    print(f"chance level: loss {math.log(10):.3f}, 10 % right")
-    params, running, progress = train_cnn(cfg, rng)
-    print("loss", loss_curve(progress.losses or [0]))
-    show_filters(params[("stem" if cfg.model == "resnet" else "conv1") + ".W"])
-    x, y = held_out_pictures(cfg, "test")
-    guess = predict(params, running, x, cfg)
-    names = {"shapes": SHAPES, "cifar": CIFAR, "mnist": list("0123456789")}[cfg.task]
-    show_confusion(guess, y, names)
-    right = float((guess == y).mean())
-    figures = {"accuracy": right}
-    if cfg.task == "shapes":
-        figures["linear"] = linear_accuracy(replace(cfg, steps=max(1, progress.step)), rng)
-        print(f"{right:.2%} of 2000 fresh shapes right; a linear model of the pixels, as many pictures: "
-              f"{figures['linear']:.2%}")
-    else:
-        expected = {"mnist": 0.992, "cifar": 0.91 if cfg.model == "resnet" else 0.85}[cfg.task]
-        print(f"test accuracy {right:.4f} on {len(y)} pictures (expected of the whole training: {expected})")
-    return figures, params, progress
-
-
-def compare_rates(cfg):
-    """Accuracy after a short training over a hundredfold range of learning rates, with and without BatchNorm."""
-    rates = [cfg.lr * 10 ** (k / 2) for k in (-2, -1, 0, 1, 2)]
-    print(f"{cfg.model}, {cfg.channels} channels, {cfg.steps} steps of {cfg.optimizer}, batch {cfg.batch}; accuracy on "
-          "held-out pictures by learning rate:\nchance level: 10 %")
-    print(f"{'':18s}" + "".join(f"{lr:9.4f}" for lr in rates) + "    best - worst")
-    figures = {}
-    for norm in ("batch", "none"):
-        found = []
-        print(f"{'with' if norm == 'batch' else 'without':>8s} BatchNorm", end="", flush=True)
-        for lr in rates:
-            part = replace(cfg, experiment="none", norm=norm, lr=lr)
-            try:
-                params, running, progress = train_cnn(part, np.random.default_rng(cfg.seed), quiet=True)
-                found.append(accuracy(params, running, part))
-                print(f"{found[-1]:9.2%}", end="", flush=True)
-                if progress.stopped:
-                    print()
-                    return figures
-            except FloatingPointError:
-                found.append(0.1)                       # as good as guessing
-                print(" diverged", end="", flush=True)
-        spread = max(found) - min(found)
-        print(f"    {100 * spread:.1f} points")
-        figures["spread_" + norm] = spread
-    return figures
-
-
-def main(cfg):
-    """Train a net, or compare learning rates."""
-    start, rng = time.perf_counter(), np.random.default_rng(cfg.seed)
-    print("cnn.py: the same small detector everywhere in the picture")
-    if cfg.task != "shapes":
-        require(cfg.data, "--data", "the data set (--help says where to get it)", cfg.data)
-        load_pictures(cfg.task, cfg.data)
-    if cfg.experiment == "lr-sweep":
-        print_result(task=cfg.task, experiment=cfg.experiment, **compare_rates(cfg),
-                     seconds=time.perf_counter() - start)
-        return
-    figures, params, progress = learn_pictures(cfg, rng)
-    print("\nNext: python cnn.py --model resnet      python cnn.py --experiment lr-sweep")
-    print_result(task=cfg.task, **figures, params=sum(p.size for p in params.values()), steps=progress.step,
-                 seconds=time.perf_counter() - start,
-                 examples_per_s=int(len(progress.losses) * cfg.batch / max(progress.seconds, 1e-9)))
-
-
-# ---- workers: one batch, several processes ---------------------------------------------------------------------------
-
-ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OPENBLAS", "OMP", "MKL", "VECLIB", "BLIS")}
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}      # see run()
-
-
-@contextlib.contextmanager
-def ignoring(name):
-    """While this lasts, a signal, if the platform knows it, does nothing."""
-    number = getattr(signal, name, None)
-    previous = number and signal.signal(number, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        if number:
-            signal.signal(number, previous)
-
-
-def memory_plan(arrays):
-    """Where each array of a dict goes in a block of memory -> {name: (start, shape, dtype)}, size of the block."""
-    plan, size = {}, 0
-    for name, a in arrays.items():
-        plan[name] = size, a.shape, a.dtype
-        size += -(-a.nbytes // 64) * 64                 # each begins at a multiple of 64 bytes
-    return plan, size
-
-
-def shared_arrays(block, plan):
-    """The arrays of a memory_plan, as views into a block of shared memory -> {name: array}."""
-    return {name: np.frombuffer(block, dtype, math.prod(shape), start).reshape(shape)
-            for name, (start, shape, dtype) in plan.items()}
-
-
-def work_through(params, parts, cfg, grads, running):
-    """Add up loss, gradients and running statistics of some parts of a batch, each times its weight: into grads and
-    running -> loss. Every part begins with the same running statistics, as if all were done at once."""
-    total, before = 0.0, {name: a.copy() for name, a in running.items()}
-    for a in (*grads.values(), *running.values()):
-        a[...] = 0
-    for weight, part in parts:
-        after = {name: a.copy() for name, a in before.items()}
-        loss, found = loss_and_grads(params, part, cfg, *[after] * bool(after))
-        total += weight * float(loss)
-        for name, g in found.items():
-            grads[name] += weight * g
-        for name, a in after.items():
-            running[name] += weight * a
-    return total
-
-
-def worker(pipe, cfg, blocks, plans):
-    """What a worker process does: wait for parts of a batch, work through them, answer with the loss; until the pipe
-    closes. Parameters, gradients and running statistics are in shared memory, so they need not be sent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches every process; the first one decides
-    np.seterr(over="ignore", invalid="ignore")
-    params, running, grads, after = map(shared_arrays, blocks, plans)
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            parts = pipe.recv()
-            for name, a in running.items():
-                after[name][...] = a
-            try:
-                answer = work_through(params, parts, cfg, grads, after)
-            except MemoryError as error:
-                answer = f"out of memory: {error}"
-            pipe.send(answer)
-
-
-class Workers:
-    """Data-parallel training. Element-wise NumPy runs on one core, so a second core comes from a second process: each
-    takes some parts of the batch, all with the same parameters, and the gradients of the parts are added up. So the
-    update, and the course of the loss, is that of one process, up to the rounding of sums in another order."""
-
-    def __init__(self, cfg, params, running=None):
-        self.cfg, self.running, self.processes, self.pipes = cfg, running or {}, [], []
-        self.grads = {name: np.zeros_like(p) for name, p in params.items()}
-        if cfg.workers == 1:                            # then this process does it all
-            return
-        plans, sizes = zip(*map(memory_plan, (params, self.running)))
-        start, environ = multiprocessing.get_context("spawn"), dict(os.environ)
-        os.environ.update({**ONE_THREAD, **KEEP_MEMORY})            # read when NumPy is imported, so only by them
-        try:
-            common = [start.RawArray("b", size + 1) for size in sizes]      # parameters, running: read by all
-            self.shared, self.results = list(map(shared_arrays, common, plans)), []
-            for _ in range(cfg.workers):
-                own = [start.RawArray("b", size + 1) for size in sizes]     # gradients, running: written by one
-                self.results.append(list(map(shared_arrays, own, plans)))
-                pipe, end = start.Pipe()
-                self.pipes.append(pipe)
-                self.processes.append(start.Process(target=worker, daemon=True,
-                                                    args=(end, cfg, [*common, *own], plans * 2)))
-                with ignoring("SIGINT"):                # they inherit it, and Ctrl-C finds them ready at any time
-                    self.processes[-1].start()
-                end.close()
-        except (OSError, ImportError, RuntimeError) as error:
-            self.close()
-            raise InputError(f"--workers {cfg.workers}: expected a platform that starts processes with shared memory, "
-                             f"found: {error} (without the flag it runs in one process)") from None
-        finally:
-            os.environ.clear()
-            os.environ.update(environ)
-
-    def loss_and_grads(self, params, parts):
-        """parts [(weight, part of a batch), ...] -> loss, gradients; running is brought up to date as well."""
-        if not self.processes:
-            return work_through(params, parts, self.cfg, self.grads, self.running), self.grads
-        for views, values in zip(self.shared, (params, self.running)):
-            for name, a in values.items():
-                views[name][...] = a
-        for k, pipe in enumerate(self.pipes):
-            with ignoring("SIGPIPE"), contextlib.suppress(OSError):         # a dead one is noticed below
-                pipe.send(parts[k::len(self.pipes)])
-        total = sum(self.answer(k) for k in range(len(self.pipes)))
-        for k, (grads, running) in enumerate(self.results):
-            for own, found in ((self.grads, grads), (self.running, running)):
-                for name, a in found.items():
-                    own[name][...] = a if k == 0 else own[name] + a
-        return total, self.grads
-
-    def answer(self, k):
-        """The loss from worker k, or MemoryError if it has died: most often the system ended it for want of memory."""
-        process, answer = self.processes[k], None
-        with contextlib.suppress(EOFError, OSError):
-            answer = self.pipes[k].recv()
-        if isinstance(answer, float):
-            return answer
-        process.join(1)
-        raise MemoryError(f"worker {k + 1} of {len(self.processes)}, process {process.pid}: expected a loss, found "
-                          f"{answer or f'its end (exit code {process.exitcode})'}; fewer --workers need less memory")
-
-    def close(self):
-        """End all workers: their pipes close, and whoever does not leave within seconds is ended."""
-        for pipe in self.pipes:
-            pipe.close()
-        for process in self.processes:
-            if process.pid:
-                process.join(5)
-                process.terminate()
-        self.processes, self.pipes = [], []
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.close()
-
-
-# ---- plumbing: the same in every lesson; whoever types along may stop here -------------------------------------------
+# ---- flags and errors: the same in every lesson --------------------------------------------------
 
 class InputError(ValueError):
-    """A flag, value or file that cannot be used; the program ends with its text in one line and exit status 2."""
+    """A flag, value or file that cannot be used: the program ends with one line, exit status 2."""
 
 
 def require(ok, what, expected, found):
@@ -1208,40 +1532,87 @@ def require(ok, what, expected, found):
         raise InputError(f"{what}: expected {expected}, found {found!r}")
 
 
-def read_flags(argv=None):
-    """Every field of Config is a flag, its comment the help text -> Config."""
+class Task(NamedTuple):
+    """What a command runs; gradcheck.py drives the same functions."""
+    config: type
+    init_params: object
+    make_batch: object
+    loss_and_grads: object
+    main: object
+
+
+MAY_BE_ZERO = ("seed", "warmup", "top_k", "crop", "window", "fuse", "patch")    # other int: >= 1
+ABOVE_ZERO = ("lr", "temperature")                                              # other float: >= 0
+
+
+def check(cfg):
+    """Raise InputError unless every value has the type of its field, is one of its choices, is
+    finite and in range, and CONSTRAINTS of this kind of Config hold."""
+    for f in fields(cfg):
+        flag, value = "--" + f.name.replace("_", "-"), getattr(cfg, f.name)
+        if get_args(f.type):
+            choices = get_args(f.type)
+            require(value in choices, flag, " or ".join(map(str, choices)), value)
+        elif f.type in (str, bool):
+            require(isinstance(value, f.type), flag, f.type.__name__, value)
+        elif f.type is int:
+            least = 0 if f.name in MAY_BE_ZERO else 1
+            require(type(value) is int, flag, "a whole number", value)
+            require(least <= value < 2 ** 31, flag, f"{least} or more, below 2^31", value)
+        else:
+            require(type(value) in (int, float), flag, "a number", value)
+            above = value > 0 if f.name in ABOVE_ZERO else value >= 0
+            least = "above 0" if f.name in ABOVE_ZERO else "0 or more"
+            require(above and value < math.inf, flag, f"a number {least}, and finite", value)
+    for ok, what, expected, found in CONSTRAINTS.get(type(cfg), lambda cfg: [])(cfg):
+        require(ok, what, expected, found)
+
+
+def read_flags(tasks, argv):
+    """-> the name of the task that argv begins with (else of the first), its Config: every field is
+    a flag, its comment the help text."""
     def fail(message):
-        raise InputError(f"{message} (--help lists the flags)")
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+        hint = "; tasks are commands: python FILE TASK" if "--task" in message else ""
+        raise InputError(f"{message} (--help lists the flags{hint})")
+
+    parser = argparse.ArgumentParser(description=__doc__ + MORE, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
-    for field in fields(Config):
-        kind = dict(type=field.type, metavar=field.name.upper())
-        if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif get_args(field.type):
-            kind = dict(choices=get_args(field.type))
-        text = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
-        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=text, **kind)
-    known = parser.parse_known_args(argv)[0]
-    data, experiment = (getattr(known, name, "") for name in ("data", "experiment"))
-    for key in (known.task, f"{known.task} --data" if data else "", experiment):
-        parser.set_defaults(**PRESETS.get(key, {}))
-    return Config(**vars(parser.parse_args(argv)))
+    parser.error, commands = fail, parser.add_subparsers(dest="task", metavar="task")
+    for name, task in tasks.items():
+        command = commands.add_parser(name, help=task.config.__doc__, allow_abbrev=False,
+                                      description=task.config.__doc__)
+        command.error, comments = fail, {}
+        with contextlib.suppress(OSError, TypeError):   # no source text in a notebook cell
+            for c in reversed(task.config.__mro__[:-1]) if {"-h", "--help"} & set(argv) else ():
+                comments.update(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(c), re.M))
+        for f in fields(task.config):
+            kind = dict(type=f.type, metavar=f.name.upper())
+            if f.type is bool:
+                kind = dict(action=argparse.BooleanOptionalAction)
+            elif get_args(f.type):
+                kind = dict(choices=get_args(f.type))
+            text = f"{comments.get(f.name, '')} (default: {f.default!r})".replace("%", "%%")
+            flag = "--" + f.name.replace("_", "-")
+            command.add_argument(flag, default=f.default, help=text, **kind)
+    named = argv and (argv[0] in ("-h", "--help") or not argv[0].startswith("-"))
+    flags = vars(parser.parse_args(argv if named else [next(iter(tasks)), *argv]))
+    name = flags.pop("task")
+    cfg = tasks[name].config(**flags)
+    check(cfg)
+    return name, cfg
 
 
-def run(main):
-    """Call main with the Config of the flags; what is not a bug ends in one line, not in a traceback."""
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")      # each line at once, on any console
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)                           # `| head` ends the program quietly
-    np.seterr(over="ignore", invalid="ignore")          # a run that diverges shows in its loss, which Progress checks
-    with contextlib.suppress(AttributeError, OSError, TypeError):               # Linux: keep freed memory for reuse
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30), libc.mallopt(-1, -1)
+def run(tasks):
+    """Run what the command line asks for; user errors end in one line, without a traceback."""
+    if sys.stdout and sys.stdout is sys.__stdout__:     # a console, not a notebook
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+        with contextlib.suppress(AttributeError, ValueError):   # Windows; not the main thread
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends it quietly
+    np.seterr(over="ignore", invalid="ignore")          # divergence: see progress and check_finite
+    pasted = "ipykernel" in sys.argv[0]                 # into a notebook cell: argv is not ours
     try:
-        main(read_flags())
+        name, cfg = read_flags(tasks, [] if pasted else sys.argv[1:])
+        tasks[name].main(cfg)
     except (InputError, FloatingPointError, MemoryError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
@@ -1249,57 +1620,50 @@ def run(main):
         sys.exit(130)
 
 
-class Progress:
-    """for step in progress: ... progress.report(loss).   Prints about ten lines with the time left. Ctrl-C ends the
-    loop after the step at hand, a second one quits. A loss that is not finite raises FloatingPointError."""
-
-    def __init__(self, steps, first=1, quiet=False, lines=10):
-        self.steps, self.first, self.quiet, self.lines = steps, first, quiet, lines
-        self.step, self.losses, self.printed, self.stopped = first - 1, [], 0, False
-        self.start, self.seconds = time.perf_counter(), 0.0
-
-    def __iter__(self):
-        previous = signal.signal(signal.SIGINT, self.interrupt)
-        try:
-            while self.step < self.steps and not self.stopped:
-                self.step += 1
-                yield self.step
-        finally:
-            signal.signal(signal.SIGINT, previous)
-        if self.stopped:
-            print(f"stopped after step {self.step}; this is what has been learned so far")
-
-    def interrupt(self, signum, frame):
-        """Called on Ctrl-C."""
-        if self.stopped:
-            raise KeyboardInterrupt
-        self.stopped = True
-
-    def report(self, loss, note=lambda: ""):
-        """Keep the loss of this step; if a line is due, print it, with what note() says."""
-        if not np.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {self.step}: training diverged; try a smaller --lr")
-        self.losses.append(float(loss))
-        self.seconds = time.perf_counter() - self.start
-        if not self.quiet and (self.step % -(-self.steps // self.lines) == 0 or self.step == self.steps):
-            recent = self.losses[self.printed:]
-            self.printed = len(self.losses)
-            left = self.seconds / len(self.losses) * (self.steps - self.step)
-            print(f"step {self.step:6d}/{self.steps}  loss {sum(recent) / len(recent):.4f}{note()}  |  "
-                  f"{self.seconds:.1f} s  ({left:.0f} s left)")
+def threads_fit(cfg):
+    """The constraint on --threads."""
+    return (cfg.threads <= cfg.batch_size, "--threads", f"at most --batch-size {cfg.batch_size}",
+            cfg.threads)
 
 
-def print_result(**figures):
-    """The last line of a run, for comparing runs."""
-    print("result: " + " ".join(f"{k}={v:#.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items()))
+def net_fits(cfg):
+    """The constraints on a net with choices."""
+    side, data, save = cfg.image[0], getattr(cfg, "data", ""), cfg.save
+    same = save and data and os.path.realpath(save) == os.path.realpath(data)
+    return [threads_fit(cfg),
+            (cfg.crop < side, "--crop", f"less than {side}, the pixels per side", cfg.crop),
+            (cfg.dropout < 1, "--dropout", "less than 1", cfg.dropout),
+            (cfg.label_smoothing < 1, "--label-smoothing", "less than 1", cfg.label_smoothing),
+            (cfg.warmup_fraction < 1, "--warmup-fraction", "less than 1", cfg.warmup_fraction),
+            (not same, "--save", "another file than --data", save)]
 
 
-CONV = [dict(stride=1, padding=1, dilation=1, groups=1), dict(stride=2, padding=1, dilation=1, groups=2),
-        dict(stride=1, padding=0, dilation=2, groups=3)]
-GRADCHECK = {name: lambda rng: [        # inputs for gradcheck.py
-    dict(x=rng.standard_normal((2, 7, 5, 6)), W=rng.standard_normal((3, 3, 6 // c["groups"], 6)), **c) for c in CONV]
-    for name in ("conv", "conv_loop")}
+CONSTRAINTS = {Config: lambda cfg: [(cfg.size % 8 == 0, "--size", "a multiple of 8", cfg.size)],
+               Net: net_fits,
+               Mnist: net_fits,
+               Cifar: net_fits,
+               LrSweep: lambda cfg: [threads_fit(cfg)]}
 
+GRADCHECK = {
+    "conv": ["x 2 5 6 3, W 3 3 3 7", "x 2 7 6 3, W 5 5 3 4"],
+    "conv2d": ["x 2 9 8 6, W 3 3 3 4, stride=2, padding=1, dilation=1, groups=2",
+               "x 2 7 6 6, W 2 2 1 12, stride=1, padding=0, dilation=3, groups=6",
+               "x 2 7 6 3, W 1 1 3 5, stride=3"],
+    "maxpool": "x 2 6 4 3",
+    "avgpool": "x 2 6 4 3",
+    "globalpool": "x 2 5 6 3",
+    "groupnorm": "x 2 5 3 6, gamma 6, beta 6, groups=3",
+    "bias": "x 2 3 5 6, b 6",
+    "smoothed_cross_entropy": "logits 3 5, targets<5 3, label_smoothing=0.3"}
+
+TASKS = {"shapes": Task(Config, init_params, make_batch, loss_and_grads, main),
+         "net": Task(Net, init_net, net_batch, net_loss_and_grads, run_net),
+         "gradients": Task(Gradients, None, None, None, run_gradients),
+         "lr-sweep": Task(LrSweep, None, None, None, run_lr_sweep),
+         "resnet18": Task(ResNet18, init_resnet18, make_batch, resnet18_loss_and_grads,
+                          run_resnet18),
+         "mnist": Task(Mnist, init_net, mnist_batch, net_loss_and_grads, run_mnist),
+         "cifar": Task(Cifar, init_net, cifar_batch, net_loss_and_grads, run_cifar)}
 
 if __name__ == "__main__":
-    run(main)
+    run(TASKS)

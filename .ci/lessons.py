@@ -192,7 +192,7 @@ def data_for(task, folder):
     """A file or folder that --data of a task of this name reads -> its path."""
     if task == "mnist":
         return mnist_folder(folder / "mnist")
-    if task.startswith("cifar"):
+    if task in ("cifar", "lr-sweep"):
         return cifar_archive(folder)
     path = folder / f"{task}.txt"
     path.write_text({"names": words, "text": prose, "pairs": sentence_pairs}[task](), "utf-8")

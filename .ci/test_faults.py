@@ -319,7 +319,8 @@ def test_result_line(name, task, tmp_path):
     assert len({word.partition("=")[0] for word in words_of_it}) == len(words_of_it)
     assert expected.items() <= last.items(), (expected, last)
     assert "seconds" in last
-    assert set(re.findall(r"^step +\d+/(\d+)", done.stdout, re.M)) in ({"2"}, {"1", "2"})
+    if not hasattr(config, "epochs"):                   # which counts where there is data
+        assert set(re.findall(r"^step +\d+/(\d+)", done.stdout, re.M)) in ({"2"}, {"1", "2"})
 
 
 @pytest.mark.parametrize("name, task", pairs("steps"))
@@ -363,5 +364,5 @@ def test_pictures_have_a_legend(name, task, tmp_path, monkeypatch):
     shades = [i for i, line in enumerate(lines) if re.search(r"[:=+*#%@]{4}", line)
               and not re.search(r"[a-z]{4}", line)]
     said = [i for i, line in enumerate(lines)
-            if re.search(r"@|dark|shade|blank", line) and re.search(r"[a-z]{4}.*[a-z]{2}", line)]
+            if re.search(r"@|dark|shade|blank|a # is", line) and re.search(r"[a-z]{4}.*[a-z]{2}", line)]
     assert not shades or said and said[0] < shades[0], lines[shades[0]]
