@@ -144,7 +144,7 @@ def softmax_cross_entropy_forward(logits, targets):
 
 
 def softmax_cross_entropy_backward(dout, cache):
-    """dlogits = (p - onehot(targets)) / N."""
+    """dlogits = (p - onehot(targets)) / N: log p_t changes with logit k by (k == t) - p_k."""
     log_p, targets = cache
     dlogits = np.exp(log_p)
     dlogits[np.arange(len(targets)), targets] -= 1
@@ -373,7 +373,7 @@ def show_confusion(outputs, labels, names):
     """The confusion matrix in percent, and the most confused pair in words."""
     table = np.zeros((10, 10), int)
     np.add.at(table, (labels, outputs), 1)
-    print("Confusion matrix: of 100 images of a row's class, how many were taken for each column's")
+    print("Confusion matrix in percent. Rows: the true class; columns: what the net outputs")
     print(" " * 10 + "".join(f"{name[:5]:>6s}" for name in names))
     for name, row in zip(names, table):
         percent = 100 * row / max(1, row.sum())
@@ -1397,7 +1397,7 @@ class LrSweep:
     channels: int = 16      # filters of the first layer of a plain net
     batch_size: int = 64    # images per step
     steps: int = 300        # optimizer steps per training, on shapes
-    epochs: int = 4         # passes over the training images per training, with --data
+    epochs: int = 3         # passes over the training images per training, with --data
     lr: float = 0.015       # learning rate in the middle of the range
     threads: int = 2        # micro-batches, each on a thread, with BatchNorm statistics of its own
     data: str = ""          # cifar-10-binary.tar.gz or its folder; none: ten shapes
@@ -1572,8 +1572,10 @@ def read_flags(tasks, argv):
     """-> the name of the task that argv begins with (else of the first), its Config: every field is
     a flag, its comment the help text."""
     def fail(message):
-        hint = "; tasks are commands: python FILE TASK" if "--task" in message else ""
-        raise InputError(f"{message} (--help lists the flags{hint})")
+        task = argv[0] if argv and argv[0] in tasks else next(iter(tasks))
+        late = "--task" in message or not tasks.keys().isdisjoint(argv[1:])
+        hint = "; tasks are commands: python FILE TASK --flags" if late else ""
+        raise InputError(f"{message} (python FILE {task} --help lists the flags{hint})")
 
     parser = argparse.ArgumentParser(description=__doc__ + MORE, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -691,7 +691,7 @@ def softmax_cross_entropy_forward(logits, targets):
 
 
 def softmax_cross_entropy_backward(dout, cache):
-    """dlogits = (p - onehot(targets)) / N."""
+    """dlogits = (p - onehot(targets)) / N: log p_t changes with logit k by (k == t) - p_k."""
     log_p, targets = cache
     dlogits = np.exp(log_p)
     dlogits[np.arange(len(targets)), targets] -= 1
@@ -1003,8 +1003,10 @@ def read_flags(tasks, argv):
     """-> the name of the task that argv begins with (else of the first), its Config: every field is
     a flag, its comment the help text."""
     def fail(message):
-        hint = "; tasks are commands: python FILE TASK" if "--task" in message else ""
-        raise InputError(f"{message} (--help lists the flags{hint})")
+        task = argv[0] if argv and argv[0] in tasks else next(iter(tasks))
+        late = "--task" in message or not tasks.keys().isdisjoint(argv[1:])
+        hint = "; tasks are commands: python FILE TASK --flags" if late else ""
+        raise InputError(f"{message} (python FILE {task} --help lists the flags{hint})")
 
     parser = argparse.ArgumentParser(description=__doc__ + MORE, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -8,7 +8,8 @@ Forward, a block (prenorm, residual):    x = x + attention(norm(x))        x = x
     attention, per head:    p = softmax(q k^T / sqrt(d) + mask)   out = p v   mask hides the future
     norm:   xhat = (x - mean) / std, y = gamma xhat + beta      mlp:   y = gelu(x W1 + b1) W2 + b2
 Backward:
-    attention    dv = p^T dout    dp = dout v^T    ds = p (dp - sum_s p dp)    (softmax Jacobian)
+    attention    dv = p^T dout    dp = dout v^T    ds = p (dp - sum_s p dp)
+                 (softmax: p_i changes with score s_j by p_i ((i == j) - p_j), summed over i)
                  dq = ds k / sqrt(d)    dk = ds^T q / sqrt(d)
     norm         g = gamma dout    dx = (g - mean(g) - xhat mean(g xhat)) / std
     sums         x (by the residual) and E (first and last matrix) are used twice: gradients add
@@ -74,8 +75,8 @@ def layernorm_forward(x, gamma, beta, eps=1e-5):
 
 
 def layernorm_backward(dout, cache):
-    """g = gamma dout, dx = (g - mean(g) - xhat mean(g xhat)) / std, dgamma = sum_n dout xhat,
-    dbeta = sum_n dout."""
+    """g = gamma dout, dx = (g - mean(g) - xhat mean(g xhat)) / std, since every x moves mean and
+    std, too; dgamma = sum_n dout xhat, dbeta = sum_n dout."""
     xhat, gamma, inv_std = cache
     g = gamma * dout
     mean_g = g.mean(axis=1, keepdims=True)
@@ -130,7 +131,7 @@ def softmax_cross_entropy_forward(logits, targets):
 
 
 def softmax_cross_entropy_backward(dout, cache):
-    """dlogits = (p - onehot(targets)) / N."""
+    """dlogits = (p - onehot(targets)) / N: log p_t changes with logit k by (k == t) - p_k."""
     log_p, targets = cache
     dlogits = np.exp(log_p)
     dlogits[np.arange(len(targets)), targets] -= 1
@@ -378,7 +379,7 @@ def main(cfg):
     norm1, qkv, (q, k, v, p), *_ = caches[-1]
     print("\nThe last layer, a map per head: each row attends to the columns up to its own")
     draw_heads(p[0], text, text)
-    recited = np.mean([line in RHYME for line in sample.split("\n")])
+    recited = np.mean([line in RHYME for line in sample.split("\n") if len(line) > 3])
     print("\nNext: python transformer.py modern      python transformer.py --heads 1 --layers 1")
     print_result("rhyme", cfg, loss=losses[-1], recited=float(recited), params=size,
                  steps=len(losses), seconds=time.perf_counter() - start)
@@ -1739,8 +1740,10 @@ def read_flags(tasks, argv):
     """-> the name of the task that argv begins with (else of the first), its Config: every field is
     a flag, its comment the help text."""
     def fail(message):
-        hint = "; tasks are commands: python FILE TASK" if "--task" in message else ""
-        raise InputError(f"{message} (--help lists the flags{hint})")
+        task = argv[0] if argv and argv[0] in tasks else next(iter(tasks))
+        late = "--task" in message or not tasks.keys().isdisjoint(argv[1:])
+        hint = "; tasks are commands: python FILE TASK --flags" if late else ""
+        raise InputError(f"{message} (python FILE {task} --help lists the flags{hint})")
 
     parser = argparse.ArgumentParser(description=__doc__ + MORE, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
