@@ -712,6 +712,8 @@ def init_modern(cfg, rng, dtype=np.float32, vocab_size=len(CHARS)):
         params[f"{i}.gamma1"], params[f"{i}.gamma2"] = np.ones(D), np.ones(D)
         for name, (n, m) in shapes.items():
             params[f"{i}.{name}"] = rng.standard_normal((n, m)) * (2 / (n + m)) ** 0.5
+        for name in ("Wo", "Wdown"):                    # as in GPT-2: 2 layers of these add up in x
+            params[f"{i}.{name}"] *= (2 * cfg.layers) ** -0.5
     return {name: value.astype(dtype) for name, value in params.items()}
 
 
@@ -1845,7 +1847,7 @@ def cases(rng):
                              attend_backward=CAUSAL[1]),
         "modern_block": dict(x=x, p=modern_block, heads=3, B=2, attend=ROTARY[0],
                              attend_backward=ROTARY[1]),
-        "smoothed_cross_entropy": dict(logits=x, targets=rng.integers(0, 6, 10), smoothing=0.3),
+        "smoothed_cross_entropy": dict(logits=x, targets=rng.integers(0, 6, 10), label_smoothing=0.3),
         "multihead": dict(x=x, p=attention, heads=3, B=2, mask=memory_mask, memory=memory),
         "self_attention": dict(x=x, p=attention, heads=3, B=2, mask=mask),
         "ffn": dict(x=x, p=mlp),
