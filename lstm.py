@@ -436,30 +436,44 @@ def gru_backward(dout, cache):
 # ---- masks: padding in a batch of sequences of different lengths ---------------------------------
 
 def masked_lstm_forward(z, h0, c0, Wh, mask):
-    """lstm_forward; where mask (T, N, 1) is False (padding), h and c stay as they are."""
-    h, c, caches = [h0], [c0], []
+    """lstm of lstm.py; where mask (T, N, 1) is False (padding), h and c stay as they are.
+    z = x Wx + b (T, N, 4 H), h0, c0 (N, H), Wh (H, 4 H) -> every h (T, N, H), the last c (N, H)."""
+    N, H = h0.shape
+    h, c, gates = [h0], [c0], []
     for t in range(len(z)):
-        (new_h, new_c), cache = lstm_forward(z[t:t + 1], h[t], c[t], Wh)
-        h.append(np.where(mask[t], new_h[0], h[t]))
+        a = (z[t] + h[t] @ Wh).reshape(N, 4, H)
+        i, f, g, o = sigmoid(a[:, 0]), sigmoid(a[:, 1]), np.tanh(a[:, 2]), sigmoid(a[:, 3])
+        new_c = f * c[t] + i * g
+        new_h = o * np.tanh(new_c)
         c.append(np.where(mask[t], new_c, c[t]))
-        caches.append(cache)
-    return (np.stack(h[1:]), c[-1]), (caches, mask)
+        h.append(np.where(mask[t], new_h, h[t]))
+        gates.append((i, f, g, o))
+    h, c, gates = np.array(h), np.array(c), np.array(gates)
+    return (h[1:], c[-1]), (h, c, gates, Wh, mask)
 
 
 def masked_lstm_backward(dh_out, dc, cache):
-    """The gradient goes where the state came from: through the step, or around it.
-    -> dz, dh0, dc0, dWh."""
-    caches, mask = cache
-    dz, dh, dWh = [], 0, 0
-    for t in reversed(range(len(mask))):
-        dh = dh + dh_out[t]
-        dh_new, dc_new = np.where(mask[t], dh, 0), np.where(mask[t], dc, 0)
-        dz_t, dh_old, dc_old, dWh_t = lstm_backward(dh_new[None], dc_new, caches[t])
-        dh = dh_old + np.where(mask[t], 0, dh)
-        dc = dc_old + np.where(mask[t], 0, dc)
-        dWh = dWh + dWh_t
-        dz.insert(0, dz_t[0])
-    return np.stack(dz), dh, dc, dWh
+    """As derived in lstm.py; at padding the gradient passes around the step.   dh_out (T, N, H), dc
+    (N, H) of the last c -> dz (T, N, 4 H), dh0, dc0, dWh."""
+    h, c, gates, Wh, mask = cache
+    i, f, g, o = gates.swapaxes(0, 1)                       # (T, N, H) each
+    tanh_c = np.tanh(f * c[:-1] + i * g)
+    di, df = g * i * (1 - i), c[:-1] * f * (1 - f)          # dz_i = dc di, dz_f = dc df,
+    dg, do = i * (1 - g ** 2), tanh_c * o * (1 - o)         # dz_g = dc dg, dz_o = dh do and
+    to_c = o * (1 - tanh_c ** 2)                            # dc += dh to_c, for all steps at once
+    T, N, H = dh_out.shape
+    dz = np.zeros((T, N, 4 * H), dh_out.dtype)
+    dh, WhT = 0, Wh.T.copy()                                # contiguous: faster in the loop
+    for t in reversed(range(T)):
+        dh = dh + dh_out[t]                                 # from the step after, and from above
+        new_dh, new_dc = np.where(mask[t], dh, 0), np.where(mask[t], dc, 0)     # through the step
+        new_dc = new_dc + new_dh * to_c[t]
+        dz[t] = np.concatenate([new_dc * di[t], new_dc * df[t], new_dc * dg[t], new_dh * do[t]],
+                               axis=1)
+        dh = np.where(mask[t], dz[t] @ WhT, dh)             # or around it
+        dc = np.where(mask[t], new_dc * f[t], dc)
+    dWh = h[:-1].reshape(T * N, H).T @ dz.reshape(T * N, 4 * H)
+    return dz, dh, dc, dWh
 
 
 # ---- several layers of any cell: each reads the h of the layer below -----------------------------

@@ -1,383 +1,466 @@
+"""seq2seq.py: one sequence in, another out, of another length.
+
+A recurrent net with one output per input writes before it has read everything. Two LSTMs need not:
+the encoder reads the source; the decoder starts from its last state and writes the target up to
+<eos>. So one state of fixed size holds all of the source: the bottleneck; the picture shows where
+it fails. In training the decoder reads the target, not its own output: teacher forcing.
+
+Forward, for a source x_1 .. x_S and a target y_1 .. y_T, with y_0 = <bos> and y_T = <eos>:
+    h, c = encoder LSTM over x_1 .. x_S, from zeros; padding leaves h and c as they are
+    h_t = decoder LSTM over y_0 .. y_{t-1}, from h, c         logits_t = h_t Wo + bo
+    loss = mean of -log softmax(logits_t)[y_t] over all y_t but padding
+Backward (the LSTM is derived in lstm.py):
+    dlogits_t = (softmax(logits_t) - onehot(y_t)) / count     dWo = sum_t h_t^T dlogits_t
+    dh_t = dlogits_t Wo^T, and back through the decoder; the dh, dc that leave it at its first step
+    are the gradient of the encoder's last state, and all that goes back into the encoder
+
+Run    python seq2seq.py      (reverse up to 6 letters; --help lists the other tasks)
+Papers: Sutskever, Vinyals, Le 2014 (two LSTMs), Cho et al. 2014 (encoder and decoder).
+"""
+
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["numpy"]
 # ///
-"""seq2seq.py: one sequence in, another out, of another length.
 
-A recurrent net that answers while it reads gives an answer as long as its input, each part before the rest was read.
-Most questions are not like that: 407 is three digits and three words, 400 only two. Sutskever's way out: one LSTM, the
-encoder, reads the source to its end and says nothing. A second, the decoder, starts from the state that the first one
-ended in and says the target, symbol by symbol, fed with what was said last, until it says STOP.
-So all of the source must fit through one state: the bottleneck. The table at the end of a run shows where it gives in,
-and that its place depends on how far what is read stands from where it is said: turn the source round, and it moves.
-
-Forward, for x_1 .. x_S and y_1 .. y_T with y_T = STOP (and STOP again as y_0):
-    (h, c) = LSTM over x_1 .. x_S from zeros              where x is padding, h and c stay as they are
-    s_t = LSTM(y_{t-1}) from s_{t-1},  s_0 = (h, c)       z_t = s_t Wo + bo    loss = mean of -log softmax(z_t)[y_t]
-Backward: dz_t = (softmax(z_t) - onehot y_t) / count, 0 where y is padding; back through the decoder to ds_0, which is
-    the gradient of the encoder's last state, the only one that leads on; back through the encoder.
-Teacher forcing: the decoder is fed the right y_{t-1}, whatever it would have said. Quick to learn from; but then it has
-    never seen its own mistakes. With --forcing 0.5 a coin says, symbol by symbol, which of the two it is fed. What it
-    would have said is an argmax, a choice: it moves in jumps, so no gradient goes through it.
-Search: the likeliest first symbol need not begin the likeliest answer. Greedy search never looks back; a beam keeps the
-    best few beginnings at every step, compared by log-probability / length ** penalty.
-
-Run
-    python seq2seq.py                                  three tasks, each read forwards and backwards; the table
-    python seq2seq.py --task words                     407 to four hundred seven
-    python seq2seq.py --task words --forcing 0.5
-    python seq2seq.py --task translate --beam 10       0 to a, ... 25 to z
-    python seq2seq.py --task reverse --length 12 --steps 4000 --save reverse.npz
-
-Break it
-    zero, zero, Wh, mask) -> zero, zero, Wh) in read_source, --task reverse: the state runs on through the padding,
-        where the symbols are random; 4 % of 6 symbols right, not 99.7 %
-    return (h[-1], c), cache -> return (0 * h[-1], 0 * c), cache in read_source, --task reverse: the decoder never
-        learns what it is asked, and says the same to everything
-    dh[-1] = dh0 -> dh[-1] = 0 in seq2seq_backward, --task reverse: as good as ever, the way through c is enough; ask
-        gradcheck.py all the same
-    --task reverse --hidden 32: 88 % of 6 symbols; --hidden 16: 56 %; a narrower bottleneck
-    --task reverse --length 12: 98 % of 7 symbols, 59 % of 12; what is asked for grows, the state does not
-    --task reverse --forcing 0: 99 %, hardly worse; in answers this short a mistake cannot lead far astray
-
-Papers: Sutskever, Vinyals, Le 2014 (two LSTMs; the source read backwards); Cho et al. 2014 (encoder and decoder);
-Bengio et al. 2015 (coins instead of teacher forcing); Wu et al. 2016 (length normalisation in the search).
-"""
-import argparse
-import contextlib
-import ctypes
-import inspect
-import json
 import math
 import os
-import re
 import signal
-import sys
+import threading
 import time
-import zipfile
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Literal, get_args
 
+for library in ("OPENBLAS", "MKL", "OMP"):  # the matrices are small: one BLAS thread is fastest
+    os.environ.setdefault(library + "_NUM_THREADS", "1")
 import numpy as np
 
 
 @dataclass
 class Config:
-    """Hyperparameters. Edit a line, or pass its name as a flag: --lr 0.1"""
-    task: Literal["demo", "reverse", "translate", "words"] = "demo"  # what to learn; demo is all three
-    source: Literal["forwards", "backwards"] = "forwards"  # how the encoder reads
-    hidden: int = 128       # size of the encoder's and of the decoder's state
-    embed: int = 32         # numbers that stand for a symbol
-    length: int = 6         # longest source in training
-    forcing: float = 1.0    # share of the decoder's inputs that are the right symbol, not its own last one
-    beam: int = 4           # beginnings of an answer that the search keeps
-    penalty: float = 0.7    # the search divides a log-probability by (number of symbols) ** penalty
-    clip: float = 1.0       # largest norm of the gradient; 0: any
-    lr: float = 0.01        # learning rate at its height
-    decay: float = 0.0      # share of every matrix that is taken off, times lr
-    schedule: Literal["constant", "step", "cosine"] = "cosine"  # course of the learning rate
-    warmup: int = 50        # steps in which it rises from 0
-    steps: int = 1200       # updates
-    batch: int = 32         # pairs an update
-    save: str = ""          # file (.npz) to keep parameters and state of the training in
-    load: str = ""          # such a file to go on from
-    seed: int = 0           # of every random draw
-
-    def __post_init__(self):
-        for name in ("steps", "batch", "hidden", "embed", "length", "beam"):
-            require(getattr(self, name) >= 1, "--" + name, "1 or more", getattr(self, name))
-        for name in ("penalty", "clip", "decay", "warmup", "seed"):
-            require(0 <= getattr(self, name) < math.inf, "--" + name, "0 or more", getattr(self, name))
-        require(0 < self.lr < math.inf, "--lr", "a number above 0", self.lr)
-        require(0 <= self.forcing <= 1, "--forcing", "a number from 0 to 1", self.forcing)
-        words = self.task in ("demo", "words")
-        require(self.length <= 8 or not words, "--length", "at most 8 digits, to test on 12", self.length)
-        require(self.beam <= 100, "--beam", "at most 100", self.beam)
-        kept = self.save or self.load
-        require(not kept or self.task != "demo", "--save, --load", "--task reverse, translate or words with it", "demo")
+    """Read 2 to 6 letters, write them in reverse order."""
+    length: int = 6         # most letters
+    embed_dim: int = 32     # embedding dimension
+    hidden: int = 128       # hidden units of the encoder and of the decoder
+    batch_size: int = 32    # sequences per step
+    steps: int = 1400       # optimizer steps
+    lr: float = 0.01        # peak learning rate
+    warmup: int = 50        # steps of linear warmup
+    seed: int = 0           # random seed
 
 
-PRESETS = {     # what a task changes above, unless a flag says otherwise
-    "reverse": dict(steps=600),
-    "translate": dict(source="backwards", steps=1300),
-    "words": dict(source="backwards", steps=800),
-}
-
-
-# ---- layers: S steps of the source, T of the target, N pairs, D embedding, H hidden, V symbols -----------------------
+# ---- layers: N sequences, T positions, D inputs, H hidden units, V tokens ------------------------
 
 def linear_forward(x, W, b):
-    """y = x W + b.   x (N, D), W (D, K), b (K,) -> y (N, K)."""
-    y = x @ W
-    y += b
-    return y, (x, W)
+    """y = x W + b.   x (N, D), W (D, M), b (M,) -> y (N, M)."""
+    return x @ W + b, (x, W)
 
 
 def linear_backward(dout, cache):
-    """dx = dout W^T, dW = x^T dout, db = sum_n dout.   dout (N, K) -> dx (N, D), dW (D, K), db (K,)."""
+    """dx = dout W^T, dW = x^T dout, db = sum_n dout: b is added to every row."""
     x, W = cache
-    return dout @ W.T, x.T @ dout, dout.sum(axis=0)     # b was broadcast over N, so sum over N
+    return dout @ W.T, x.T @ dout, dout.sum(axis=0)
 
 
 def embedding_forward(ids, E):
-    """The row of E that each number names.   ids (...) integers, E (V, D) -> (..., D)."""
+    """Row ids of E.   ids (...) integers, E (V, D) -> (..., D)."""
     return E[ids], (ids, E.shape)
 
 
 def embedding_backward(dout, cache):
-    """A row of E gets the sum of dout over the places where it stands: a product with a (V, places) table of 0, 1."""
+    """Row v of dE is the sum of dout over all positions whose id is v."""
     ids, shape = cache
-    stands = np.arange(shape[0])[:, None] == ids.ravel()
-    return stands.astype(dout.dtype) @ dout.reshape(-1, shape[1])
-
-
-def lstm_forward(z, h0, c0, Wh, mask=None):
-    """An LSTM layer; the gates i, f, g, o are four blocks of H columns; where mask is false the state stays.
-    z = x Wx + b (T, N, 4 H), h0, c0 (N, H), Wh (H, 4 H), mask (T, N, 1) -> h (T, N, H), last c (N, H)."""
-    T, N, H = len(z), *h0.shape
-    scale = np.repeat(np.array([0.5, 0.5, 1, 0.5], z.dtype), H)     # s(a) = tanh(a / 2) / 2 + 1/2: one tanh for all
-    shift, Wh_scaled, y = 1 - scale, Wh * scale, z * scale
-    i, f, g, o = y.reshape(T, N, 4, H).transpose(2, 0, 1, 3)        # views: what becomes of y is seen in them
-    h, c, tanh_c = (np.empty((T + 1, N, H), z.dtype) for _ in range(3))
-    h[0], c[0] = h0, c0
-    for t in range(T):
-        a = y[t]
-        a += h[t] @ Wh_scaled
-        np.tanh(a, out=a)
-        a *= scale
-        a += shift                                      # now i[t], f[t], g[t], o[t] are what the formulas call so
-        np.multiply(f[t], c[t], out=c[t + 1])
-        c[t + 1] += i[t] * g[t]                         # c' = f c + i g
-        np.tanh(c[t + 1], out=tanh_c[t])
-        np.multiply(o[t], tanh_c[t], out=h[t + 1])      # h' = o tanh c'
-        if mask is not None:
-            h[t + 1], c[t + 1] = np.where(mask[t], h[t + 1], h[t]), np.where(mask[t], c[t + 1], c[t])
-    return (h[1:], c[T]), (h, c, y, tanh_c[:T], Wh, mask)
-
-
-def lstm_backward(dh_out, dc, cache):
-    """As derived above.   dh_out (T, N, H), dc of the last c (N, H) -> dz (T, N, 4 H), dh0, dc0, dWh."""
-    h, c, y, tanh_c, Wh, mask = cache
-    T, N, H = tanh_c.shape
-    i, f, g, o = y.reshape(T, N, 4, H).transpose(2, 0, 1, 3)
-    dz = y - y * y                                      # slope of a sigmoid, times what does not depend on dh and dc:
-    by_gate = dz.reshape(T, N, 4, H)
-    dz_i, dz_f, dz_g, dz_o = by_gate.transpose(2, 0, 1, 3)
-    dz_i *= g
-    dz_f *= c[:-1]
-    np.multiply(1 - g * g, i, out=dz_g)
-    dz_o *= tanh_c
-    to_c = o * (1 - tanh_c * tanh_c)
-    dh, WhT, times = 0, Wh.T.copy(), np.empty((N, 4, H), dz.dtype)
-    for t in reversed(range(T)):
-        dh = dout_t = dh_out[t] + dh
-        dc_here = dc + dh * to_c[t]                     # c reaches the loss through h, and through the next c
-        times[:, :3], times[:, 3] = dc_here[:, None], dh        # i, f, g act on c, o on h
-        by_gate[t] *= times
-        if mask is None:
-            dc = dc_here * f[t]
-            dh = dz[t] @ WhT
-        else:                                           # padding: the gradients go past the step, as the states did
-            dz[t] *= mask[t]
-            dc = np.where(mask[t], dc_here * f[t], dc)
-            dh = dz[t] @ WhT + np.where(mask[t], 0, dout_t)
-    return dz, dh, dc, h[:-1].reshape(-1, H).T @ dz.reshape(-1, 4 * H)
-
-
-def project_symbols_forward(ids, E, Wx, b):
-    """z = E[ids] Wx + b. Only the rows of E that occur are projected, once each; then every place looks its own up.
-    ids (T, N), E (V, D), Wx (D, K), b (K,) -> z (T, N, K)."""
-    kinds, places = np.unique(ids, return_inverse=True)
-    table, project_cache = linear_forward(E[kinds], Wx, b)
-    z, look_cache = embedding_forward(places.reshape(ids.shape), table)
-    return z, (kinds, E.shape, project_cache, look_cache)
-
-
-def project_symbols_backward(dout, cache):
-    """The look-up, then the product, backwards.   dout (T, N, K) -> dE, dWx, db."""
-    kinds, shape, project_cache, look_cache = cache
-    drows, dWx, db = linear_backward(embedding_backward(dout, look_cache), project_cache)
     dE = np.zeros(shape, dout.dtype)
-    dE[kinds] = drows                                   # symbols that do not occur get nothing
-    return dE, dWx, db
+    np.add.at(dE, ids, dout)                            # unlike dE[ids] += dout, adds repeated ids
+    return dE
 
 
-def symbol_lstm_forward(ids, E, Wx, b, h0, c0, Wh, mask=None):
-    """An LSTM over symbols.   ids (T, N), E (V, D), Wx (D, 4 H), b (4 H,), h0, c0 (N, H), Wh (H, 4 H), mask (T, N, 1)
-    -> h (T, N, H), last c (N, H)."""
-    z, project_cache = project_symbols_forward(ids, E, Wx, b)
-    out, cell_cache = lstm_forward(z, h0, c0, Wh, mask)
-    return out, (project_cache, cell_cache)
+def sigmoid(z):
+    """1 / (1 + e^-z), computed as (1 + tanh(z / 2)) / 2, which cannot overflow."""
+    return 0.5 + 0.5 * np.tanh(0.5 * z)
 
 
-def symbol_lstm_backward(dh, dc, cache):
-    """The same from bottom to top.   dh (T, N, H), dc (N, H) of the last c -> dE, dWx, db, dh0, dc0, dWh."""
-    project_cache, cell_cache = cache
-    dz, dh0, dc0, dWh = lstm_backward(dh, dc, cell_cache)
-    return *project_symbols_backward(dz, project_cache), dh0, dc0, dWh
+def masked_lstm_forward(z, h0, c0, Wh, mask):
+    """lstm of lstm.py; where mask (T, N, 1) is False (padding), h and c stay as they are.
+    z = x Wx + b (T, N, 4 H), h0, c0 (N, H), Wh (H, 4 H) -> every h (T, N, H), the last c (N, H)."""
+    N, H = h0.shape
+    h, c, gates = [h0], [c0], []
+    for t in range(len(z)):
+        a = (z[t] + h[t] @ Wh).reshape(N, 4, H)
+        i, f, g, o = sigmoid(a[:, 0]), sigmoid(a[:, 1]), np.tanh(a[:, 2]), sigmoid(a[:, 3])
+        new_c = f * c[t] + i * g
+        new_h = o * np.tanh(new_c)
+        c.append(np.where(mask[t], new_c, c[t]))
+        h.append(np.where(mask[t], new_h, h[t]))
+        gates.append((i, f, g, o))
+    h, c, gates = np.array(h), np.array(c), np.array(gates)
+    return (h[1:], c[-1]), (h, c, gates, Wh, mask)
 
 
-def softmax_cross_entropy_forward(z, targets):
-    """-mean_n log p[n, y_n], p = softmax of each row.   z (N, K), targets (N,) class numbers -> scalar."""
-    z = z - z.max(axis=1, keepdims=True)                # the same p, and e^z cannot overflow
-    log_p = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
-    return -log_p[np.arange(len(targets)), targets].mean(), (log_p, targets)
+def masked_lstm_backward(dh_out, dc, cache):
+    """As derived in lstm.py; at padding the gradient passes around the step.   dh_out (T, N, H), dc
+    (N, H) of the last c -> dz (T, N, 4 H), dh0, dc0, dWh."""
+    h, c, gates, Wh, mask = cache
+    i, f, g, o = gates.swapaxes(0, 1)                       # (T, N, H) each
+    tanh_c = np.tanh(f * c[:-1] + i * g)
+    di, df = g * i * (1 - i), c[:-1] * f * (1 - f)          # dz_i = dc di, dz_f = dc df,
+    dg, do = i * (1 - g ** 2), tanh_c * o * (1 - o)         # dz_g = dc dg, dz_o = dh do and
+    to_c = o * (1 - tanh_c ** 2)                            # dc += dh to_c, for all steps at once
+    T, N, H = dh_out.shape
+    dz = np.zeros((T, N, 4 * H), dh_out.dtype)
+    dh, WhT = 0, Wh.T.copy()                                # contiguous: faster in the loop
+    for t in reversed(range(T)):
+        dh = dh + dh_out[t]                                 # from the step after, and from above
+        new_dh, new_dc = np.where(mask[t], dh, 0), np.where(mask[t], dc, 0)     # through the step
+        new_dc = new_dc + new_dh * to_c[t]
+        dz[t] = np.concatenate([new_dc * di[t], new_dc * df[t], new_dc * dg[t], new_dh * do[t]],
+                               axis=1)
+        dh = np.where(mask[t], dz[t] @ WhT, dh)             # or around it
+        dc = np.where(mask[t], new_dc * f[t], dc)
+    dWh = h[:-1].reshape(T * N, H).T @ dz.reshape(T * N, 4 * H)
+    return dz, dh, dc, dWh
+
+
+def softmax_cross_entropy_forward(logits, targets):
+    """-mean_n log softmax(logits)[n, targets_n].   logits (N, V), targets (N,) ids -> scalar."""
+    logits = logits - logits.max(axis=1, keepdims=True)     # the same softmax, without overflow
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    loss = -log_p[np.arange(len(targets)), targets].mean()
+    return loss, (log_p, targets)
 
 
 def softmax_cross_entropy_backward(dout, cache):
-    """dz = (p - onehot(y)) / N.   dout scalar -> dz (N, K)."""
+    """dlogits = (p - onehot(targets)) / N: log p_t changes with logit k by (k == t) - p_k."""
     log_p, targets = cache
-    dz = np.exp(log_p)
-    dz[np.arange(len(targets)), targets] -= 1
-    return dz * (dout / len(targets))
+    dlogits = np.exp(log_p)
+    dlogits[np.arange(len(targets)), targets] -= 1
+    return dlogits * (dout / len(targets))
 
 
-# ---- model: encoder, its last state, decoder, a linear layer on top --------------------------------------------------
+# ---- data and model: an LSTM reads the source, another one writes the target ---------------------
 
-STOP = 0                                                # the symbol after the last one; it also starts the decoder
+VOCAB = ["<pad>", "<bos>", "<eos>", *"abcdefghijklmnopqrstuvwxyz"]
+PAD, BOS, EOS = 0, 1, 2     # padding, beginning and end of a sequence
 
 
-def init_params(cfg, rng, dtype=np.float32):
-    """E, Wx, Wh, b of the encoder (_enc) and of the decoder (_dec); Wo, bo."""
-    H, D, sizes, params = cfg.hidden, cfg.embed, vocabulary_sizes(cfg), {}
-    for part, V in zip(("enc", "dec"), sizes):
-        params["E_" + part] = 0.5 * rng.standard_normal((V, D))
-        params["Wx_" + part] = rng.standard_normal((D, 4 * H)) * D ** -0.5
-        params["Wh_" + part] = rng.standard_normal((H, 4 * H)) * H ** -0.5
-        params["b_" + part] = np.repeat([0.0, 1, 0, 0], H)      # the forget gate begins open
-    params["Wo"], params["bo"] = rng.standard_normal((H, sizes[1])) * H ** -0.5, np.zeros(sizes[1])
+def pad(sequences):
+    """Lists of ids -> ids (N, longest), each followed by PAD."""
+    ids = np.full((len(sequences), max(map(len, sequences))), PAD)
+    for row, sequence in zip(ids, sequences):
+        row[:len(sequence)] = sequence
+    return ids
+
+
+def make_batch(cfg, step, dtype=np.float32, held_out=False):
+    """-> source (N, S): letters; inputs (N, T): BOS, then the letters in reverse order; targets (N,
+    T): these, then EOS. Sequences whose ids sum to a multiple of 11 are held out."""
+    rng, source = np.random.default_rng((cfg.seed, step)), []
+    for n in rng.integers(2, cfg.length + 1, cfg.batch_size):
+        ids = rng.integers(3, len(VOCAB), n)
+        while (ids.sum() % 11 == 0) != held_out:
+            ids = rng.integers(3, len(VOCAB), n)
+        source.append(ids)
+    inputs = [[BOS, *ids[::-1]] for ids in source]
+    return pad(source), pad(inputs), pad([[*ids[::-1], EOS] for ids in source])
+
+
+def init_params(cfg, rng, dtype=np.float32, source_size=len(VOCAB), target_size=len(VOCAB)):
+    """encoder. and decoder.: E, Wx, Wh, b; Wo, bo. The variance of a matrix (n, m) is 1 / n."""
+    H, D = cfg.hidden, cfg.embed_dim
+    params = {"Wo": rng.standard_normal((H, target_size)) * H ** -0.5, "bo": np.zeros(target_size)}
+    for name, V in (("encoder", source_size), ("decoder", target_size)):
+        params[f"{name}.E"] = 0.5 * rng.standard_normal((V, D))
+        params[f"{name}.Wx"] = rng.standard_normal((D, 4 * H)) * D ** -0.5
+        params[f"{name}.Wh"] = rng.standard_normal((H, 4 * H)) * H ** -0.5
+        params[f"{name}.b"] = np.repeat([0.0, 1.0, 0.0, 0.0], H)        # forget gates begin open
     return {name: value.astype(dtype) for name, value in params.items()}
 
 
-def lstm_weights(params, part):
-    """E, Wx, b and Wh of the encoder or the decoder."""
-    return [params[f"{name}_{part}"] for name in ("E", "Wx", "b", "Wh")]
+def token_lstm_forward(params, name, ids, state=()):
+    """ids (N, T), state: h0 and c0 (N, H), or zeros -> every h (T, N, H), the last c (N, H)."""
+    E, Wx, Wh, b = (params[f"{name}.{key}"] for key in ("E", "Wx", "Wh", "b"))
+    x, embed = embedding_forward(ids.T, E)                  # (T, N, D)
+    T, N, D = x.shape
+    h0, c0 = state or np.zeros((2, N, len(Wh)), x.dtype)
+    z, project = linear_forward(x.reshape(T * N, D), Wx, b)
+    mask = (ids.T != PAD)[:, :, None]                       # (T, N, 1)
+    out, lstm = masked_lstm_forward(z.reshape(T, N, -1), h0, c0, Wh, mask)
+    return out, (name, embed, project, lstm, x.shape)
 
 
-def read_source(params, source, mask):
-    """Read the source -> the state after its last symbol, (h, c), and a cache."""
-    E, Wx, b, Wh = lstm_weights(params, "enc")
-    zero = np.zeros((source.shape[1], len(Wh)), Wh.dtype)
-    (h, c), cache = symbol_lstm_forward(source, E, Wx, b, zero, zero, Wh, mask)
-    return (h[-1], c), cache
+def token_lstm_backward(dh, dc, cache):
+    """-> gradients under the keys of params, dh0, dc0."""
+    name, embed, project, lstm, (T, N, D) = cache
+    dz, dh0, dc0, dWh = masked_lstm_backward(dh, dc, lstm)
+    dx, dWx, db = linear_backward(dz.reshape(T * N, -1), project)
+    dE = embedding_backward(dx.reshape(T, N, D), embed)
+    return {f"{name}.E": dE, f"{name}.Wx": dWx, f"{name}.Wh": dWh, f"{name}.b": db}, dh0, dc0
 
 
-def decoder_step(params, symbols, state):
-    """One symbol a sequence, (N,) -> log-probabilities of the next one (N, V), the state after it."""
-    E, Wx, b, Wh = lstm_weights(params, "dec")
-    (h, c), _ = symbol_lstm_forward(symbols[None], E, Wx, b, *state, Wh)
-    return log_softmax(linear_forward(h[0], params["Wo"], params["bo"])[0]), (h[0], c)
+def seq2seq_forward(params, source, inputs):
+    """-> logits (count, V): what follows each token of inputs (N, T), without padding."""
+    (h_source, c), encoder = token_lstm_forward(params, "encoder", source)
+    (h, _), decoder = token_lstm_forward(params, "decoder", inputs, (h_source[-1], c))
+    real = inputs.T != PAD                                  # (T, N)
+    logits, readout = linear_forward(h[real], params["Wo"], params["bo"])
+    return logits, (encoder, decoder, readout, real, h_source.shape, h.shape)
 
 
-def log_softmax(z):
-    """log of the softmax of every row.   z (N, V) -> (N, V)."""
-    z = z - z.max(axis=1, keepdims=True)
-    return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
-
-
-def own_inputs(params, state, inputs, forced):
-    """The decoder's inputs where it is not always forced: what it would say itself. They are chosen one after the
-    other, before the forward pass proper: a choice has no slope, so to forward and backward they are plain data."""
-    inputs = inputs.copy()
-    for t in range(len(inputs) - 1):
-        log_p, state = decoder_step(params, inputs[t], state)
-        inputs[t + 1] = np.where(forced[t + 1], inputs[t + 1], log_p.argmax(axis=1))
-    return inputs
-
-
-def seq2seq_forward(params, batch, cfg):
-    """A batch -> z (places that count, V), cache. All that the decoder learns of the source is one state."""
-    source, mask, inputs, forced, places, _ = batch
-    state, enc_cache = read_source(params, source, mask)
-    if not forced.all():
-        inputs = own_inputs(params, state, inputs, forced)
-    E, Wx, b, Wh = lstm_weights(params, "dec")
-    (h, _), dec_cache = symbol_lstm_forward(inputs, E, Wx, b, *state, Wh)     # no mask: after the end nothing counts
-    z, out_cache = linear_forward(h.reshape(-1, cfg.hidden)[places], params["Wo"], params["bo"])
-    return z, (enc_cache, dec_cache, out_cache, len(source), h.shape, places)
-
-
-def seq2seq_backward(dout, cache):
+def seq2seq_backward(dlogits, cache):
     """seq2seq_forward from bottom to top -> gradients under the keys of params."""
-    (enc_cache, dec_cache, out_cache, S, shape, places), grads = cache, {}
-    drows, grads["Wo"], grads["bo"] = linear_backward(dout, out_cache)
-    dh = np.zeros(shape, dout.dtype)
-    dh.reshape(-1, shape[2])[places] = drows
-    dE, dWx, db, dh0, dc0, dWh = symbol_lstm_backward(dh, np.zeros_like(dh[0]), dec_cache)
-    grads.update(E_dec=dE, Wx_dec=dWx, b_dec=db, Wh_dec=dWh)
-    dh = np.zeros((S, *dh0.shape), dout.dtype)
-    dh[-1] = dh0                                        # of the encoder's states only the last one leads on
-    dE, dWx, db, _, _, dWh = symbol_lstm_backward(dh, dc0, enc_cache)
-    grads.update(E_enc=dE, Wx_enc=dWx, b_enc=db, Wh_enc=dWh)
-    return grads
+    encoder, decoder, readout, real, source_shape, shape = cache
+    dh, dh_source = np.zeros(shape, dlogits.dtype), np.zeros(source_shape, dlogits.dtype)
+    dh[real], dWo, dbo = linear_backward(dlogits, readout)
+    grads, dh_source[-1], dc = token_lstm_backward(dh, np.zeros_like(dh[0]), decoder)
+    encoder_grads, _, _ = token_lstm_backward(dh_source, dc, encoder)
+    return {**grads, **encoder_grads, "Wo": dWo, "bo": dbo}
 
 
 def loss_and_grads(params, batch, cfg):
-    """One forward and one backward pass -> cross-entropy a symbol that counts, gradients under the keys of params."""
-    z, cache = seq2seq_forward(params, batch, cfg)
-    loss, loss_cache = softmax_cross_entropy_forward(z, batch[-1])
+    """One forward and one backward pass -> loss, gradients under the keys of params."""
+    source, inputs, targets = batch
+    logits, cache = seq2seq_forward(params, source, inputs)
+    loss, loss_cache = softmax_cross_entropy_forward(logits, targets.T[targets.T != PAD])
     return loss, seq2seq_backward(softmax_cross_entropy_backward(1.0, loss_cache), cache)
 
 
-def beam_search(step, state, limit, beam, penalty):
-    """The likeliest answers, nearly: of all beginnings keep the best few, at every step; a beam of 1 is greedy search.
-    A longer answer is less likely by its length alone, so they compete by log-probability / length ** penalty.
-    step(symbols (R,), state) -> log_p (R, V), state;  state: arrays with a row a sequence, N in all
-    -> symbols (N, up to limit), STOP to the right of the end; their log-probability (N,)."""
-    N = len(state[0])
-    state = tuple(np.repeat(s, beam, axis=0) for s in state)
-    said, length, ended = np.full((N, beam, 1), STOP), np.zeros((N, beam), int), np.zeros((N, beam), bool)
-    score = np.where(np.arange(beam) == 0, 0.0, -np.inf) * np.ones((N, 1))     # at first there is one beginning
-    row = np.arange(N)[:, None]
-    for _ in range(limit):
-        log_p, state = step(said[:, :, -1].ravel(), state)
-        V = log_p.shape[1]
-        log_p = np.where(ended[:, :, None], np.where(np.arange(V) == STOP, 0, -np.inf), log_p.reshape(N, beam, V))
-        length = length + ~ended
-        total = score[:, :, None] + log_p
-        best = np.argsort(-(total / length[:, :, None] ** penalty).reshape(N, -1), axis=1, kind="stable")[:, :beam]
-        origin, symbol, score = best // V, best % V, total.reshape(N, -1)[row, best]
-        state = tuple(s[(row * beam + origin).ravel()] for s in state)
-        said = np.concatenate([said[row, origin], symbol[:, :, None]], axis=2)
-        length, ended = length[row, origin], ended[row, origin] | (symbol == STOP)
-        if ended.all():
-            break
-    return said[:, 0, 1:], score[:, 0]
-
+# ---- training and demo ---------------------------------------------------------------------------
 
 def adam_update(params, grads, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
-    """m, v: running means of g and g^2, over 1 - beta^t since they start at 0;  w <- w - lr m / (sqrt v + eps)."""
+    """m, v: moving averages of g and g^2, divided by 1 - beta^t to correct for their start at 0;
+    w <- w - lr m / (sqrt(v) + eps)."""
     t = state["t"] = state.get("t", 0) + 1
-    step, scale = lr / (1 - beta1 ** t), (1 - beta2 ** t) ** -0.5
     for name, g in grads.items():
-        if "m " + name not in state:
-            state["m " + name], state["v " + name] = np.zeros_like(g), np.zeros_like(g)
-        m, v = state["m " + name], state["v " + name]
-        m += (1 - beta1) * (g - m)
-        v += (1 - beta2) * (g * g - v)
-        params[name] -= step * m / (np.sqrt(v) * scale + eps)
-
-
-def adamw_update(params, grads, state, lr, decay=0.01):
-    """Adam, and every matrix shrinks by lr decay, whatever its gradient was."""
-    for W in params.values():
-        if W.ndim > 1:
-            W *= 1 - lr * decay
-    adam_update(params, grads, state, lr)
+        m = state["m " + name] = beta1 * state.get("m " + name, 0) + (1 - beta1) * g
+        v = state["v " + name] = beta2 * state.get("v " + name, 0) + (1 - beta2) * g * g
+        m = m / (1 - beta1 ** t)
+        v = v / (1 - beta2 ** t)
+        params[name] -= lr * m / (np.sqrt(v) + eps)
 
 
 def learning_rate(step, cfg):
-    """lr at a step: up from 0 in warmup steps; then constant, or a tenth from 60 % and a hundredth from 85 % on (step),
-    or down a half cosine to 0."""
-    rise, done = min(1, step / max(cfg.warmup, 1)), step / cfg.steps
-    course = {"constant": 1, "step": 1 if done < 0.6 else 0.1 if done < 0.85 else 0.01,
-              "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
-    return cfg.lr * rise * course[cfg.schedule]
+    """Linear warmup times half a cosine, from step 1 on; the last step is small, not 0."""
+    warmup = min(1, step / max(1, cfg.warmup))
+    return cfg.lr * warmup * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / cfg.steps))
+
+
+def check_finite(loss, params=None):
+    """Raise FloatingPointError unless the loss and all parameters are finite, and below 1e10."""
+    if not all(np.abs(value).max() < 1e10 for value in (loss, *(params or {}).values())):
+        raise FloatingPointError(f"training diverged (loss {loss:.4g}); try a smaller --lr")
+
+
+def progress(steps, losses, note=lambda: ""):
+    """for step in progress(steps, losses): ... losses.append(loss).   Prints ten lines, or one per
+    minute: the mean loss since the line before, note(), the time left. Ctrl-C ends the loop after
+    the step at hand, a second Ctrl-C the program. A loss that is not finite raises an error."""
+    stopped = []
+
+    def stop(*signal_and_frame):
+        stopped.append(True)
+        signal.signal(signal.SIGINT, previous)          # the next Ctrl-C ends the program
+    main_thread = threading.current_thread() is threading.main_thread()
+    previous = main_thread and signal.signal(signal.SIGINT, stop)
+    start = printed = time.perf_counter()
+    first = before = len(losses)
+    try:
+        for step in range(first + 1, steps + 1):
+            yield step
+            check_finite(losses[-1])
+            now = time.perf_counter()
+            due = step % math.ceil(steps / 10) == 0 or step == steps or now > printed + 60
+            if due or stopped:
+                mean = sum(losses[before:]) / (step - before)
+                left = (now - start) / (step - first) * (steps - step)
+                print(f"step {step:6d}/{steps}  mean loss {mean:#.4g}{note()}  |  "
+                      f"{now - start:.1f} s  ({left:.0f} s left)", flush=True)
+                printed, before = now, step
+            if stopped:
+                print(f"stopped after step {step}; this is what has been learned so far")
+                break
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGINT, previous)
+
+
+def train(params, cfg, make_batch=make_batch, loss_and_grads=loss_and_grads, state=None,
+          losses=None, note=lambda: "", update=adam_update):
+    """Train params in place -> losses. Later parts pass their own functions, or resume."""
+    state = {} if state is None else state
+    losses = [] if losses is None else losses
+    for step in progress(cfg.steps, losses, note):
+        loss, grads = loss_and_grads(params, make_batch(cfg, step), cfg)
+        update(params, grads, state, learning_rate(step, cfg))
+        losses.append(float(loss))
+    check_finite(losses[-1], params)
+    return losses
+
+
+def decode_greedy(params, source, T):
+    """-> ids (N, T), each the likeliest after those before it."""
+    (h, c), _ = token_lstm_forward(params, "encoder", source)
+    ids = [np.full(len(source), BOS)]
+    for _ in range(T):
+        (h, c), _ = token_lstm_forward(params, "decoder", ids[-1][:, None], (h[-1], c))
+        ids.append((h[0] @ params["Wo"] + params["bo"]).argmax(axis=1))
+    return np.stack(ids[1:], axis=1)
+
+
+def print_result(task, cfg, **metrics):
+    """The last line of a run, for comparing runs: task, changed fields and seed, metrics."""
+    changed = {f.name: getattr(cfg, f.name) for f in fields(cfg)
+               if f.name == "seed" or getattr(cfg, f.name) != f.default}
+    line = f"result: task={task}"
+    for name, value in {**changed, **metrics}.items():
+        text = f"{value:#.4g}" if isinstance(value, float) else str(value)
+        line += f" {name}={text.replace(' ', '_')}"
+    print(line)
+
+
+def main(cfg):
+    """Train; write held-out sequences, as long as those of the training and longer."""
+    start, params = time.perf_counter(), init_params(cfg, np.random.default_rng(cfg.seed))
+    size = sum(p.size for p in params.values())
+    print(f"Reverse 2 to {cfg.length} letters: hidden {cfg.hidden}, lr {cfg.lr}, batch size "
+          f"{cfg.batch_size}, {size} parameters\nchance level: loss {math.log(27):.3f}")
+    losses = train(params, cfg)
+    source, _, targets = make_batch(replace(cfg, length=cfg.length + 4, batch_size=2000), 0, True)
+    right = (decode_greedy(params, source, targets.shape[1]) == targets) | (targets == PAD)
+    right, n = right.all(axis=1), (source != PAD).sum(axis=1)
+    exact = float(right[n <= cfg.length].mean())
+    check_finite(exact, params)
+    print(f"exact match: {exact:.2%} of held-out sequences of 2 to {cfg.length} letters\n\n"
+          f"Exact match. Rows: letters in the source; in training there were {cfg.length} at most")
+    for k in np.unique(n):
+        print(f"{k:5d} |{'#' * round(50 * right[n == k].mean()):50s}| {right[n == k].mean():.1%}")
+    print("\nNext: python seq2seq.py lengths      python seq2seq.py words")
+    print_result("reverse", cfg, exact=exact, params=size, steps=len(losses),
+                 seconds=time.perf_counter() - start)
+
+
+# ==== A complete program ends here. Typing along? End it with  main(Config())  and run it. ====
+# ==== The rest adds to it: beam search, scheduled sampling, letters, words, the bottleneck. =====
+
+MORE = """
+Break it (what to change, and what comes of it; exact match of the default run is 99.4 %)
+    token_lstm_forward: mask all True           20 %: the state runs on through the padding, of
+                                                which the held-out batch has more
+    seq2seq_forward: (0 * h_source[-1], 0 * c)  2 %: nothing comes from the source
+    make_batch: inputs of [*ids[::-1], EOS]     0 %, at a loss of 0.0007: the decoder reads the very
+                                                token that it has to write
+    seq2seq_backward: 0 * dh_source             99.5 %: wrong, and it learns all the same through
+                                                dc; so check gradients, not the loss
+    ... and 0 * dc as well                      87 %: an encoder that is not trained at all is still
+                                                a memory of some letters
+    python seq2seq.py --hidden 32               93 %, 72 % of 6 letters (16: 83 %, 48 %)
+    python seq2seq.py --length 12               90 %, 50 % of 12 letters
+    python seq2seq.py words --teacher-forcing 0 as good as with teacher forcing: such short targets
+                                                leave mistakes no time to add up
+
+Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
+    1. Derive and add a second layer in both LSTMs (Sutskever had four). Is the bottleneck wider?
+    2. Cho et al. 2014 give the encoder's last state to every step of the decoder, as a part of its
+       input. Derive it, add it, compare python seq2seq.py --length 10.
+    3. Let the teacher forcing ratio fall from 1 to 0 in the course of the training, as Bengio et
+       al. 2015 do. Is it better than a fixed one?
+
+Papers of these parts: Bengio et al. 2015 (scheduled sampling), Wu et al. 2016 (beam search with a
+length penalty), Pascanu et al. 2013 (clipping).
+"""
+
+import argparse
+import contextlib
+import ctypes
+import inspect
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse freed memory, which
+    libc = ctypes.CDLL(None)                                    # makes a step up to 3 times faster
+    libc.mallopt(-3, 1 << 30)
+    libc.mallopt(-1, -1)
+
+
+# ---- beam search ---------------------------------------------------------------------------------
+
+def log_softmax(logits):
+    """log of the softmax of every row.   logits (N, V) -> (N, V)."""
+    logits = logits - logits.max(axis=1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+def beam_search(step, state, N, limit, beam, length_penalty):
+    """Keep the best partial outputs of each of N sequences, K = beam of them, by log_p / length **
+    length_penalty; a beam of 1 is greedy decoding. step(ids (N K,), state) -> log_p (N K, V) of the
+    next token, state; state: a list of arrays with N K rows.
+    -> ids (N, T) of the best outputs, PAD after EOS; their log_p (N,)."""
+    row = np.arange(N)[:, None]
+    ids = np.full((N, beam, 1), BOS)
+    log_p = np.where(np.arange(beam) == 0, 0.0, -1e9) + np.zeros((N, 1))    # at first only one
+    length, ended = np.zeros((N, beam), int), np.zeros((N, beam), bool)
+    for _ in range(limit):
+        next_log_p, state = step(ids[:, :, -1].ravel(), state)
+        next_log_p = next_log_p.astype(float).reshape(N, beam, -1)
+        V = next_log_p.shape[2]
+        only_pad = np.where(np.arange(V) == PAD, 0.0, -1e9)
+        next_log_p = np.where(ended[:, :, None], only_pad, next_log_p)
+        length = length + ~ended
+        total = log_p[:, :, None] + next_log_p              # (N, K, V)
+        score = (total / length[:, :, None] ** length_penalty).reshape(N, beam * V)
+        best = np.argsort(-score, axis=1, kind="stable")[:, :beam]
+        origin, token = best // V, best % V                 # (N, K) each
+        log_p = total[row, origin, token]
+        ids = np.concatenate([ids[row, origin], token[:, :, None]], axis=2)
+        length, ended = length[row, origin], ended[row, origin] | (token == EOS)
+        state = [array[(beam * row + origin).ravel()] for array in state]
+        if ended.all():
+            break
+    return ids[:, 0, 1:], log_p[:, 0]
+
+
+def decode_beam(params, source, limit, beam, length_penalty):
+    """-> ids (N, T) that beam_search finds, their log-probabilities (N,)."""
+    (h, c), _ = token_lstm_forward(params, "encoder", source)
+
+    def step(ids, state):
+        (h, c), _ = token_lstm_forward(params, "decoder", ids[:, None], state)
+        logits, _ = linear_forward(h[0], params["Wo"], params["bo"])
+        return log_softmax(logits), [h[0], c]
+
+    state = [np.repeat(array, beam, axis=0) for array in (h[-1], c)]
+    return beam_search(step, state, len(source), limit, beam, length_penalty)
+
+
+# ---- scheduled sampling: python seq2seq.py words --teacher-forcing 0.5 ---------------------------
+# With teacher forcing the decoder never reads its own mistakes. Bengio et al. 2015 give it, at
+# random, now the right token, now the one that it would have written.
+
+def sampled_inputs(params, source, inputs, forced):
+    """inputs (N, T), but where forced (N, T) is False, the likeliest token after those before it.
+    An argmax has no slope, so no gradient goes through the choice."""
+    (h, c), _ = token_lstm_forward(params, "encoder", source)
+    inputs = inputs.copy()
+    for t in range(inputs.shape[1] - 1):
+        (h, c), _ = token_lstm_forward(params, "decoder", inputs[:, t:t + 1], (h[-1], c))
+        logits = h[0] @ params["Wo"] + params["bo"]
+        likeliest = 1 + logits[:, 1:].argmax(axis=1)        # any but PAD
+        inputs[:, t + 1] = np.where(forced[:, t + 1], inputs[:, t + 1], likeliest)
+    return inputs
+
+
+def sampled_loss_and_grads(params, batch, cfg):
+    """loss_and_grads; the batch says last where the inputs are those of the target."""
+    source, inputs, targets, forced = batch
+    if not forced.all():
+        inputs = sampled_inputs(params, source, inputs, forced)
+    return loss_and_grads(params, (source, inputs, targets), cfg)
 
 
 def clip_norm(grads, limit):
-    """Scale all gradients so that their common norm is at most limit (Pascanu 2013) -> the norm before."""
+    """Scale all gradients so that their joint norm is at most limit, if limit is not 0 (Pascanu et
+    al. 2013).   -> the norm before."""
     norm = math.sqrt(sum(float((g * g).sum()) for g in grads.values()))
     if norm > limit > 0:
         for g in grads.values():
@@ -385,271 +468,330 @@ def clip_norm(grads, limit):
     return norm
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------
+# ---- letters and words: python seq2seq.py letters, python seq2seq.py words -----------------------
+# A source that is read backwards ends with what is written first (Sutskever et al. 2014).
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-SPELLED = ("STOP zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-           "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million "
-           "billion").split()
+NUMBERS = [*VOCAB[:3], *map(str, range(26))]
+DIGITS = [*VOCAB[:3], *"0123456789"]
+WORDS = [*VOCAB[:3], *("zero one two three four five six seven eight nine ten eleven twelve "
+                       "thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty "
+                       "thirty forty fifty sixty seventy eighty ninety hundred thousand "
+                       "million").split()]
 
 
-def vocabulary_sizes(cfg):
-    """Number of symbols in a source and in a target, STOP among the latter."""
-    return {"words": (10, len(SPELLED)), "translate": (26, 27)}.get(cfg.task, (10, 11))
+@dataclass
+class Letters:
+    """Translate 2 to 6 numbers from 0 to 25 into letters from a to z."""
+    pairs = "letters"       # a row of PAIRS; without a type it is no flag
+    length: int = 6         # most tokens of a source
+    reverse_source: bool = True  # the encoder reads the source backwards
+    teacher_forcing: float = 1.0  # teacher forcing ratio: share of inputs from the target
+    embed_dim: int = 64     # embedding dimension
+    hidden: int = 128       # hidden units of the encoder and of the decoder
+    batch_size: int = 32    # sequences per step
+    steps: int = 1200       # optimizer steps
+    lr: float = 0.01        # peak learning rate
+    warmup: int = 50        # steps of linear warmup
+    grad_clip: float = 1.0  # largest gradient norm
+    beam: int = 4           # beam width: partial outputs kept at each step
+    length_penalty: float = 0.7  # exponent of the length that log-probabilities are divided by
+    save: str = ""          # checkpoint file (.npz) to write at every line of progress
+    load: str = ""          # checkpoint file to resume from
+    seed: int = 0           # random seed
+
+
+@dataclass
+class Words(Letters):
+    """Write a number of 1 to 6 digits in English: 407 is four hundred seven."""
+    pairs = "words"
 
 
 def number_to_words(n):
-    """407 -> the places of four, hundred, seven in SPELLED."""
+    """407 -> ["four", "hundred", "seven"]."""
     if n < 20:
-        return [1 + n]
-    for unit, word in ((10 ** 9, "billion"), (10 ** 6, "million"), (1000, "thousand"), (100, "hundred")):
-        if n >= unit:
-            return number_to_words(n // unit) + [SPELLED.index(word)] + (number_to_words(n % unit) if n % unit else [])
-    return [19 + n // 10] + ([1 + n % 10] if n % 10 else [])
+        return [WORDS[3 + n]]
+    if n < 100:
+        return [WORDS[21 + n // 10]] + (number_to_words(n % 10) if n % 10 else [])
+    for size, name in ((10 ** 6, "million"), (1000, "thousand"), (100, "hundred")):
+        if n >= size:
+            rest = number_to_words(n % size) if n % size else []
+            return [*number_to_words(n // size), name, *rest]
 
 
-def draw_sources(cfg, n, rng, test):
-    """Random symbols (longest n, number of them); sources of three or more whose checksum is 0, one in eleven, are
-    kept for the test: in training their second symbol is changed, in the test all others are left out -> symbols, n."""
-    V, t = vocabulary_sizes(cfg)[0], np.arange(max(n))[:, None]
-    symbols = rng.integers(0, V, (len(t), len(n)))
-    if cfg.task == "words":
-        symbols[0] = np.where(n > 1, rng.integers(1, 10, len(n)), symbols[0])      # no number begins with 0
-    kept = (((t + 1) * symbols * (t < n)).sum(axis=0) % 11 == 0) & (n >= 3)
-    if test:
-        chosen = np.flatnonzero(kept | (n < 3))
-        return symbols[:, chosen], n[chosen]
-    symbols[1:2] = np.where(kept, (symbols[1:2] + 1) % V, symbols[1:2])
-    return symbols, n
+def draw_letters(rng, n, held_out):
+    """-> n ids of a source, NUMBERS, held out as in make_batch or not; of its target, VOCAB."""
+    while True:
+        ids = rng.integers(3, len(VOCAB), n).tolist()
+        if (sum(ids) % 11 == 0) == held_out:
+            return ids, ids
 
 
-def make_batch(cfg, rng, dtype=np.float32, lengths=None):
-    """-> source (S, N), its mask (S, N, 1), inputs of the decoder (T, N) if it is forced, where it is (T, N), places
-    that count (numbers t N + n), their targets. lengths: a test of sources of these lengths, not all of which are used.
-    reverse: say it backwards.   translate: 0 is a, 25 is z.   words: a number's digits, then its English words."""
-    n = rng.integers(1, cfg.length + 1, (2, cfg.batch)).max(axis=0) if lengths is None else lengths   # more long ones
-    symbols, n = draw_sources(cfg, n, rng, lengths is not None)
-    (S, N), t = symbols.shape, np.arange(len(symbols))[:, None]
-    if cfg.task == "words":
-        numbers = (np.where(t < n, symbols, 0) * 10 ** np.maximum(n - 1 - t, 0)).sum(axis=0)
-        answers = [number_to_words(int(k)) for k in numbers]
-        m = np.array([len(a) for a in answers])
-        answer = np.zeros((max(m), N), int)
-        answer.T[np.arange(max(m)) < m[:, None]] = np.concatenate(answers)
-    else:
-        m, answer = n, 1 + (symbols if cfg.task == "translate" else symbols[np.maximum(n - 1 - t, 0), np.arange(N)])
-    t = np.arange(len(answer) + 1)[:, None]
-    target = np.where(t < m, np.concatenate([answer, answer[:1]]), STOP)
-    inputs = np.concatenate([np.full((1, N), STOP), target[:-1]])
-    t = np.arange(S)[:, None]
-    if cfg.source == "backwards":
-        symbols = symbols[np.where(t < n, n - 1 - t, t), np.arange(N)]
-    forced = rng.random(inputs.shape) < cfg.forcing
-    says = np.arange(len(target))[:, None] <= m
-    return symbols, (t < n)[:, :, None], inputs, forced, np.flatnonzero(says), target[says]
+def draw_reversal(rng, n, held_out):
+    """-> n ids of a source, letters, and of its target: the letters in reverse order."""
+    ids, _ = draw_letters(rng, n, held_out)
+    return ids, ids[::-1]
 
 
-# ---- pictures in text ------------------------------------------------------------------------------------------------
+def draw_number(rng, n, held_out):
+    """-> ids of a source, n DIGITS, and of its target, WORDS. From 100 on multiples of 11 are held
+    out, below no number is."""
+    while True:
+        number = int(rng.integers(10 ** (n - 1) * (n > 1), 10 ** n))
+        if n < 3 or (number % 11 == 0) == held_out:
+            source = [DIGITS.index(digit) for digit in str(number)]
+            return source, [WORDS.index(word) for word in number_to_words(number)]
 
-SHADES = np.array(list(" .:-=+*#%@"))
+
+# draws a pair; tokens of sources, of targets; what is between them; fewest; more of them in tests
+PAIRS = {"reverse": (draw_reversal, (VOCAB, VOCAB), ("", ""), 2, 4),
+         "letters": (draw_letters, (NUMBERS, VOCAB), (" ", ""), 2, 4),
+         "words": (draw_number, (DIGITS, WORDS), ("", " "), 1, 0)}      # no million in training
+
+
+def draw_pairs(cfg, rng, lengths, held_out):
+    """Pairs with sources of these lengths -> source, inputs, targets, as of make_batch."""
+    draw, *_ = PAIRS[cfg.pairs]
+    pairs = [draw(rng, n, held_out) for n in lengths]
+    source = pad([ids[::-1] if cfg.reverse_source else ids for ids, _ in pairs])
+    inputs = pad([[BOS, *ids] for _, ids in pairs])
+    return source, inputs, pad([[*ids, EOS] for _, ids in pairs])
+
+
+def pairs_batch(cfg, step, dtype=np.float32):
+    """-> draw_pairs of random lengths; forced (N, T): where the decoder reads the target."""
+    rng, (_, _, _, fewest, _) = np.random.default_rng((cfg.seed, step)), PAIRS[cfg.pairs]
+    lengths = rng.integers(fewest, cfg.length + 1, cfg.batch_size)
+    source, inputs, targets = draw_pairs(cfg, rng, lengths, False)
+    forced = (rng.random(inputs.shape) < cfg.teacher_forcing) | (inputs == PAD)
+    return source, inputs, targets, forced
+
+
+def init_pairs(cfg, rng, dtype=np.float32):
+    """init_params for the vocabularies of cfg.pairs."""
+    _, vocabs, *_ = PAIRS[cfg.pairs]
+    return init_params(cfg, rng, dtype, *map(len, vocabs))
+
+
+def agree(written, targets):
+    """-> (N, T): where written (N, any number) is targets (N, T), or targets is padding."""
+    T = targets.shape[1]
+    written = np.pad(written, ((0, 0), (0, T)), constant_values=PAD)[:, :T]
+    return (written == targets) | (targets == PAD)
+
+
+def exact_by_length(params, cfg, lengths):
+    """Greedy decoding of 200 held-out sources per length -> exact match by length; shares of right
+    tokens by position in the target, an array per length."""
+    rng, exact, shares = np.random.default_rng((cfg.seed, 10 ** 6)), [], []
+    for n in lengths:
+        source, _, targets = draw_pairs(cfg, rng, [n] * 200, True)
+        right = agree(decode_greedy(params, source, targets.shape[1]), targets)
+        real = targets != PAD
+        exact.append(float(right.all(axis=1).mean()))
+        shares.append((right & real).sum(axis=0) / real.sum(axis=0))
+    check_finite(np.sum(exact), params)
+    return exact, shares
+
+
+def text(cfg, ids, side):
+    """The tokens of ids before EOS, of a source (side 0) or of a target (side 1)."""
+    _, vocabs, between, _, _ = PAIRS[cfg.pairs]
+    ids = [*ids, EOS]
+    return between[side].join(vocabs[side][i] for i in ids[:ids.index(EOS)] if i != PAD)
+
+
+def show_search(params, cfg, n):
+    """Beam search beside greedy decoding for 200 held-out sources of n tokens.   -> exact match of
+    both."""
+    rng = np.random.default_rng((cfg.seed, 10 ** 6, n))
+    source, _, targets = draw_pairs(cfg, rng, [n] * 200, True)
+    limit, found = targets.shape[1] + 2, {}
+    for name, beam in (("greedy", 1), (f"beam {cfg.beam}", cfg.beam)):
+        ids, log_p = decode_beam(params, source, limit, beam, cfg.length_penalty)
+        found[name] = ids, log_p, agree(ids, targets).all(axis=1)
+    (_, greedy_p, greedy), *_, (_, beam_p, best) = found.values()
+    likelier = np.flatnonzero(beam_p > greedy_p + 1e-5)
+    for k in [*likelier, 0, 1][:2]:
+        print(f"    {text(cfg, source[k, ::-1 if cfg.reverse_source else 1], 0)}")
+        for name, (ids, log_p, right) in found.items():
+            wrong = "" if right[k] else "   (wrong)"
+            print(f"        {name:8s}{log_p[k]:8.4f}  {text(cfg, ids[k], 1)}{wrong}")
+    print(f"    {n} tokens: exact match {greedy.mean():.1%} by greedy decoding, {best.mean():.1%} "
+          f"by a beam of {cfg.beam};\n    its output has a higher log-probability for "
+          f"{len(likelier)} of 200 sources")
+    return float(greedy.mean()), float(best.mean())
+
+
+def heading(cfg, params):
+    """What is learned, and the chance level."""
+    _, (_, vocab), _, fewest, _ = PAIRS[cfg.pairs]
+    size, reading = sum(p.size for p in params.values()), ("forwards", "backwards")
+    print(f"{cfg.pairs}, sources of {fewest} to {cfg.length} tokens, read "
+          f"{reading[cfg.reverse_source]}: hidden {cfg.hidden}, lr {cfg.lr},\nbatch size "
+          f"{cfg.batch_size}, {size} parameters\nchance level: loss {math.log(len(vocab) - 2):.3f}")
+    return size
+
+
+def run_pairs(cfg):
+    """Train; exact match by length; greedy decoding and beam search."""
+    start, state, losses = time.perf_counter(), {}, []
+    params = init_pairs(cfg, np.random.default_rng(cfg.seed))
+    meta = dict(task=cfg.pairs, reverse_source=cfg.reverse_source)
+    if cfg.load:
+        load_checkpoint(cfg.load, meta, params, state, losses)
+    if cfg.save:
+        save_checkpoint(cfg.save, meta, params, state, losses, dry_run=True)
+    size = heading(cfg, params)
+
+    def note():
+        if cfg.save:
+            save_checkpoint(cfg.save, meta, params, state, losses)
+        return ""
+
+    def clipped_update(params, grads, state, lr):
+        clip_norm(grads, cfg.grad_clip)
+        adam_update(params, grads, state, lr)
+
+    train(params, cfg, pairs_batch, sampled_loss_and_grads, state, losses, note, clipped_update)
+    *_, fewest, more = PAIRS[cfg.pairs]
+    lengths = range(fewest, cfg.length + 1)
+    shares, _ = exact_by_length(params, cfg, lengths)
+    exact = float(np.mean(shares))
+    print(f"exact match: {exact:.2%} of held-out sources\n\n"
+          "Exact match. Rows: tokens in the source")
+    for n, share in zip(lengths, shares):
+        print(f"{n:5d} |{'#' * round(50 * share):50s}| {share:.1%}")
+    print("\nHeld-out sources, what is written, and the log-probability of it:")
+    greedy, beam = show_search(params, cfg, cfg.length)
+    if more:
+        show_search(params, cfg, cfg.length + 1)
+    print("\nNext: python seq2seq.py words --teacher-forcing 0.5      python seq2seq.py lengths")
+    print_result(cfg.pairs, cfg, exact=exact, greedy=greedy, beam_exact=beam, params=size,
+                 steps=len(losses), seconds=time.perf_counter() - start)
+
+
+# ---- the bottleneck: python seq2seq.py lengths ---------------------------------------------------
+
+@dataclass
+class Lengths(Config):
+    """Exact match by length, inside and beyond training; sources read forwards and backwards."""
+    steps: int = 1100       # optimizer steps
+    pairs: Literal["reverse", "letters", "words"] = "reverse"  # what is read and written
+
+
+@dataclass
+class Reverse(Letters):
+    """Write letters in reverse order."""
+    pairs = "reverse"
+
+
+KINDS = {"reverse": Reverse, "letters": Letters, "words": Words}
 
 
 def shade(values):
-    """Numbers from 0 to 1 -> characters from blank to dark, in an array of the same shape."""
-    return SHADES[(np.clip(values, 0, 1) * 9.99).astype(int)]
+    """Numbers from 0 to 1 -> characters from blank (0) to @ (1), in an array of the same shape."""
+    shades = np.array(list(" .:-=+*#%@"))
+    return shades[(np.clip(values, 0, 1) * 9.99).astype(int)]
 
 
-def loss_curve(losses, width=60):
-    """The losses from first to last in one line of text, dark where high (the scale is logarithmic)."""
-    means = np.log([np.mean(part) + 1e-12 for part in np.array_split(losses, min(width, len(losses)))])
-    return "".join(shade((means - means.min()) / (np.ptp(means) + 1e-12)))
+def padding_effect(params, batch, cfg):
+    """The largest change of the loss or a gradient when five columns of padding are added, and the
+    embedding of padding is another one."""
+    longer = [np.pad(array, ((0, 0), (0, 5)), constant_values=PAD) for array in batch]
+    other = {**params, "encoder.E": params["encoder.E"].copy()}
+    other["encoder.E"][PAD] += 1
+    loss, grads = loss_and_grads(params, batch, cfg)
+    other_loss, other_grads = loss_and_grads(other, longer, cfg)
+    changes = [np.abs(grads[name] - other_grads[name]).max() for name in grads]
+    return max(abs(float(loss - other_loss)), float(max(changes)))
 
 
-# ---- training and demo -----------------------------------------------------------------------------------------------
+def run_lengths(cfg):
+    """Train twice; where in the targets the mistakes are; a table."""
+    start, rows, metrics = time.perf_counter(), [], {}
+    common = {name: value for name, value in vars(cfg).items() if name != "pairs"}
+    *_, fewest, more = PAIRS[cfg.pairs]
+    lengths = range(fewest, cfg.length + more + 1)
+    for reverse_source, reading in ((False, "forwards"), (True, "backwards")):
+        kind = KINDS[cfg.pairs](reverse_source=reverse_source, **common)
+        params = init_pairs(kind, np.random.default_rng(cfg.seed))
+        heading(kind, params)
+        losses = train(params, kind, pairs_batch, sampled_loss_and_grads)
+        exact, shares = exact_by_length(params, kind, lengths)
+        print("\nShare of right tokens. Columns: positions in the target; rows: tokens in the "
+              f"source,\nread {reading}, in training {cfg.length} at most; blank is 0, @ is 1")
+        for n, share in zip(lengths, shares):
+            print(f"{n:5d} |{' '.join(shade(share))}|")
+        print()
+        rows.append((reading, [100 * x for x in exact]))
+        metrics[reading] = float(np.mean(exact[:cfg.length + 1 - fewest]))
+        if len(losses) < cfg.steps:                         # Ctrl-C
+            break
+    print("Exact match (%) by tokens in the source; right of the bar: more than in training")
+    for name, cells in (("tokens", lengths), *rows):
+        cells = [f"{x:6.3g}" for x in cells]
+        cut = cfg.length + 1 - fewest
+        print(f"{name:>10s} {''.join(cells[:cut])}  |{''.join(cells[cut:])}")
+    source, inputs, targets, _ = pairs_batch(kind, 0)
+    change = padding_effect(params, (source, inputs, targets), kind)
+    print("\nFive more columns of padding, with another embedding, change the loss and all "
+          f"gradients\nby {change:.0e} at most")
+    print("\nNext: python seq2seq.py lengths --pairs words      python attention.py lengths")
+    print_result("lengths", cfg, **metrics, padding=change,
+                 seconds=time.perf_counter() - start)
 
-def train_seq2seq(cfg, rng, quiet=False):
-    """Train new parameters, or go on with those of --load -> params, progress."""
-    params, state, first, about = init_params(cfg, rng), {}, 0, dict(task=cfg.task, source=cfg.source)
-    parts = {"params": params, "adam": state}
-    if cfg.load:
-        first = load_checkpoint(cfg.load, rng, about, parts)
-    if cfg.save:
-        save_checkpoint(cfg.save, first, rng, about, parts, trial=True)    # before the work, not after it
-    progress, clipped = Progress(cfg.steps, first + 1, quiet), 0
-    for step in progress:
-        loss, grads = loss_and_grads(params, make_batch(cfg, rng), cfg)
-        clipped += clip_norm(grads, cfg.clip) > cfg.clip > 0
-        adamw_update(params, grads, state, learning_rate(step, cfg), cfg.decay)
-        progress.report(loss)
-        if cfg.save and (step % 1000 == 0 or step == cfg.steps or progress.stopped):
-            save_checkpoint(cfg.save, step, rng, about, parts)
-    if clipped and not quiet:
-        print(f"the gradient was clipped to norm {cfg.clip} in {clipped} of {len(progress.losses)} steps")
-    return params, progress
 
+# ---- checkpoints ---------------------------------------------------------------------------------
 
-def save_checkpoint(path, step, rng, about, parts, trial=False):
-    """Everything that a training needs to go on, in an .npz file that is either whole or not there. about: what has to
-    be the same when it goes on; parts: {"params": dict of arrays, ...}, dicts of arrays and numbers. trial: only find
-    out whether it can be written, and leave what stands there."""
+def save_checkpoint(path, meta, params, state, losses, dry_run=False):
+    """All that a training needs to go on, in one .npz file; written beside it, then renamed. meta:
+    what must agree on loading. dry_run: only try whether it can be written.   Raises InputError."""
     require(not os.path.isdir(path), f"--save {path}", "a file", "a folder")
-    arrays = {f"{part} {name}": a for part, named in parts.items() for name, a in named.items()}
-    arrays["about"] = np.array(json.dumps({**about, "step": step, "rng": rng.bit_generator.state}))
+    check_finite(0.0, params)                           # never over a good one
+    arrays = {f"params {name}": value for name, value in params.items()}
+    arrays.update({f"state {name}": value for name, value in state.items()})
+    beside = f"{path}.{os.getpid()}"
     try:
-        with open(path + ".tmp", "wb") as file:
-            np.savez(file, **arrays)
-        os.remove(path + ".tmp") if trial else os.replace(path + ".tmp", path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
-        raise InputError(f"--save {path}: expected a place to write to, found: {error.strerror}") from None
+        with open(beside, "wb") as file:
+            np.savez(file, meta=json.dumps(meta), losses=losses, **arrays)
+        os.remove(beside) if dry_run else os.replace(beside, path)
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError):
+            os.remove(beside)
+        raise InputError(f"--save {path}: expected a file to write, found: {error}") from None
 
 
 def read_checkpoint(path):
-    """A file of save_checkpoint -> about, arrays by name."""
+    """A file of save_checkpoint -> meta, losses, arrays by name.   Raises InputError."""
     try:
-        zipfile.ZipFile(path).close()                   # an .npz is a zip file of arrays; np.load takes others, too
-        with np.load(path, allow_pickle=False) as saved:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
             arrays = dict(saved)
-        about = json.loads(str(arrays.pop("about")))
-        return {**about, "step": int(about["step"]), "rng": dict(about["rng"])}, arrays
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        found = getattr(error, "strerror", None) or error
-        raise InputError(f"--load {path}: expected a file that --save wrote, found: {found}") from None
+        meta, losses = json.loads(str(arrays.pop("meta"))), arrays.pop("losses").tolist()
+        return dict(meta), list(losses), arrays
+    except Exception as error:                          # there are many ways to be damaged
+        raise InputError(f"--load {path}: expected a file of --save, found: {error}") from None
 
 
-def load_checkpoint(path, rng, about, parts):
-    """Fill rng and parts from a file of save_checkpoint; what it is about must be the same -> number of steps done."""
-    found, arrays = read_checkpoint(path)
-    for name, value in about.items():
-        require(found.get(name) == value, f"--load {path}", f"{name} {value}", found.get(name))
-    for part, named in parts.items():
-        held = {name[len(part) + 1:]: a if a.ndim else a.item() for name, a in arrays.items()
-                if name.startswith(part + " ")}
-        for name in sorted(named.keys() | held.keys()) if part == "params" else ():
-            shape, other = (np.shape(d[name]) if name in d else "no such array" for d in (named, held))
-            require(shape == other, f"--load {path}", f"{name} {shape}", other)
-        named.update(held)
-    rng.bit_generator.state = found["rng"]
-    print(f"going on from {path}, after {found['step']} steps")
-    return found["step"]
+def load_checkpoint(path, meta, params, state, losses):
+    """Fill params, state, losses from a file of save_checkpoint; meta and shapes must agree."""
+    found, past, arrays = read_checkpoint(path)
+    for name, value in meta.items():
+        require(found.get(name) == value, f"--load {path}", f"{name} {value!r}", found.get(name))
+    saved = {name[7:]: value for name, value in arrays.items() if name.startswith("params ")}
+    for name in sorted(saved.keys() | params.keys()):
+        old, new = (d[name].shape if name in d else "no such array" for d in (saved, params))
+        require(old == new, f"--load {path}", f"{name} {new}", old)
+    params.update(saved)
+    state.update({name[6:]: value if value.ndim else value.item()
+                  for name, value in arrays.items() if name.startswith("state ")})
+    losses.extend(past)
+    print(f"resuming {path} after {len(past)} steps")
 
 
-def answer(params, batch, cfg, beam):
-    """Search answers to the sources of a batch -> symbols (N, T'), log-probabilities (N,), which are right (N,)."""
-    source, mask, inputs = batch[:3]
-    limit = len(inputs) + 2
-    said, log_p = beam_search(lambda symbols, state: decoder_step(params, symbols, state),
-                              read_source(params, source, mask)[0], limit, beam, cfg.penalty)
-    ours, right = np.full((2, len(said), limit), STOP)
-    ours[:, :said.shape[1]], right[:, :limit - 3] = said, inputs[1:].T
-    return said, log_p, (ours == right).all(axis=1)
-
-
-def exact_by_length(params, cfg, beyond=4, tests=300):
-    """Share of held-out sources answered without a mistake, greedily, a length: those trained on and some beyond."""
-    return [float(answer(params, unseen(cfg, n, tests), cfg, 1)[2].mean()) for n in range(1, cfg.length + beyond + 1)]
-
-
-def unseen(cfg, n, tests):
-    """A batch of sources of length n that no training has seen (but for n = 1 and 2, of which there are too few)."""
-    return make_batch(cfg, np.random.default_rng(1000 + n), lengths=np.full(tests * (11 if n > 2 else 1), n))
-
-
-def spell(cfg, source, said):
-    """Symbols as text: a source and an answer."""
-    source = " ".join(map(str, source)) if cfg.task == "translate" else "".join(
-        map(str, source) if cfg.task == "words" else (LETTERS[s] for s in source))
-    said = list(said[:np.flatnonzero(said == STOP)[0] if STOP in said else None])
-    return source, " ".join(SPELLED[s] for s in said) if cfg.task == "words" else "".join(LETTERS[s - 1] for s in said)
-
-
-def show_search(params, cfg):
-    """Answers and their log-probabilities, greedy and by beam search: of a trained length, then of a longer one."""
-    print(f"Log-probabilities of the answers found by greedy search and with a beam of {cfg.beam}:")
-    for n in (cfg.length, cfg.length + 1):
-        batch = unseen(cfg, n, 300)
-        greedy, beam = answer(params, batch, cfg, 1), answer(params, batch, cfg, cfg.beam)
-        likelier = np.flatnonzero(beam[1] > greedy[1] + 1e-5)
-        for k in [*likelier[:2], 0, 1][:2]:
-            source = batch[0][:, k][::-1 if cfg.source == "backwards" else 1]
-            for name, (said, log_p, right) in (("greedy", greedy), ("beam", beam)):
-                text, words = spell(cfg, source, said[k])
-                print(f"  {text if name == 'greedy' else '':{len(text)}s}  {name:6s} {log_p[k]:8.4f}  {words}"
-                      f"{'' if right[k] else '   (wrong)'}")
-        print(f"  length {n}: the beam finds a likelier answer in {len(likelier) / len(greedy[1]):.1%}; "
-              f"right: greedy {greedy[2].mean():.1%}, beam {beam[2].mean():.1%}")
-
-
-def other_padding(batch):
-    """The same batch with other symbols where there is padding, in the source and in the decoder's inputs."""
-    source, mask, inputs, forced, places, targets = batch
-    says = np.zeros(inputs.size, bool)
-    says[places] = True
-    return np.where(mask[:, :, 0], source, 1), mask, np.where(says.reshape(inputs.shape), inputs, 2), *batch[3:]
-
-
-def show_padding(params, cfg, rng):
-    """Put other symbols where there is padding and measure what changes."""
-    batch = make_batch(cfg, rng)
-    (loss, grads), (loss2, grads2) = (loss_and_grads(params, b, cfg) for b in (batch, other_padding(batch)))
-    worst = max(float(np.abs(grads[k] - grads2[k]).max()) for k in grads)
-    print(f"\n{1 - batch[1].mean():.0%} of the source and {1 - len(batch[4]) / batch[2].size:.0%} of the target are "
-          "padding. Other symbols there change\n"
-          f"the loss by {abs(loss - loss2):.0e}, no gradient by more than {worst:.0e}")
-
-
-def show_table(table):
-    """Exact match by length of the source: rows (task, reading, longest trained length, shares by length)."""
-    print("\nExact match (%) by length of the source; right of the bar: longer than any in training.\n"
-          "Of 3 symbols and more, sources that no training has seen; of 1 and 2 there are too few for that")
-    width = max(len(shares) for *_, shares in table)
-    print(" " * 22 + "".join(f"{n:6d}" for n in range(1, width + 1)))
-    for task, source, trained, shares in table:
-        cells = "".join(f"{'|' if n == trained else '':1s}{100 * share:5.1f}" for n, share in enumerate(shares))
-        print(f"{task:10s} {source:11s}{cells}")
-
-
-def main(cfg):
-    """Run one task; or all three, with every source read forwards and backwards."""
-    start, rng, figures, table = time.perf_counter(), np.random.default_rng(cfg.seed), {}, []
-    examples, seconds, size, steps, stopped = 0, 0.0, 0, 0, False
-    print("seq2seq.py: one sequence in, another out, of another length")
-    for task in ("reverse", "translate", "words") if cfg.task == "demo" else (cfg.task,):
-        part = replace(cfg, task=task)
-        if cfg.task == "demo":                          # its presets, but for flags
-            own = {k: v for k, v in PRESETS.get(task, {}).items() if getattr(cfg, k) == getattr(Config(), k)}
-            part = replace(part, **own)
-        other = "forwards" if part.source == "backwards" else "backwards"
-        for source in (part.source, other) if cfg.task == "demo" else (part.source,):
-            if stopped:
-                break
-            one, shown = replace(part, source=source), source == part.source
-            size = sum(p.size for p in init_params(one, np.random.default_rng(0)).values())
-            print(f"\n{task}, up to {one.length} symbols, read {source}: hidden {one.hidden}, lr {one.lr}, "
-                  f"batch {one.batch}, forcing {one.forcing}, {size} parameters")
-            print(f"chance level: loss {math.log(vocabulary_sizes(one)[1]):.3f}")
-            params, progress = train_seq2seq(one, rng, quiet=not shown)
-            table.append((task, source, one.length, exact_by_length(params, one)))
-            exact = float(np.mean(table[-1][3][:one.length]))
-            print(f"loss {loss_curve(progress.losses or [0])}\n{exact:.2%} of held-out sources of the trained lengths "
-                  f"answered without a mistake, {np.mean(table[-1][3][one.length:]):.2%} of longer ones")
-            if shown:
-                show_search(params, one)
-            figures["exact" if len(table) == 1 and cfg.task != "demo" else f"{task}_{source}"] = exact
-            examples, seconds = examples + len(progress.losses) * one.batch, seconds + progress.seconds
-            steps, stopped = steps + progress.step, progress.stopped
-    show_padding(params, one, rng)
-    show_table(table)
-    print("\nNext: python seq2seq.py --task words --forcing 0.5      python seq2seq.py --task translate --beam 10")
-    print_result(task=cfg.task, **figures, params=size, steps=steps, seconds=time.perf_counter() - start,
-                 examples_per_s=int(examples / max(seconds, 1e-9)))
-
-
-# ---- plumbing: the same in every lesson; whoever types along may stop here -------------------------------------------
+# ---- flags and errors: the same in every lesson --------------------------------------------------
 
 class InputError(ValueError):
-    """A flag, value or file that cannot be used; the program ends with its text in one line and exit status 2."""
+    """A flag, value or file that cannot be used: the program ends with one line, exit status 2."""
 
 
 def require(ok, what, expected, found):
@@ -658,40 +800,89 @@ def require(ok, what, expected, found):
         raise InputError(f"{what}: expected {expected}, found {found!r}")
 
 
-def read_flags(argv=None):
-    """Every field of Config is a flag, its comment the help text -> Config."""
+class Task(NamedTuple):
+    """What a command runs; gradcheck.py drives the same functions."""
+    config: type
+    init_params: object
+    make_batch: object
+    loss_and_grads: object
+    main: object
+
+
+MAY_BE_ZERO = ("seed", "warmup", "top_k", "crop", "window", "fuse", "patch")    # other int: >= 1
+ABOVE_ZERO = ("lr", "temperature")                                              # other float: >= 0
+
+
+def check(cfg):
+    """Raise InputError unless every value has the type of its field, is one of its choices, is
+    finite and in range, and CONSTRAINTS of this kind of Config hold."""
+    for f in fields(cfg):
+        flag, value = "--" + f.name.replace("_", "-"), getattr(cfg, f.name)
+        if get_args(f.type):
+            choices = get_args(f.type)
+            require(value in choices, flag, " or ".join(map(str, choices)), value)
+        elif f.type in (str, bool):
+            require(isinstance(value, f.type), flag, f.type.__name__, value)
+        elif f.type is int:
+            least = 0 if f.name in MAY_BE_ZERO else 1
+            require(type(value) is int, flag, "a whole number", value)
+            require(least <= value < 2 ** 31, flag, f"{least} or more, below 2^31", value)
+        else:
+            require(type(value) in (int, float), flag, "a number", value)
+            above = value > 0 if f.name in ABOVE_ZERO else value >= 0
+            least = "above 0" if f.name in ABOVE_ZERO else "0 or more"
+            require(above and value < math.inf, flag, f"a number {least}, and finite", value)
+    for ok, what, expected, found in CONSTRAINTS.get(type(cfg), lambda cfg: [])(cfg):
+        require(ok, what, expected, found)
+
+
+def read_flags(tasks, argv):
+    """-> the name of the task that argv begins with (else of the first), its Config: every field is
+    a flag, its comment the help text."""
     def fail(message):
-        raise InputError(f"{message} (--help lists the flags)")
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+        task = argv[0] if argv and argv[0] in tasks else next(iter(tasks))
+        late = "--task" in message or not tasks.keys().isdisjoint(argv[1:])
+        hint = "; tasks are commands: python FILE TASK --flags" if late else ""
+        raise InputError(f"{message} (python FILE {task} --help lists the flags{hint})")
+
+    parser = argparse.ArgumentParser(description=__doc__ + MORE, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
-    for field in fields(Config):
-        kind = dict(type=field.type, metavar=field.name.upper())
-        if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif get_args(field.type):
-            kind = dict(choices=get_args(field.type))
-        text = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
-        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=text, **kind)
-    known = parser.parse_known_args(argv)[0]
-    data, experiment = (getattr(known, name, "") for name in ("data", "experiment"))
-    for key in (known.task, f"{known.task} --data" if data else "", experiment):
-        parser.set_defaults(**PRESETS.get(key, {}))
-    return Config(**vars(parser.parse_args(argv)))
+    parser.error, commands = fail, parser.add_subparsers(dest="task", metavar="task")
+    for name, task in tasks.items():
+        command = commands.add_parser(name, help=task.config.__doc__, allow_abbrev=False,
+                                      description=task.config.__doc__)
+        command.error, comments = fail, {}
+        with contextlib.suppress(OSError, TypeError):   # no source text in a notebook cell
+            for c in reversed(task.config.__mro__[:-1]) if {"-h", "--help"} & set(argv) else ():
+                comments.update(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(c), re.M))
+        for f in fields(task.config):
+            kind = dict(type=f.type, metavar=f.name.upper())
+            if f.type is bool:
+                kind = dict(action=argparse.BooleanOptionalAction)
+            elif get_args(f.type):
+                kind = dict(choices=get_args(f.type))
+            text = f"{comments.get(f.name, '')} (default: {f.default!r})".replace("%", "%%")
+            flag = "--" + f.name.replace("_", "-")
+            command.add_argument(flag, default=f.default, help=text, **kind)
+    named = argv and (argv[0] in ("-h", "--help") or not argv[0].startswith("-"))
+    flags = vars(parser.parse_args(argv if named else [next(iter(tasks)), *argv]))
+    name = flags.pop("task")
+    cfg = tasks[name].config(**flags)
+    check(cfg)
+    return name, cfg
 
 
-def run(main):
-    """Call main with the Config of the flags; what is not a bug ends in one line, not in a traceback."""
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")      # each line at once, on any console
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)                           # `| head` ends the program quietly
-    np.seterr(over="ignore", invalid="ignore")          # a run that diverges shows in its loss, which Progress checks
-    with contextlib.suppress(AttributeError, OSError, TypeError):               # Linux: keep freed memory for reuse
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30), libc.mallopt(-1, -1)
+def run(tasks):
+    """Run what the command line asks for; user errors end in one line, without a traceback."""
+    if sys.stdout and sys.stdout is sys.__stdout__:     # a console, not a notebook
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+        with contextlib.suppress(AttributeError, ValueError):   # Windows; not the main thread
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends it quietly
+    np.seterr(over="ignore", invalid="ignore")          # divergence: see progress and check_finite
+    pasted = "ipykernel" in sys.argv[0]                 # into a notebook cell: argv is not ours
     try:
-        main(read_flags())
+        name, cfg = read_flags(tasks, [] if pasted else sys.argv[1:])
+        tasks[name].main(cfg)
     except (InputError, FloatingPointError, MemoryError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
@@ -699,50 +890,32 @@ def run(main):
         sys.exit(130)
 
 
-class Progress:
-    """for step in progress: ... progress.report(loss).   Prints about ten lines with the time left. Ctrl-C ends the
-    loop after the step at hand, a second one quits. A loss that is not finite raises FloatingPointError."""
-
-    def __init__(self, steps, first=1, quiet=False, lines=10):
-        self.steps, self.first, self.quiet, self.lines = steps, first, quiet, lines
-        self.step, self.losses, self.printed, self.stopped = first - 1, [], 0, False
-        self.start, self.seconds = time.perf_counter(), 0.0
-
-    def __iter__(self):
-        previous = signal.signal(signal.SIGINT, self.interrupt)
-        try:
-            while self.step < self.steps and not self.stopped:
-                self.step += 1
-                yield self.step
-        finally:
-            signal.signal(signal.SIGINT, previous)
-        if self.stopped:
-            print(f"stopped after step {self.step}; this is what has been learned so far")
-
-    def interrupt(self, signum, frame):
-        """Called on Ctrl-C."""
-        if self.stopped:
-            raise KeyboardInterrupt
-        self.stopped = True
-
-    def report(self, loss, note=lambda: ""):
-        """Keep the loss of this step; if a line is due, print it, with what note() says."""
-        if not np.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {self.step}: training diverged; try a smaller --lr")
-        self.losses.append(float(loss))
-        self.seconds = time.perf_counter() - self.start
-        if not self.quiet and (self.step % -(-self.steps // self.lines) == 0 or self.step == self.steps):
-            recent = self.losses[self.printed:]
-            self.printed = len(self.losses)
-            left = self.seconds / len(self.losses) * (self.steps - self.step)
-            print(f"step {self.step:6d}/{self.steps}  loss {sum(recent) / len(recent):.4f}{note()}  |  "
-                  f"{self.seconds:.1f} s  ({left:.0f} s left)")
+def lengths_fit(cfg):
+    """The constraints on lengths."""
+    *_, fewest, _ = PAIRS[cfg.pairs]
+    most = 9 if cfg.pairs == "words" else 10 ** 6
+    return [(fewest <= cfg.length <= most, "--length", f"{fewest} to {most}", cfg.length)]
 
 
-def print_result(**figures):
-    """The last line of a run, for comparing runs."""
-    print("result: " + " ".join(f"{k}={v:#.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items()))
+def letters_and_words_fit(cfg):
+    """The constraints on letters and words."""
+    ratio = cfg.teacher_forcing
+    return [*lengths_fit(cfg), (ratio <= 1, "--teacher-forcing", "at most 1", ratio)]
 
+
+CONSTRAINTS = {Config: lambda cfg: [(cfg.length >= 2, "--length", "2 or more", cfg.length)],
+               Letters: letters_and_words_fit, Words: letters_and_words_fit,
+               Lengths: lengths_fit}
+
+GRADCHECK = {"masked_lstm": lambda rng: dict(
+    z=rng.standard_normal((5, 3, 24)), h0=rng.standard_normal((3, 6)),
+    c0=rng.standard_normal((3, 6)), Wh=rng.standard_normal((6, 24)),
+    mask=np.arange(5)[:, None, None] < np.array([5, 3, 2])[:, None])}
+
+TASKS = {"reverse": Task(Config, init_params, make_batch, loss_and_grads, main),
+         "letters": Task(Letters, init_pairs, pairs_batch, sampled_loss_and_grads, run_pairs),
+         "words": Task(Words, init_pairs, pairs_batch, sampled_loss_and_grads, run_pairs),
+         "lengths": Task(Lengths, None, None, None, run_lengths)}
 
 if __name__ == "__main__":
-    run(main)
+    run(TASKS)

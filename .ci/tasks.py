@@ -47,8 +47,10 @@ FLOORS = {          # lesson: {task: {metric: at least (>=) or at most (<=)}}; o
         "probe": {"error": "<= 0.22", "raw_200": "<= 0.26", "untrained_200": "<= 0.32", "ratio": ">= 1.4",
                   "probe_2000": ">= 0.56"},
         "finetune": {"finetuned": ">= 0.27", "from_scratch": "<= 0.25"}, "cifar": FILE, "mnist": FILE},
-    "seq2seq.py": {"": {"reverse_forwards": ">= 0.99", "translate_backwards": ">= 0.99",
-                        "words_backwards": ">= 0.99"}},
+    "seq2seq.py": {
+        "reverse": {"exact": ">= 0.99"}, "letters": {"exact": ">= 0.985"},
+        "words": {"exact": ">= 0.99"},
+        "lengths": {"forwards": ">= 0.985", "backwards": ">= 0.97", "padding": "<= 0"}},
     "cnn.py": {
         "shapes": {"accuracy": ">= 0.97"}, "net": {"accuracy": ">= 0.97"},
         "gradients": {"range_batch": "<= 30", "range_none": ">= 1e4"},

@@ -108,6 +108,11 @@ REFUSED = {     # values that do not go together, or are out of range: command, 
         ("finetune --threads 99", "--threads --batch-size"), ("cifar", "--data"), ("mnist", "--data"),
         ("cifar --data nowhere", "nowhere cifar-10-binary.tar.gz"), ("cifar --crop 32", "--crop 32"),
         ("mnist --data nowhere", "nowhere train-images-idx3-ubyte.gz")],
+    "seq2seq.py": [
+        ("reverse --length 1", "--length 2"), ("letters --length 1", "--length 2"),
+        ("letters --teacher-forcing 1.5", "--teacher-forcing 1"), ("words --length 10", "--length 9"),
+        ("words --load nowhere.npz", "--load nowhere.npz"),
+        ("lengths --pairs words --length 10", "--length 9"), ("lengths --pairs foo", "--pairs foo")],
     "attention.py": [
         ("reverse --hidden 7", "--hidden even 7"), ("reverse --length 1", "--length 2"),
         ("copy --length 0", "--length 1"), ("copy --length 1", "--length 2"),

@@ -25,7 +25,8 @@ WORDS = {       # in code and text: what to write instead
         "outputs, depends, attends"}
 ALLOWED = {     # "file, word": why it is right there
     "nested_attention.py, letters?": "keys are drawn as a to z",
-    "attention.py, letters?": "words of a to z are reversed and copied"}
+    "attention.py, letters?": "words of a to z are reversed and copied",
+    "seq2seq.py, letters?": "words of a to z are reversed and translated"}
 NAMES = {       # of variables, functions, fields
     "answers": "targets", "kinds": "tokens", "Vocabulary": "tokenizer", "spell": "decode",
     "START": "BOS", "STOP": "EOS", "END": "EOS", "figures": "metrics", "corners": "window",
