@@ -105,18 +105,14 @@ import tokenize
 import traceback
 import types
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import get_args
 
-HERE = Path(__file__).resolve().parent
-ORDER = ("perceptron mlp vanilla_rnn lstm seq2seq attention nested_attention cnn transformer "
-         "translation mae").split()
+ORDER = "perceptron mlp vanilla_rnn lstm seq2seq attention nested_attention cnn transformer".split()
 FOUR = ("Config", "init_params", "make_batch", "loss_and_grads")
 
 class Failure(Exception):
     """What is wrong; hints, a list; the draw that shows it, if there is one."""
-
     def __init__(self, message, tips=(), draw=None):
         super().__init__(message)
         self.tips, self.draw = list(tips), draw
@@ -131,17 +127,12 @@ def sound(a, what):
     ok = a.dtype == np.float64 and np.isfinite(a).all()
     expect(ok, f"{what} is {a.dtype}, expected float64 without nan and inf")
 
-def unchanged(title, given, before):
-    """Failure if something has changed, of what was given by name."""
-    for k in before:
-        expect(same(given[k], before[k]), f"{title}: {k} was changed on the way, and not only read")
-
 # ---- how to call the operations that several lessons share ---------------------------------------
 # A case names the inputs in forward's order: "x 3 5" is normal numbers (3, 5), "ids<7 3" integers
 # below 7, "rate=0.3" a fixed value. A function of rng returns a dict of inputs, or a list of dicts.
 # Sizes differ and are above 2, so that a hint can name one. Inputs named in DATA have no gradient.
 
-DATA = {"targets", "running", "mask", "memory_mask", "features", "cos", "sin", "keep"}
+DATA = {"targets", "running", "mask", "memory_mask", "cos", "sin", "keep"}
 
 def inputs_of(case, rng):
     """The inputs that a case names -> dict."""
@@ -169,7 +160,6 @@ CASES = {
     "layernorm": "x 3 5, gamma 5, beta 5", "rmsnorm": "x 3 5, gamma 5",
     "batchnorm": each("x 6 5, gamma 5, beta 5", "running", *RUNNING),
     "batchnorm2d": each("x 3 6 7 5, gamma 5, beta 5", "running", *RUNNING),
-    "channelnorm": each("x 3 6 7 5, gamma 5, beta 5", "running", *RUNNING),
     "mse": "y 3 5, targets 3 5", "binary_cross_entropy": "logits 3 5, targets<2 3 5",
     "softmax_cross_entropy": "logits 3 5, targets<5 3",
     "smoothed_cross_entropy": each("logits 3 5, targets<5 3", "label_smoothing", 0.0, 0.3),
@@ -204,7 +194,6 @@ def cases_of(module, name):
     return []
 
 # ---- draws: numbers for an operation or a model, their slopes, the gradients ---------------------
-
 def draw_operation(module, name, case, seed):
     """-> a draw: arrays to move, by name; f, steps, size; given and run(given) -> gradients."""
     rng = np.random.default_rng(seed)
@@ -212,7 +201,8 @@ def draw_operation(module, name, case, seed):
     inputs = case(rng)
     before = copy.deepcopy(inputs)
     out, cache = call(forward, inputs.values(), 2)
-    unchanged(name, inputs, before)
+    for k in inputs:
+        expect(same(inputs[k], before[k]), f"{name}: {k} was changed on the way, and not only read")
     outs = out if isinstance(out, tuple) else (out,)
     R = [rng.standard_normal(np.shape(o))[()] for o in outs]
     wanted = [k for k, x in inputs.items() if k not in DATA
@@ -221,11 +211,9 @@ def draw_operation(module, name, case, seed):
     def by_name(values):                                # a dict of parameters is taken apart
         return {k if key is None else f"{k}[{key!r}]": v for k, value in zip(wanted, values)
                 for key, v in (value.items() if isinstance(value, dict) else [(None, value)])}
-
     def f():
         out, _ = forward(*inputs.values())
         return sum(float((o * r).sum()) for o, r in zip(out if len(R) > 1 else [out], R))
-
     def run(given):
         grads = call(backward, [*given["dout"], given["the cache"]])
         expect(grads is not None, f"{name}_backward returns None: is its return missing?")
@@ -233,7 +221,6 @@ def draw_operation(module, name, case, seed):
         count = f"{name}_backward: returns {len(grads)} gradient(s), expected {len(wanted)}"
         expect(len(grads) == len(wanted), f"{count}: {', '.join(wanted)}")
         return by_name(grads)
-
     arrays = by_name([inputs[k] for k in wanted])
     for what, x in (*arrays.items(), *((f"{name}_forward: out", np.asarray(o)) for o in outs)):
         sound(x, what)
@@ -251,13 +238,16 @@ def draw_model(model, seed):
         sound(p, f"init_params: {name}")
         p += 0.3 * rng.standard_normal(p.shape)         # a bias of 0 could hide a mistake
     given = {"a parameter": params, "the batch": draw_batch(make_batch, cfg, rng)}
+    with contextlib.suppress(Exception):                # T steps below the context, if it can that
+        batch = draw_batch(make_batch, replace(cfg, context=cfg.context // 2 + 1), rng)
+        function(params, batch, cfg)
+        given["the batch"] = batch
     loss, _, *more = copy.deepcopy(call(function, (*given.values(), cfg)))  # more: carried over
 
     def run(given):
         loss, grads, *_ = call(function, (*given.values(), cfg, *more), 2 + len(more))
         expect(isinstance(grads, dict), f"{title}: expected: loss_and_grads -> number, dict")
         return dict(grads)
-
     return types.SimpleNamespace(
         title=title, arrays=params, f=lambda: float(function(*given.values(), cfg, *more)[0]),
         steps=random_steps(params, rng), size=abs(float(loss)), run=run, given=given)
@@ -283,7 +273,8 @@ def judge(d):
     """Get the gradients of a draw and compare them with its slopes.   Raises Failure."""
     given = copy.deepcopy(d.given)
     d.grads = copy.deepcopy(d.run(given))               # the next call may change the same object
-    unchanged(d.title, given, d.given)
+    for k in given:
+        expect(same(given[k], d.given[k]), f"{d.title}: {k} was changed on the way, not only read")
     if not same(d.grads, d.run(given)):
         raise Failure(f"{d.title}: a second call gives another result", [
             "does a gradient live on, in a dict made outside or a default argument, and adds up?"])
@@ -328,7 +319,6 @@ def same(a, b, tolerance=0):
 near = functools.partial(same, tolerance=1e-5)          # as far as numeric slopes can tell
 
 # ---- diagnosis: what kind of mistake gives just these numbers? -----------------------------------
-
 def explain_operation(module, d):
     """A wrong gradient of an operation: what is wrong, how, and in which line.   -> Failure."""
     name, tree = next(iter(d.wrong)), module.functions[d.title + "_backward"]
@@ -375,8 +365,7 @@ def hints(a, name, numeric, d):
         if a.shape[k] > 1 and near(rest, np.zeros(a.shape)):
             return f"off by the same number along axis {k}: is a sum or mean over it missing?"
     targets, ids, mask = (np.asarray(d.inputs.get(key)) for key in ("targets", "ids", "mask"))
-    columns = np.arange(off.shape[-1])
-    if targets.ndim == 1 and np.array_equal(off, columns == targets[:, None]):
+    if targets.ndim == 1 and np.array_equal(off, np.arange(off.shape[-1]) == targets[:, None]):
         return "wrong only at the targets: look at the part with the one-hot vector"
     if mask.ndim and mask.shape[:-1] == off.shape[:-1] and not (off & mask.all(axis=0)).any():
         return "right in sequences without padding: something is missing where mask is false"
@@ -386,21 +375,21 @@ def hints(a, name, numeric, d):
     if len(wrong) > 2 and wrong.sum() == len(wrong) - 1 and not wrong[[0, -1]].all():
         end, what = ("last", "later") if wrong[0] else ("first", "earlier")
         return f"right only at the {end} of axis 0: is what comes from {what} steps wrong?"
-    return "not a factor, a sign or a transposition: a term is missing or wrong"
+    return ("not this gradient times a factor, with the other sign or transposed: inside it a "
+            "term, an axis or a .T is wrong")
 
 def factor(ratio, d):
     """Name the number that the gradient must be multiplied by."""
-    sizes = {abs(v): k for k, v in d.inputs.items() if isinstance(v, float)}
+    numbers = [(abs(v), k) for k, v in d.inputs.items() if isinstance(v, float)]
     arrays = [(k, v) for k, v in d.inputs.items() if isinstance(v, np.ndarray)]
     for k, v in (*arrays, *(("out", np.asarray(o)) for o in d.outs)):
-        for axis, size in enumerate(v.shape):
-            sizes.setdefault(size, f"the size of {k} along axis {axis}")
-        sizes.setdefault(v.size, f"the number of entries of {k}")
+        numbers += [(n, f"the size of {k} along axis {axis}") for axis, n in enumerate(v.shape)]
+        numbers.append((v.size, f"the number of entries of {k}"))
     powers = ((1, ""), (-1, "1 / "), (0.5, "the root of "), (-0.5, "1 / the root of "))
-    for (size, what), (power, text) in itertools.product(sizes.items(), powers):
-        value, sign = max(size, 1e-9) ** power, "-" * (ratio < 0)
+    for (n, what), (power, text) in itertools.product(numbers, powers):
+        value, sign = max(n, 1e-9) ** power, "-" * (ratio < 0)
         if near(abs(ratio), value) and not any(near(value, other) for other in (0.5, 1, 2)):
-            return f"a factor is wrong: multiply by {sign}{text}{size:g}, {what}"
+            return f"a factor is wrong: multiply by {sign}{text}{n:g}, {what}"
     return "the sign is wrong" if near(ratio, -1) else f"a factor is wrong: multiply by {ratio:.6g}"
 
 def explain_model(d):
@@ -409,7 +398,6 @@ def explain_model(d):
         def __array_finalize__(self, source):
             self.name = getattr(source, "name", None)
             order[self.name] = True
-
         def __array_ufunc__(self, function, method, *args, **options):
             order.update({x.name: True for x in args if isinstance(x, Watched)})
             plain = [np.asarray(x) if isinstance(x, Watched) else x for x in args]
@@ -437,41 +425,41 @@ def explain_model(d):
         tips.append(f"all from {bad[0]} on are wrong: look between {good[-1]} and {bad[0]}")
     return Failure(f"{d.title}: gradient of {bad[0]}{d.wrong[bad[0]][1]}", tips, d)
 
-def numbered(module, line):
-    """A line of the file without its comment, as "line 12: text"."""
-    text = source(module.__file__).splitlines()[line - 1]
-    return f"line {line}: " + re.sub(r"\s\s+#.*", "", text).strip()
+def numbered(module, line, last=0):
+    """Lines of the file without their comments, as "line 12: text"."""
+    lines = source(module.__file__).splitlines()[line - 1:max(line, last)]
+    return f"line {line}: " + " ".join(re.sub(r"\s\s+#.*", "", text).strip() for text in lines)
 
 # ---- tasks: which configurations of which models -------------------------------------------------
-
-SMALL = {   # quick to check, where a Config has a field of this name and type
-    "hidden": ("5,4", 6), "batch_size": 5, "context": 4, "embed_dim": 3, "dim": 12, "mlp_dim": 7,
-    "heads": 2, "length": 7, "window": 7, "bits": 3, "delay": 4, "threads": 2, "decoder_dim": 6,
-    "decoder_layers": 2, "mask_ratio": 0.25, "batch": 5, "embed": 3, "width": 8, "inner": 6,
-    "size": 8, "channels": 2, "score_init_scale": 1.0}
-NUMBERS = {     # numbers that switch something on
-    "layers": (1, 2), "inputs": (2, 3), "l1": (0.0, 0.02), "l2": (0.0, 0.03), "fuse": (0, 2),
-    "dropout": (0.0, 0.4), "label_smoothing": (0.0, 0.2), "patch": (0, 14, 4)}
-TRAINING = {"optimizer", "schedule", "experiment", "flip", "lower", "unit"}     # not the gradient
+SMALL = dict(   # quick to check, where a Config has a field of this name and type
+    hidden=6, batch_size=5, context=4, embed_dim=3, dim=12, heads=2, length=7, window=7, bits=3,
+    delay=4, threads=2, decoder_dim=6, decoder_layers=2, mask_ratio=0.25, batch=5, width=8,
+    inner=6, size=8, channels=2, score_init_scale=1.0)
+NUMBERS = dict(     # numbers that switch something on
+    layers=(1, 2), inputs=(2, 3), l1=(0.0, 0.02), l2=(0.0, 0.03), fuse=(0, 2), dropout=(0.0, 0.4),
+    label_smoothing=(0.0, 0.2), patch=(0, 14, 4))
+TRAINING = {"optimizer", "schedule", "flip", "lower", "unit"}       # not the gradient
 
 def variants(Config, check):
     """Every two choices meet in some row that check allows -> list of (text, configuration)."""
     default = dict(vars(Config()))
-    choices = {f.name: get_args(f.type) or ((False, True) if f.type is bool else
+    check(Config())
+    for f in fields(Config):
+        kinds = {int: int, float: (int, float), str: str, bool: bool}.get(f.type, object)
+        expect(isinstance(default[f.name], kinds), f"Config.{f.name}: expected "
+               f"{getattr(f.type, '__name__', f.type)}, found {default[f.name]!r}")
+    choices = {f.name: getattr(f.type, "__args__", ()) or ((False, True) if f.type is bool else
                [v for v in NUMBERS.get(f.name, ()) if type(v) is type(default[f.name])])
-               for f in fields(Config) if f.name not in TRAINING and f.default != "auto"}
+               for f in fields(Config) if f.name not in TRAINING}
     choices = {name: values for name, values in choices.items() if len(values) > 1}
-
     def allowed(row):
         with contextlib.suppress(ValueError):
             cfg = Config(**row)
             check(cfg)
             return cfg
-
-    for name, values in 2 * [*SMALL.items()]:           # twice, since fields depend on each other
-        for value in values if isinstance(values, tuple) else [values]:
-            if name not in choices and type(default.get(name)) is type(value):
-                default[name] = value if allowed({**default, name: value}) else default[name]
+    for name, value in 2 * [*SMALL.items(), ("hidden", "5,4")]:     # twice: fields are coupled
+        if name not in choices and type(default.get(name)) is type(value):
+            default[name] = value if allowed({**default, name: value}) else default[name]
 
     def pairs(row):
         return set(itertools.combinations([(k, row[k]) for k in choices], min(2, len(choices))))
@@ -501,17 +489,17 @@ def models(module):
     return list(found.values())
 
 # ---- a copy and its lesson -----------------------------------------------------------------------
-
 @functools.lru_cache
 def lessons():
-    """The lessons here, in order: files with TASKS or Config that begin with their own name."""
-    found = [path for path in HERE.glob("*.py") if path.name != Path(__file__).name and
-             re.search(rf'^"""{path.name}: (?s:.*)^(TASKS = |class Config)', source(path), re.M)]
+    """The lessons here, in order: files with Config that begin with their own name."""
+    found = [path for path in Path(__file__).resolve().parent.glob("*.py")
+             if re.search(rf'^"""{path.name}: (?s:.*)^class Config', source(path), re.M)]
     return sorted(found, key=lambda p: (ORDER.index(p.stem) if p.stem in ORDER else 99, p.name))
 
 def names_in(path, end="\0"):
-    """The functions and classes of a file, in order; those above end."""
-    return re.findall(r"^(?:def|class) (\w+)", source(path).partition(end)[0], re.M)
+    """The functions, classes and CONSTANTS of a file, in order; those above end."""
+    names = r"^(?:def |class |(?=[A-Z\d_, ]+ = ))(\w+)"
+    return re.findall(names, source(path).partition(end)[0], re.M)
 
 def closest_lesson(path, names):
     """The lesson that a copy with these functions is most like -> path; None if none is."""
@@ -519,54 +507,63 @@ def closest_lesson(path, names):
     for k, other in enumerate(() if path in lessons() else lessons()):
         shared, spine = names & set(names_in(other)), set(names_in(other, "\n# ===="))
         score = len(shared) + 3 * (other.stem in path.stem), len(names & spine) / len(spine), -k
-        found += [(score, other)] * bool(shared)
+        found += [(score, other)] * bool(score[0])
     return max(found)[1] if found else None
 
+def pieces(module, name):
+    """The statements of a function, the lines of a table -> list of (text, line as it stands)."""
+    tree = module.nodes[name]
+    if isinstance(tree, ast.Assign):
+        lines = [numbered(module, k) for k in range(tree.lineno, tree.end_lineno + 1)]
+        return [(line.partition(": ")[2], line) for line in lines]
+    nodes, found = [n for n in ast.walk(tree) if isinstance(n, ast.stmt)], []
+    for n in sorted(nodes, key=lambda n: n.lineno):
+        last = n.body[0].lineno - 1 if hasattr(n, "body") else n.end_lineno
+        found.append((ast.unparse(n).splitlines()[0], numbered(module, n.lineno, last)))
+    return [piece for piece in found if piece[0][0] not in "'\""]       # without the docstring
+
 def diff(module, lesson, names, most=6):
-    """Where functions of a copy differ from the lesson's, if they are alike -> lines."""
+    """Where functions and tables of a copy differ from the lesson's, if they are alike -> lines."""
     lines = []
-    for name in [n for n in dict.fromkeys(names) if n in {*module.functions} & {*lesson.functions}]:
-        sides = []
-        for tree in (module.functions[name], lesson.functions[name]):
-            skip = ast.get_docstring(tree) is not None and tree.body[0]
-            found = [n for n in ast.walk(tree) if isinstance(n, ast.stmt) and n is not skip]
-            sides.append(sorted((n.lineno, ast.unparse(n).splitlines()[0]) for n in found))
-        texts = [[text for _, text in side] for side in sides]
+    for name in [n for n in dict.fromkeys(names) if n in {*module.nodes} & {*lesson.nodes}]:
+        mine, its = (pieces(m, name) for m in (module, lesson))
+        texts = [[text for text, _ in side] for side in (mine, its)]
         words = [re.findall(r"\w+|\S", " ".join(side)) for side in texts]
         alike = difflib.SequenceMatcher(None, *words, False).ratio() > 0.6
         for what, i, ii, j, jj in difflib.SequenceMatcher(None, *texts, False).get_opcodes():
             if alike and what != "equal":
                 whose = f"{Path(lesson.__file__).name}, {name}: "
-                yours = [f"yours, {numbered(module, n)}" for n, _ in sides[0][i:ii]]
-                theirs = [whose + numbered(lesson, n).partition(": ")[2] for n, _ in sides[1][j:jj]]
-                pairs = itertools.zip_longest(yours, theirs)
-                lines += [line for pair in pairs for line in pair if line]
+                yours = [f"yours, {line}" for _, line in mine[i:ii]]
+                right = [whose + line.partition(": ")[2] for _, line in its[j:jj]]
+                lines += [x for pair in itertools.zip_longest(yours, right) for x in pair if x]
     return lines[:most] + ["..."] * (len(lines) > most)
 
-def other_values(module, draws):
-    """A forward pass can be wrong and its derivative right. So: where does a copy give other values
-    than its lesson? -> {name: lines of a note}; the names that agree."""
-    lesson, notes, agree = load(module.lesson), {}, set()
-    whose = module.lesson.name + "'s"
+def other_values(module, draws, good):
+    """Where does a copy give other values than its lesson? A forward pass can be wrong and its
+    derivative right.   -> {name: lines of a note}; the names that agree."""
+    lesson, whose, notes, agree = load(module.lesson), module.lesson.name + "'s", {}, set()
 
     def compared(name, yours, right, text):
+        uses = reached(module, name)
         if same(yours, right, 1e-9):
             agree.add(name)
-        else:
-            lines = diff(module, lesson, [name]) or diff(module, lesson, reached(module, name))
+        elif not {*uses} & notes.keys():                # else it has been said
+            lines = diff(module, lesson, [name]) or diff(module, lesson, uses)
             notes[name] = [text, *(lines or ["no line can be compared; look at what it uses"])]
 
+    for name in [name for name in module.nodes if name in {*vars(module)} & {*lesson.nodes}]:
+        data = isinstance(vars(lesson)[name], (int, float, list, np.ndarray))
+        if data and diff(module, lesson, reached(module, name)):
+            compared(name, vars(module)[name], vars(lesson)[name], f"{name} is not {whose}")
     for d in draws:
         name, right = d.title + "_forward", forward_values(lesson, d.title, d.inputs)
-        told = {name, *reached(module, name)} & notes.keys()
-        if [*map(np.shape, right)] == [*map(np.shape, d.outs)] and not told:
+        if [*map(np.shape, right)] == [*map(np.shape, d.outs)]:
             compared(name, d.outs, right, f"{name} gives other values than {whose}")
     for name in [name for name in module.functions if name in lesson.functions]:
         yours, right = (three_steps(m, name, lesson) for m in (module, lesson))
         if yours and right:
             compared(name, yours, right, f"{name} gives other values than {whose}")
-    other = any(name.endswith("_forward") for name in notes)
-    for _, text, cfg, *theirs in () if other else models(lesson):
+    for _, text, cfg, *theirs in models(lesson):
         names, Mine = [f.__name__ for f in theirs], vars(module).get(type(cfg).__name__)
         with contextlib.suppress(Exception):            # a model of its own, or not there yet
             mine = Mine(**{k: v for k, v in vars(cfg).items() if hasattr(Mine, k)})
@@ -574,9 +571,11 @@ def other_values(module, draws):
             rng = functools.partial(np.random.default_rng, 0)
             yours, right = ((init(c, rng(), np.float64), draw_batch(make, c, rng()))
                             for (init, make, _), c in sides)
-            assert all(yours[0][k].shape == p.shape for k, p in right[0].items())
+            alike = all(yours[0][k].shape == p.shape for k, p in right[0].items())
             for name, a, b in zip(names, yours, right):
-                compared(name, a, b, f"{name}, {text}: other numbers than {whose}, same seed")
+                if alike or good and diff(module, lesson, [name]):
+                    compared(name, a, b, f"{name}, {text}: other numbers than {whose}, same seed")
+            assert alike
             for p in right[0].values():
                 p += 0.3 * rng().standard_normal(p.shape)
             a, b = (float(function(*right, c)[0]) for (*_, function), c in sides)
@@ -591,22 +590,21 @@ def forward_values(module, name, inputs):
     return ()
 
 def three_steps(module, name, lesson=None):
-    """Three steps of an update rule -> list of (parameters, gradients, result, ascent), or None."""
-    wanted = inspect.signature(vars(module)[name]).parameters
+    """Three steps of an update rule -> list of (parameters, gradients, result, ascent)."""
     rng, found = np.random.default_rng(0), []
     kit = {"params": {"W": rng.standard_normal((3, 5)), "b": rng.standard_normal(5)}, "state": {},
            "lr": 0.1, "limit": 2.0, "weight_decay": 0.1, "cfg": lesson and lesson.Config()}
-    if not name.endswith("_update") and name not in ("clip_norm", "learning_rate", "rate_at"):
-        return None
+    updates = name.endswith("_update") or name in ("clip_norm", "learning_rate")
     with contextlib.suppress(Exception):                # other arguments
-        for step in (1, 20, 300):
+        wanted = inspect.signature(vars(module)[name]).parameters
+        for step in (1, 20, 300) if updates else ():
             before = copy.deepcopy(kit["params"])
             grads = {k: rng.standard_normal(p.shape) for k, p in before.items()}
             kit.update(step=step, grads=copy.deepcopy(grads))
             result = vars(module)[name](**{k: kit[k] for k in wanted if k in kit})
             ascent = sum(((kit["params"][k] - before[k]) * g).sum() for k, g in grads.items())
             found.append(copy.deepcopy((kit["params"], kit["grads"], result, ascent)))
-        return found
+    return found
 
 # ---- planting bugs, and trying repairs -----------------------------------------------------------
 # What a tired person would type, and the other way round; a, b, c, d stand for pieces of program.
@@ -649,8 +647,7 @@ def mutants(tree, rules):
     """Every function that is one change away from this one -> (line, text, piece, new tree)."""
     for node, rule in itertools.product(ast.walk(tree), rules):
         (left, rights), found = rule.split(" -> "), {}
-        stored = isinstance(getattr(node, "ctx", None), ast.Store)
-        if not stored and matches(template(left), node, found):
+        if type(getattr(node, "ctx", 0)) is not ast.Store and matches(template(left), node, found):
             for right in rights.split(" or "):
                 new = template(right)
                 bound = {id(n): found[n.id] for n in ast.walk(new) if getattr(n, "id", 0) in found}
@@ -671,32 +668,27 @@ def planted(module, tree):
 
 def noticed(d):
     """Are the gradients of a draw wrong now?"""
-    try:
+    with contextlib.suppress(Exception, SystemExit):
         judge(d)
         return bool(d.wrong)
-    except (Exception, SystemExit):
-        return True
+    return True
 
 def repair(module, names, draw):
     """Try repairs on these functions -> a hint on one after which the draw passes, in a list."""
-    start = time.perf_counter()
+    end = time.perf_counter() + 10
     trees = [module.functions[name] for name in names if name in module.functions]
     for rules, tree in itertools.product(REPAIRS, trees):
         for line, text, _, new in mutants(tree, rules):
             with contextlib.suppress(SyntaxError, ValueError, TypeError), planted(module, new):
-                if not noticed(draw):
+                if time.perf_counter() < end and not noticed(draw):
                     sides = zip(*(ast.unparse(t).splitlines() for t in (tree, new)))
                     after = [b.strip() for a, b in sides if a != b][0]
                     return [f"line {line} ({text}), and it passes: {after}"]
-            if time.perf_counter() > start + 10:
-                return []
     return []
 
 def check_teeth(path):
     """Plant bugs, one at a time, in every backward -> number caught, number that survived."""
     module, caught, harmless, survivors = run_file(path), 0, 0, []
-    np.seterr(all="ignore")
-    warnings.simplefilter("ignore")
     whole = [(d, called_by(module, d)) for d in [settle(draw_model, m) for m in models(module)]]
     for name in operations(module):
         tree = module.functions[name + "_backward"]
@@ -710,9 +702,9 @@ def check_teeth(path):
                     caught += 1
                     continue
             equal = all(same(d.grads, grads, 1e-9) for d, grads in zip(draws, right))
-            stop = template("not_defined")              # would anybody notice an error here?
+            axis = "axis=" * isinstance(node, ast.keyword)
+            stop = template(axis + "not_defined")       # would anybody notice an error here?
             stop = ast.Expr(stop) if isinstance(node, ast.stmt) else stop
-            stop = ast.keyword("axis", stop) if isinstance(node, ast.keyword) else stop
             with planted(module, copy.deepcopy(tree, {id(node): stop})):
                 run = any(map(noticed, draws))
             harmless += equal and run                   # then it was no bug
@@ -720,10 +712,9 @@ def check_teeth(path):
                 f"survived: {tree.name}, line {line}: {text}" + " (never run)" * (not run)]
     total = caught + harmless + len(survivors)
     say("teeth", f"caught {caught} / {total} planted; {harmless} change no gradient", survivors)
-    return caught, len(survivors)
+    return caught, len(survivors), 0
 
 # ---- files ---------------------------------------------------------------------------------------
-
 @functools.lru_cache
 def source(path):
     """The text of a file of Python, in the encoding that it names.   Raises Failure."""
@@ -737,16 +728,18 @@ def source(path):
     return text
 
 def parse(text):
-    """Read a file as far as it goes -> syntax tree; what is wrong then; is it only unfinished?"""
+    """Read a file as far as it goes -> syntax tree; what is wrong then; what is only unfinished."""
     lines, end, at, wrong = text.splitlines(), None, 0, ""
     while True:
         try:
             tree = ast.parse("\n".join(lines[:end]))
             more = any(re.match(r"[\w@]", line) for line in lines[at:])
-            return tree, wrong, "triple-quoted" in wrong or not more
+            if not wrong or more and "triple-quoted" not in wrong:
+                return tree, wrong, []
+            return tree, "", [f"not there yet: {wrong}"]
         except SyntaxError as error:
             at = at or error.lineno or 1
-            wrong = wrong or f"line {at} cannot be read: {type(error).__name__}: {error.msg}"
+            wrong = wrong or f"line {at} cannot be read: {error.msg}: {str(error.text).strip()}"
             starts = [k for k, line in enumerate(lines[:at if end is None else end])
                       if re.match(r"[\w@]", line)]
             end = starts[-1] if starts else 0           # all above the line where something begins
@@ -754,39 +747,34 @@ def parse(text):
 def run_file(path):
     """Run a file as a module, statement by statement.   module.absent: what is not there yet."""
     module = sys.modules["checked"] = types.ModuleType("checked")
-    tree, module.broken, unfinished = parse(source(path))
-    module.__file__, module.absent, module.typed = str(path), [], path not in lessons()
+    tree, module.broken, module.absent = parse(source(path))
+    module.__file__, module.typed = str(path), path not in lessons()
     module.functions = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
-    module.assigned = {t.id: n for n in tree.body if isinstance(n, ast.Assign)
-                       for t in n.targets if isinstance(t, ast.Name)}
+    module.nodes = {t.id: n for n in tree.body if isinstance(n, ast.Assign) for target in n.targets
+                    for t in getattr(target, "elts", [target]) if isinstance(t, ast.Name)}
+    module.nodes.update(module.functions)
     module.lesson = closest_lesson(path, module.functions.keys() - FOUR)
     module.known = set(names_in(module.lesson) if module.lesson else ())
-    if module.broken and unfinished:
-        module.absent.append(f"{module.broken}; not there yet")
-        module.broken = ""
     last = getattr(tree.body[-1], "name", "") if tree.body else ""
     if last in module.functions and last.endswith(("_forward", "_backward", *FOUR)):
         if not any(isinstance(n, ast.Return) for n in module.functions[last].body):
             module.absent.append(f"the end of {last} is not there yet")
             tree.body.remove(module.functions.pop(last))
-    stdin = sys.stdin
     for node in tree.body:
         used = {getattr(n, "id", "") for n in ast.walk(node)} & module.functions.keys()
         if isinstance(node, ast.While) or isinstance(node, (ast.Expr, ast.For)) and used:
             continue                                    # it starts a training
-        sys.stdin = io.StringIO()
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 exec(compile(ast.Module([node], []), str(path), "exec"), vars(module))
         except (Exception, SystemExit) as error:
             if not not_yet(module, error):
+                below = ['put it below  if __name__ == "__main__":']
                 tips = [numbered(module, node.lineno)]
-                if isinstance(error, (SystemExit, EOFError)):
-                    tips.append('put it below  if __name__ == "__main__":')
+                tips += below * isinstance(error, (SystemExit, EOFError))
                 raise Failure(f"it does not run: {error!r}", tips) from error
             module.absent.append(f"line {node.lineno}: {not_yet(module, error)}")
-        finally:
-            sys.stdin = stdin
+            module.functions.pop(getattr(node, "name", ""), None)
     return module
 
 load = functools.lru_cache(run_file)                    # for lessons
@@ -795,23 +783,23 @@ def not_yet(module, error):
     """If an error comes of what a copy has not got yet, but its lesson has: a sentence."""
     error, there = error.__cause__ or error, vars(load(module.lesson)) if module.lesson else {}
     name, have = getattr(error, "name", None), vars(module)
-    if isinstance(error, AttributeError):
+    if isinstance(error, AttributeError) and error.obj is not module:
         kind = type(error.obj).__name__
         there, have = getattr(there.get(kind), "__dataclass_fields__", ()), ()
     if isinstance(error, (NameError, AttributeError)) and name in there and name not in have:
-        name = name if have else f"{kind}.{name}"
-        return f"{name} is not there yet; {module.lesson.name} has it"
+        line = re.search(rf"^(import|from) .*\b{name}\b.*", source(module.lesson), re.M)
+        what = f"{kind}.{name}" if not have else f"`{line[0]}`" if line else name
+        return f"{what} is not there yet; {module.lesson.name} has it"
 
-def reached(module, name, found=None):
-    """The functions of the file that a function uses, directly or not, also by way of tables."""
-    found = {} if found is None else found
-    known = {**module.assigned, **module.functions}
-    for n in ast.walk(known.get(name, ast.Module([], []))):
-        used = getattr(n, "id", name)
-        if used in known and used not in {name, *found}:
-            found[used] = True
-            reached(module, used, found)
-    return [other for other in found if other in module.functions]
+def reached(module, *names):
+    """These functions and tables of a file, and all that they use, directly or not."""
+    found = [*dict.fromkeys(names)]
+    for name in found:                                  # the list grows on the way
+        for n in ast.walk(module.nodes.get(name, ast.Module([], []))):
+            used = getattr(n, "id", name)
+            if used in module.nodes and used not in found:
+                found.append(used)
+    return found
 
 def operations(module):
     """The operations with a backward, those that others are built of first."""
@@ -829,7 +817,6 @@ def called_by(module, d):
     return {code.co_name for code in called if code.co_filename == module.__file__}
 
 # ---- the report ----------------------------------------------------------------------------------
-
 def say(word, text, lines=()):
     """Print a finding (ok, FAIL, later: not there yet, note), and lines about it."""
     for start, line in zip([f"  {word:5s} ", *[" " * 8] * len(lines)], [text, *lines]):
@@ -844,18 +831,19 @@ def examined(module, names, wrong, draw, *args):
         return d
     except Failure as error:
         lesson, lines, d = module.lesson and load(module.lesson), [], error.draw
-        helpers = [helper for name in names for helper in reached(module, name)]
-        broken = [name for name in wrong if name + "_backward" in helpers]
+        broken = [name for name in wrong if name + "_backward" in reached(module, *names)]
         if broken:
             error.tips = ["mend first: " + ", ".join(broken)]
         if broken or not module.typed or not_yet(module, error):
             raise
         forward = names[0].replace("_backward", "_forward")
+        makers = [f.__name__ for f in args[0][3:5]] if draw is draw_model else []
+        groups = [names, reached(module, *names, forward), reached(module, *makers)]
         if lesson and "inputs" in vars(d or error):     # backward differs only if forward agrees
             if not same(d.outs, forward_values(lesson, d.title, d.inputs), 1e-9):
-                lines = diff(module, lesson, [forward, *reached(module, forward)])
-        for functions in (names, [*helpers, forward]) if lesson else ():
-            lines = lines or diff(module, lesson, functions)
+                groups.insert(0, reached(module, forward))
+        for group in groups if lesson else ():
+            lines = lines or diff(module, lesson, group)
         if d and (not lines or len(lines) > 4):
             lines = repair(module, names, d) or lines
         error.tips += lines
@@ -863,7 +851,7 @@ def examined(module, names, wrong, draw, *args):
 
 def operation_draws(module, name, wrong):
     """An operation in all its cases, held equal to its plain twin.   -> draws, what to say."""
-    expect(name + "_forward" in vars(module), f"{name}_backward has no {name}_forward")
+    expect(name + "_forward" in module.nodes, f"{name}_backward has no {name}_forward")
     draws, plain, twin = [], name.removeprefix("fast_").removesuffix("_loop"), ""
     for case in cases_of(module, name):
         d = examined(module, [name + "_backward"], wrong, draw_operation, module, name, case)
@@ -878,18 +866,15 @@ def operation_draws(module, name, wrong):
 def task_draws(module, group, wrong):
     """All variants of a task, end to end.   -> draws, what to say."""
     name = group[0][-1].__name__
-    names = [name, *(other for other in reached(module, name) if other.endswith("_backward"))]
+    names = [n for n in reached(module, name) if n == name or n.endswith("_backward")]
     draws = [examined(module, names, wrong, draw_model, model) for model in group]
-    return draws, f"{len(draws)} variant(s), {sum(len(d.arrays) for d in draws)} parameters"
+    return draws, f"{len(draws)} variant(s), {sum(len(d.arrays) for d in draws)} arrays"
 
 def check_file(path):
-    """Check every operation of a file, then its tasks -> number of checks that passed, failed."""
-    module, passed, wrong, draws, alone, called = run_file(path), 0, [], [], [], set()
+    """Check every operation of a file, then its tasks -> how many passed, failed, differ."""
+    module, passed, wrong, draws, alone = run_file(path), 0, [], [], []
     own, names, tasks = getattr(module, "GRADCHECK", {}), operations(module), {}
     expect(isinstance(own, dict), "GRADCHECK: expected a dict, of functions of rng")
-    if module.typed:                                    # the report alone shall say what is wrong
-        np.seterr(all="ignore")
-        warnings.simplefilter("ignore")
 
     def attempt(title, action, *args):
         try:
@@ -899,8 +884,8 @@ def check_file(path):
                 module.absent.append(not_yet(module, error))
                 return say("later", f"{title}: {module.absent[-1]}")
             wrong.append(title)
-            text = str(error) if isinstance(error, Failure) else f"{title}: {error!r}"
-            return say("FAIL", text, getattr(error, "tips", ()))
+            what = str(error) if isinstance(error, Failure) else f"{title}: {error!r}"
+            return say("FAIL", what, getattr(error, "tips", ()))
 
     for text in module.absent:
         say("later", text)
@@ -916,8 +901,10 @@ def check_file(path):
         elif found == []:                               # no case, so that a model has to call it
             alone.append(name)
     missing = [n for n in FOUR if n not in vars(module) and not hasattr(module, "TASKS")]
+    called = {*FOUR} if missing else set()              # what is checked, if not now then later
     if missing and names:
-        say("later", "end to end: not there yet: " + ", ".join(missing))
+        what = ", ".join(["end to end", *(n for n in alone if n + "_backward" in module.known)])
+        say("later", f"{what}: not there yet: {', '.join(missing)}")
     for model in [] if missing else attempt("end to end", models, module) or []:
         tasks.setdefault(model[-1], []).append(model)   # together if of one function
     good = bool(tasks)
@@ -925,66 +912,78 @@ def check_file(path):
         title = " ".join(["end to end", *dict.fromkeys(model[0] for model in group)]).strip()
         found, text = attempt(title, task_draws, module, group, wrong) or ([], "")
         here = {name for d in found for name in called_by(module, d)}
-        passed, called, good = passed + bool(found), called | here, good and bool(found)
+        passed, good = passed + bool(found), good and bool(found)
+        called |= here or {f.__name__ for f in group[0][3:]}
         if found:
             also = [name for name in alone if name + "_backward" in here]
             say("ok", f"{title:24s} {', '.join([text, *also])}")
     for name in alone:
-        passed += name + "_backward" in called
         if (missing or good) and name + "_backward" not in {*called, *module.known}:
             text = f'add to the file: GRADCHECK = {{"{name}": lambda rng: dict(...)}}'
             attempt(name, expect, False, f"{name}: nobody says how to call it; {text}")
-    if not (names or wrong or module.absent or "Config" in vars(module)):
+    shared = [n for n in module.functions if n in module.known and n.endswith("_forward")]
+    started = shared or module.lesson and module.lesson.stem in path.stem
+    if not (names or started or wrong or module.absent or "Config" in vars(module)):
         attempt("", expect, False, "no op_backward in it: nothing to check")
-    if module.typed and names:
-        notes(module, draws, attempt, called, good)
-    return passed, len(wrong)
+    differ = notes(module, draws, attempt, called, good) if module.typed and names or started else 0
+    return passed, len(wrong), differ
 
 def notes(module, draws, attempt, called, good):
-    """On a copy: other values, updates that go uphill, how much is typed, what is not checked."""
-    lesson, mine = module.lesson, module.functions.keys() - FOUR
-    different, agree = other_values(module, draws) if lesson else ({}, set())
+    """On a copy: what differs, goes uphill, is typed, is not checked.   -> how many differ."""
+    lesson, mine, names = module.lesson, module.functions.keys() - FOUR, operations(module)
+    different, agree = other_values(module, draws, good) if lesson else ({}, set())
     for text, *lines in different.values():
         say("note", text, lines)
     for name in mine:
-        for *_, ascent in (three_steps(module, name) or ())[:1]:
+        for *_, ascent in three_steps(module, name)[:1]:
             attempt(name, expect, ascent <= 0, f"{name} goes uphill: it adds the gradient")
-    if len(mine & module.known) > len(mine) / 2:
+    if not mine or len(mine & module.known) > len(mine) / 2:
         spine = names_in(lesson, "\n# ====")
         parts = [n[:-9] for n in spine if n.endswith("_backward")]
         done = [n for n in parts if {n + "_forward", n + "_backward"} <= mine]
         last = max(k for k, n in enumerate(["", *spine]) if n in {"", *vars(module)})
-        rest = [n for n in spine[last:] + spine if n not in vars(module)]
+        absent = [re.match(r"(?:[^:]+: )?(.+?) (?:is not|cannot)", n)[1] for n in module.absent]
+        rest = absent + [n for n in spine[last:] + spine if n not in vars(module)]
         then = f"next: {rest[0]}" if rest else "the spine is complete"
-        say("note", f"{len(done)} of {len(parts)} operations of the spine of {lesson.name}; {then}")
-    other = any(name.endswith("_forward") for name in different)
+        say("note" if names else "later",
+            f"{len(done)} of {len(parts)} operations of the spine of {lesson.name}; {then}")
+    other = any(name.endswith("_forward") or name.isupper() for name in different)
     if good and not other and "loss_and_grads" not in {*different, *agree}:
         say("note", "no lesson has this model, so nobody compared values: a wrong mask would pass")
-    checked = called | agree | {d.title + end for d in draws for end in ("_forward", "_backward")}
-    rest = [name for name in module.functions if name not in checked]
-    say("note", "not checked, as no derivatives: " + (", ".join(rest) or "nothing"))
+    told = [*different, *agree, *called, *(n + e for n in names for e in ("_forward", "_backward"))]
+    told = [*reached(module, *told), *(reached(load(lesson), *told) if lesson else ())]
+    rest = [name for name in module.functions if name not in told]
+    if rest:
+        say("note", "nobody compares these; run the file to see: " + ", ".join(rest))
+    return len(different)
 
-def main(paths):
+def main(words):
     """Check these files, or all lessons beside this program -> exit status."""
-    start, passed, failed = time.perf_counter(), 0, 0
-    if {"-h", "--help"} & set(paths):
+    start, total = time.perf_counter(), np.zeros(3, int)
+    flags = {word for word in words if word.startswith("-")}
+    if flags & {"-h", "--help"}:
         return print(__doc__)
-    check = check_teeth if "--teeth" in paths else check_file
-    paths = [Path(path).resolve() for path in paths if path != "--teeth"] or lessons()
-    for path in paths:
-        if not path.is_file():
-            print(f"gradcheck.py: {path}: expected a Python file, found none", file=sys.stderr)
-            return 2
+    check = check_teeth if "--teeth" in flags else check_file
+    paths = [Path(word).resolve() for word in words if word not in flags] or lessons()
+    errors = [f"{flag}: unknown flag, see --help" for flag in flags - {"--teeth"}]
+    errors += [f"{p}: expected a Python file, found none" for p in paths if not p.is_file()]
+    if errors:
+        print("gradcheck.py:", errors[0], file=sys.stderr)
+        return 2
     for path in paths:
         print(path.name)
         try:
             with warnings.catch_warnings(), np.errstate():      # as before, afterwards
-                p, f = check(path)
+                if check is check_teeth or path not in lessons():
+                    np.seterr(all="ignore")             # the report alone shall say what is wrong
+                    warnings.simplefilter("ignore")
+                total += check(path)
         except Failure as error:
-            p, f = 0, 1
+            total[1] += 1
             say("FAIL", str(error), error.tips)
-        passed, failed = passed + p, failed + f
-    print(f"{time.perf_counter() - start:.1f} s\n{passed} passed, {failed} failed")
+    passed, failed, differ = total.tolist()
+    also = f", {differ} differ{'s' * (differ == 1)} from the lesson" if differ else ""
+    print(f"{time.perf_counter() - start:.1f} s\n{passed} passed, {failed} failed{also}")
     return 1 if failed else 0
 
 
@@ -993,8 +992,9 @@ if __name__ == "__main__":
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
         with contextlib.suppress(AttributeError, ValueError):   # Windows; not the main thread
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends it quietly
-    status = 130
+    stdin, sys.stdin, status = sys.stdin, io.StringIO(), 130        # nobody answers input()
     with contextlib.suppress(KeyboardInterrupt):
         status = main(sys.argv[1:])
+    sys.stdin = stdin
     if status:                                          # a notebook shows even sys.exit(0)
         sys.exit(status)
