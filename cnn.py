@@ -889,7 +889,7 @@ BLOCKS = {"stem": (stem_forward, stem_backward),
 
 
 def init_net(cfg, rng, dtype=np.float32):
-    """The parameters of every convolution; fc of the plain net; out."""
+    """The parameters of every convolution; fc, the hidden layer of the plain net; out."""
     params, (H, W, C), D = {}, cfg.image, 8 * cfg.channels
     for name, multiple in PLANS[cfg.model].items():
         for unit in UNITS[name[:-1]]:
@@ -898,7 +898,7 @@ def init_net(cfg, rng, dtype=np.float32):
             C = multiple * cfg.channels
     if cfg.model == "plain":
         F = C * (H // 8) * (W // 8)
-        params["fc.W"], params["fc.b"] = rng.standard_normal((F, D)) * (2 / F) ** 0.5, np.zeros(D)
+        params.update(prefixed(convnorm_params(rng, 1, F, D, cfg.norm), "fc.a."))
     D = H * W * C if cfg.model == "linear" else D
     params["out.W"], params["out.b"] = rng.standard_normal((D, 10)) * D ** -0.5, np.zeros(10)
     return {name: value.astype(dtype) for name, value in params.items()}
@@ -916,28 +916,31 @@ def convnet_forward(params, x, cfg, keep=None, running=None):
             forward, _ = BLOCKS[name[:-1]]
             p, statistics = part(params, name + "."), part(running or {}, name + ".")
             x, blocks[name] = forward(x, p, cfg.norm, 1, statistics)
-    shape, fc, relu, drop = x.shape, None, None, None
+    shape, drop = x.shape, None
     if cfg.model == "resnet":
         x, _ = globalpool_forward(x)
     else:
         x = x.reshape(len(x), -1)
     if cfg.model == "plain":
-        x, fc = linear_forward(x, params["fc.W"], params["fc.b"])
-        x, relu = relu_forward(x)
+        p, statistics = part(params, "fc."), part(running or {}, "fc.")
+        x, blocks["fc"] = convblock_forward(x[:, None, None], p, cfg.norm, 1, statistics)
+        x = x[:, 0, 0]                                  # a linear layer is a convolution of 1 pixel
     if keep is not None:
         x, drop = dropout_forward(x, keep, cfg.dropout)
     logits, out = linear_forward(x, params["out.W"], params["out.b"])
-    return logits, (blocks, shape, fc, relu, drop, out, cfg)
+    return logits, (blocks, shape, drop, out, cfg)
 
 
 def convnet_backward(dout, cache):
     """convnet_forward from bottom to top -> gradients under the keys of params."""
-    (blocks, shape, fc, relu, drop, out, cfg), grads = cache, {}
+    (blocks, shape, drop, out, cfg), grads = cache, {}
     dx, grads["out.W"], grads["out.b"] = linear_backward(dout, out)
     if drop is not None:
         dx = dropout_backward(dx, drop)
     if cfg.model == "plain":
-        dx, grads["fc.W"], grads["fc.b"] = linear_backward(relu_backward(dx, relu), fc)
+        dx, g = convblock_backward(dx[:, None, None], blocks["fc"])
+        grads.update(prefixed(g, "fc."))
+        dx = dx[:, 0, 0]
     dx = globalpool_backward(dx, shape) if cfg.model == "resnet" else dx.reshape(shape)
     for name in reversed(PLANS[cfg.model]):
         if name[:4] == "pool":

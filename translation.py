@@ -1,769 +1,340 @@
+"""translation.py: words in, words out, with an encoder-decoder transformer that can copy.
+
+The encoder reads the source, the decoder writes the target token by token and attends to what the
+encoder has made of the source, the memory (cross-attention). It cannot output a word that is not in
+its vocabulary. A pointer can: it scores the positions of the source; one softmax runs over both.
+
+Forward; every sublayer f (attention, mlp) as x + f(norm(x)), see transformer.py:
+    rotary positions    pairs of q_t, k_t as complex numbers, times e^(i w t): q_t . k_s has t - s
+    pointer             c_ts = (x_t Wq) . ([m_s, m_s-1] Wk) / sqrt(D), m the memory
+    probability of y    P = p_y + sum of p_s over all s with source_s = y,  p = softmax([logits, c])
+Backward: loss = -log P, dz = p - r, where r = p / P for all ways to output y, and 0 elsewhere
+
+Run    python translation.py           headlines with names never seen in training; --help says more
+Papers: Vaswani et al. 2017 (the transformer), Gu et al. 2016 (copying)
+"""
+
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["numpy"]
 # ///
-"""translation.py: words in, words out, with an encoder and a decoder of attention.
 
-The encoder reads the source in both directions, the decoder writes the target token by token; in every block it also
-attends to the encoder's output (cross-attention). Words are cut into pieces by byte-pair encoding, outputs are found by
-beam search and measured by BLEU and ROUGE.
-
-Forward, a block, for the rows x of the tokens (order pre; post is norm(x + f(x))):
-    x = x + attention(norm(x))      x = x + feed(norm(x))       norm(x) = gamma (x - mean) / std + beta, row by row
-    attention: q, k, v = x W + b, cut into heads; a head: p = softmax(q k^T / sqrt(d) + mask), out = p v; all heads Wo
-    mask: 0 where a token may look, -1e9 where not: at the future (causal), at padding; ALiBi: minus the distance
-    feed(x) = f(x W1 + b1) W2 + b2, f = relu, gelu, or a gate (swiglu)
-Backward, from the end to the start:
-    dv = p^T dout       dp = dout v^T       ds = p (dp - sum_s p dp), and sum_s p dp = dout . out: one number per row
-    dq = ds k / sqrt(d)         dk = ds^T q / sqrt(d)           mask: nothing, where p is 0 so is ds
-    norm: g = gamma dy, dx = (g - mean(g) - xhat mean(g xhat)) / std    x is used twice: dx = dy + what f returns
-    the table of embeddings is used for source, target and output (tied): its three gradients add up
-Names in a headline are too rare to be learned; they have to be copied (--copy). Each token of the source gets a score
-too, c = q k^T / sqrt(D), q of the decoder, k of the token and of the one before it, so that a copied phrase goes on.
-One softmax p is over symbols and source, so P(y) = p_y + sum of p_s over those s where source_s = y. Backward:
-    loss = -log P(y)        dz = p - (p of the ways to output y, else 0) / P(y)
-
-Run
-    python translation.py --data train.tsv --validation val.tsv --test test_2016_flickr.tsv --save m30.npz
-                                                        Multi30k, German to English: BLEU 30 or more
-    python translation.py --data reuters-headlines.tsv --copy --lower --layers 2 --width 128 --context 40 \\
-        --lr 0.003 --warmup 150 --dropout 0.2 --smoothing 0 --steps 3000                headlines, the last tenth:
-                            ROUGE-1/2/L 34.4 / 13.7 / 33.4; the first 12 words of each article have 26.7 / 9.5 / 25.1
-    Data: any lines of source TAB target. Multi30k has one file per language:
-        for s in train val test_2016_flickr; do for l in de en; do curl -O \\
-        https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/$s.$l.gz; gunzip -f $s.$l.gz; done
-        paste $s.de $s.en > $s.tsv; done
-        reuters-headlines.tsv: a line BODY TAB TITLE for each article of Reuters-21578, in their order, white space made
-        single blanks; bodies from 40 words on, less than 25 % of them numbers, titles from 3 words on
-        https://archive.ics.uci.edu/ml/machine-learning-databases/reuters21578-mld/reuters21578.tar.gz
-
-Break it
-    return mask[:, None, None] if mask.any() else None -> return None in hide_padding: the output of a sentence then
-        depends on its padding, so on the other sentences of its batch
-
-Papers: Vaswani et al. 2017 (the transformer); Gu et al. 2016 (copying); Ba et al. 2016 (LayerNorm); Sennrich et al.
-2016 (byte-pair encoding); Szegedy et al. 2016 (label smoothing); Wu et al. 2016 (length penalty); Zhang, Sennrich 2019
-(RMSNorm); Shazeer 2020 (swiglu); Xiong et al. 2020 (pre-norm); Su et al. 2021 (rotary); Press et al. 2022 (ALiBi);
-Papineni 2002 (BLEU); Lin 2004 (ROUGE).
-"""
-import argparse
-import collections
-import contextlib
-import ctypes
-import functools
-import heapq
-import inspect
-import json
 import math
-import multiprocessing
 import os
-import re
 import signal
-import sys
+import threading
 import time
-import zipfile
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Literal, get_args
 
+for library in ("OPENBLAS", "MKL", "OMP"):  # the matrices are small: one BLAS thread is fastest
+    os.environ.setdefault(library + "_NUM_THREADS", "1")
 import numpy as np
 
 
 @dataclass
 class Config:
-    """Hyperparameters. Edit a line, or pass its name as a flag: --lr 0.1"""
-    task: Literal["pairs"] = "pairs"  # what to learn
-    layers: int = 3         # blocks of the encoder, and of the decoder
-    heads: int = 4          # attention heads; each works on width / heads dimensions
-    width: int = 192        # embedding dimension
-    inner: int = 0          # width inside the feed-forward net; 0: four times the width
-    norm: Literal["layer", "rms"] = "layer"  # normalisation of a token
-    order: Literal["pre", "post"] = "pre"  # normalise what enters a sublayer, or what leaves it
-    activation: Literal["gelu", "relu", "swiglu"] = "swiglu"  # nonlinearity of the feed-forward net
-    position: Literal["learned", "sinusoidal", "rotary", "alibi"] = "rotary"  # positional encoding
-    tie: bool = True        # one embedding for source, target and output
-    context: int = 48       # maximum sequence length in tokens
-    dropout: float = 0.1    # share of numbers set to 0 in training
-    smoothing: float = 0.1  # share of the target's probability that is spread over all symbols
-    clip: float = 1.0       # largest norm of the gradient; 0: any
-    lr: float = 0.002       # peak learning rate
-    decay: float = 0.01     # weight decay
-    schedule: Literal["constant", "step", "cosine"] = "cosine"  # course of the learning rate
-    warmup: int = 300       # steps of linear warmup
-    steps: int = 3500       # updates
-    batch: int = 64         # sequences an update
-    tokens: Literal["chars", "bpe"] = "bpe"  # characters, or pieces of words (byte-pair encoding)
-    merges: int = 4000      # bpe: number of pieces that are learned
-    lower: bool = False     # capital letters become small ones
-    copy: bool = False      # the decoder may also point at a token of the source and output that
-    beam: int = 4           # hypotheses kept in the search; 1 is greedy
-    penalty: float = 0.6    # how much the search favours long outputs
-    data: str = ""          # lines of source TAB target
-    validation: str = ""    # more lines, to choose by (none: a tenth of the data, before the last)
-    test: str = ""          # more lines, to report (none: the last tenth of the data)
-    workers: int = 1        # processes that share the work of a batch
-    save: str = ""          # file (.npz) to keep parameters and state of the training in
-    load: str = ""          # such a file to go on from
+    """Shorten sentences to headlines, with the pointer and without."""
+    layers: int = 1         # layers of the encoder, and of the decoder
+    heads: int = 4          # attention heads
+    dim: int = 64           # embedding dimension
+    dropout: float = 0.0    # share of every sublayer's output set to 0 in training
+    label_smoothing: float = 0.0  # share of the target's probability given to the vocabulary
+    batch_size: int = 32    # pairs per step
+    steps: int = 400        # optimizer steps of each training
+    lr: float = 0.004       # peak learning rate
+    warmup: int = 50        # steps of linear warmup
+    grad_clip: float = 1.0  # largest gradient norm; 0: no limit
     seed: int = 0           # random seed
 
-    def __post_init__(self):
-        for name in ("steps", "batch", "layers", "heads", "width", "beam", "workers"):
-            require(getattr(self, name) >= 1, "--" + name, "1 or more", getattr(self, name))
-        for name in ("inner", "clip", "decay", "warmup", "merges", "penalty", "seed"):
-            require(0 <= getattr(self, name) < math.inf, "--" + name, "0 or more", getattr(self, name))
-        require(0 < self.lr < math.inf, "--lr", "a number above 0", self.lr)
-        for name in ("dropout", "smoothing"):
-            require(0 <= getattr(self, name) <= 0.9, "--" + name, "a number from 0 to 0.9", getattr(self, name))
-        require(self.width % self.heads == 0, "--width", f"a multiple of --heads {self.heads}", self.width)
-        require(self.position != "rotary" or self.width // self.heads % 2 == 0, "--position",
-                "an even width a head for rotary", f"{self.width} / {self.heads}")
-        require(self.context >= 2, "--context", "2 or more", self.context)
-        require(self.workers <= self.batch, "--workers", f"at most --batch {self.batch}", self.workers)
-        require(self.activation != "swiglu" or self.inner % 2 == 0, "--inner", "an even number for swiglu", self.inner)
 
-
-PRESETS = {}            # what a task changes above, unless a flag says otherwise: there is only one
-
-
-# ---- layers: B sequences, T tokens (S of what is looked at), N = B T rows, D width, H heads, V symbols ---------------
-
-def linear_forward(x, W, b):
-    """y = x W + b.   x (N, D), W (D, K), b (K,) -> y (N, K)."""
-    y = x @ W
-    y += b
-    return y, (x, W)
-
-
-def linear_backward(dout, cache):
-    """dx = dout W^T, dW = x^T dout, db = sum_n dout.   dout (N, K) -> dx (N, D), dW (D, K), db (K,)."""
-    x, W = cache
-    return dout @ W.T, x.T @ dout, dout.sum(axis=0)     # b was broadcast over N, so sum over N
-
+# ---- layers: B sequences, S and T positions, N = B T rows, D dim, H heads, d = D / H, V tokens ---
 
 def layernorm_forward(x, gamma, beta, eps=1e-5):
-    """y = gamma xhat + beta, xhat = (x - mean) / sqrt(var + eps) of each row.   x, y (N, D), gamma, beta (D,)."""
-    average = np.full(x.shape[1], 1 / x.shape[1], x.dtype)      # means of rows as products: the fastest way
-    xhat = x - (x @ average)[:, None]
-    inv_std = (((xhat * xhat) @ average + eps) ** -0.5)[:, None]
-    xhat *= inv_std
-    y = xhat * gamma
-    y += beta
-    return y, (xhat, gamma, inv_std)
+    """y = gamma xhat + beta, xhat = (x - mean) / sqrt(var + eps), per row.   x (N, D)."""
+    mean = x.mean(axis=1, keepdims=True)
+    inv_std = (x.var(axis=1, keepdims=True) + eps) ** -0.5
+    xhat = (x - mean) * inv_std
+    return gamma * xhat + beta, (xhat, gamma, inv_std)
 
 
 def layernorm_backward(dout, cache):
-    """dgamma = sum_n dout xhat, dbeta = sum_n dout; with g = gamma dout and means over each row,
-    dx = (g - mean(g) - xhat mean(g xhat)) / std: g without its part along 1 and along xhat.   -> dx, dgamma, dbeta."""
+    """g = gamma dout, dx = (g - mean(g) - xhat mean(g xhat)) / std, since every x moves mean and
+    std, too; dgamma = sum_n dout xhat, dbeta = sum_n dout."""
     xhat, gamma, inv_std = cache
-    by_xhat, share = dout * xhat, gamma / len(gamma)
-    dx = dout * gamma
-    dx -= (dout @ share)[:, None]
-    dx -= xhat * (by_xhat @ share)[:, None]
-    dx *= inv_std
-    return dx, by_xhat.sum(axis=0), dout.sum(axis=0)
-
-
-def rmsnorm_forward(x, gamma, eps=1e-5):
-    """y = gamma xhat, xhat = x / sqrt(mean(x^2) + eps) of each row: no mean, no beta (Zhang 2019).   x (N, D)."""
-    average = np.full(x.shape[1], 1 / x.shape[1], x.dtype)
-    inv_rms = (((x * x) @ average + eps) ** -0.5)[:, None]
-    xhat = x * inv_rms
-    return xhat * gamma, (xhat, gamma, inv_rms)
-
-
-def rmsnorm_backward(dout, cache):
-    """dgamma = sum_n dout xhat; with g = gamma dout, dx = (g - xhat mean(g xhat)) / rms.   -> dx, dgamma."""
-    xhat, gamma, inv_rms = cache
-    by_xhat = dout * xhat
-    dx = dout * gamma
-    dx -= xhat * (by_xhat @ (gamma / len(gamma)))[:, None]
-    dx *= inv_rms
-    return dx, by_xhat.sum(axis=0)
-
-
-def dropout_forward(x, keep, rate):
-    """Every entry is 0 with probability rate, the others grow to make up for it; keep (N, D) comes with the batch."""
-    y = x * keep
-    y *= 1 / (1 - rate)
-    return y, (keep, rate)
-
-
-def dropout_backward(dout, cache):
-    """dx = dout where x was kept, grown alike."""
-    keep, rate = cache
-    dx = dout * keep
-    dx *= 1 / (1 - rate)
-    return dx
-
-
-def rotary_forward(x, turn):
-    """Turn every pair (x_j, x_{j + d/2}) by an angle that grows with the position: q_t k_s then depends on t - s only
-    (Su 2021).   x (B, T, H, d), turn: cos and sin of the angles, each (T, 1, d/2) -> (B, T, H, d)."""
-    (cos, sin), (a, b) = turn, np.split(x, 2, axis=3)
-    return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=3), turn
-
-
-def rotary_backward(dout, cache):
-    """The same turn, backwards."""
-    (cos, sin), (a, b) = cache, np.split(dout, 2, axis=3)
-    return np.concatenate([a * cos + b * sin, b * cos - a * sin], axis=3)
-
-
-def attention_forward(q, k, v, mask=None):
-    """out = p v, p = softmax(q k^T / sqrt(d) + mask): of every position t, an average of v over the positions s.
-    q (B, T, H, d), k, v (B, S, H, d), mask 0 where to look, -1e9 where not, fit for (B, H, T, S) -> (B, T, H, d)."""
-    q = q * q.shape[3] ** -0.5
-    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))             # heads before time: a product for each head
-    p = (k @ q.swapaxes(2, 3)).swapaxes(2, 3)       # (B, H, T, S); in memory S before T: max and sum over S are fast so
-    if mask is not None:
-        p += mask
-    p -= p.max(axis=3, keepdims=True)
-    np.exp(p, out=p)
-    p *= 1 / p.sum(axis=3, keepdims=True)
-    out = np.empty((len(q), q.shape[2], q.shape[1], q.shape[3]), q.dtype)
-    np.matmul(p, v, out=out.swapaxes(1, 2))                     # heads next to each other, as Wo wants them
-    return out, (q, k, v, p, out)
-
-
-def attention_backward(dout, cache):
-    """dv = p^T dout, dp = dout v^T. Softmax: ds = p (dp - sum_s p dp), where sum_s p dp = dout . out, since out = p v.
-    Scores: dq = ds k / sqrt(d), dk = ds^T q / sqrt(d): so q is in the cache.   dout (B, T, H, d) -> dq, dk, dv."""
-    q, k, v, p, out = cache
-    along = (dout * out).sum(axis=3).swapaxes(1, 2)[:, :, :, None]
-    dout = dout.swapaxes(1, 2)
-    ds = (v @ dout.swapaxes(2, 3)).swapaxes(2, 3)
-    ds -= along
-    ds *= p
-    dq, dk, dv = ds @ k * q.shape[3] ** -0.5, ds.swapaxes(2, 3) @ q, p.swapaxes(2, 3) @ dout
-    return dq.swapaxes(1, 2), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
-
-
-def multihead_forward(x, p, heads, B, mask=None, memory=None, turn=None, past=None):
-    """Attention of x to itself, or to memory if there is one, by several heads, each on its share of the width.
-    x (B T, D), memory (B S, D), p: Wqkv (D, 3 D), bqkv (3 D,), Wo (D, D), bo (D,) -> (B T, D).
-    In generation, past keeps the keys and values of the tokens so far; x is then only what is new."""
-    D, W, b = x.shape[1], p["Wqkv"], p["bqkv"]
-    shape = B, -1, heads, D // heads
-    turned = memory_cache = None
-    if memory is None:                                          # one product for q, k and v
-        qkv, x_cache = linear_forward(x, W, b)
-        q, k, v = (a.reshape(shape) for a in np.split(qkv.reshape(B, -1, 3 * D), 3, axis=2))
-    else:
-        q, x_cache = linear_forward(x, W[:, :D], b[:D])
-        q = q.reshape(shape)
-        if past:                                                # the memory is what it was
-            k, v = past["k"], past["v"]
-        else:
-            kv, memory_cache = linear_forward(memory, W[:, D:], b[D:])
-            k, v = (a.reshape(shape) for a in np.split(kv.reshape(B, -1, 2 * D), 2, axis=2))
-    if turn is not None:
-        (q, turned), (k, _) = rotary_forward(q, turn), rotary_forward(k, turn)
-    if past is not None:
-        if past and memory is None:
-            k, v = np.concatenate([past["k"], k], axis=1), np.concatenate([past["v"], v], axis=1)
-        past["k"], past["v"] = k, v
-    out, attention_cache = attention_forward(q, k, v, mask)
-    y, out_cache = linear_forward(out.reshape(-1, D), p["Wo"], p["bo"])
-    return y, (x_cache, memory_cache, turned, attention_cache, out_cache)
-
-
-def multihead_backward(dout, cache):
-    """multihead_forward from bottom to top.   dout (B T, D) -> dx, gradients of p; dmemory, if there was a memory."""
-    x_cache, memory_cache, turned, attention_cache, out_cache = cache
-    shape, grads = attention_cache[-1].shape, {}
-    dheads, grads["Wo"], grads["bo"] = linear_backward(dout, out_cache)
-    dq, dk, dv = attention_backward(dheads.reshape(shape), attention_cache)
-    if turned is not None:
-        dq, dk = rotary_backward(dq, turned), rotary_backward(dk, turned)
-    N, D = dout.shape
-    if memory_cache is None:
-        dx, grads["Wqkv"], grads["bqkv"] = linear_backward(np.stack([dq, dk, dv], axis=2).reshape(N, 3 * D), x_cache)
-        return dx, grads
-    dx, dWq, dbq = linear_backward(dq.reshape(N, D), x_cache)
-    dmemory, dWkv, dbkv = linear_backward(np.stack([dk, dv], axis=2).reshape(-1, 2 * D), memory_cache)
-    grads["Wqkv"], grads["bqkv"] = np.concatenate([dWq, dWkv], axis=1), np.concatenate([dbq, dbkv])
-    return dx, grads, dmemory
-
-
-def relu_forward(x):
-    """y = max(x, 0), entry by entry."""
-    return np.maximum(x, 0), x
-
-
-def relu_backward(dout, cache):
-    """dx = dout where x > 0, else 0."""
-    x = cache
-    return dout * (x > 0)
-
-
-GELU_C = (2 / math.pi) ** 0.5
-
-
-def gelu_forward(x):
-    """y = x h, h = 1/2 + tanh(c (x + 0.044715 x^3)) / 2, c = sqrt(2 / pi): x times the normal distribution, nearly."""
-    h = x * x                                           # in place: passes over memory are what takes the time
-    h *= GELU_C * 0.044715
-    h += GELU_C
-    h *= x
-    np.tanh(h, out=h)
-    h *= 0.5
-    h += 0.5
-    return x * h, (x, h)
-
-
-def gelu_backward(dout, cache):
-    """dx = dout (h + x h'), and h' = 2 h (1 - h) c (1 + 3 0.044715 x^2), as for a sigmoid.   The order of the lines is
-    dx = (((6 0.044715 c x^2 + 2 c) x (1 - h)) + 1) h dout."""
-    x, h = cache
-    dx = x * x
-    dx *= 6 * 0.044715 * GELU_C
-    dx += 2 * GELU_C
-    dx *= x
-    dx *= 1 - h
-    dx += 1
-    dx *= h
-    dx *= dout
-    return dx
-
-
-def sigmoid(z):
-    """1 / (1 + e^-z), written with tanh, which cannot overflow."""
-    return 0.5 * np.tanh(0.5 * z) + 0.5
-
-
-def swiglu_forward(x):
-    """y = a g s(g), x = [a, g], s the sigmoid: half is a gate for the other (Shazeer 2020).   (N, 2 K) -> (N, K)."""
-    a, g = np.split(x, 2, axis=1)
-    s = sigmoid(g)
-    silu = g * s
-    return a * silu, (a, silu, s)
-
-
-def swiglu_backward(dout, cache):
-    """da = dout g s, dg = dout a (s + g s (1 - s)): the product rule, twice.   dout (N, K) -> dx (N, 2 K)."""
-    a, silu, s = cache
-    return np.concatenate([dout * silu, dout * a * (s + silu * (1 - s))], axis=1)
-
-
-FEEDS = {"relu": (relu_forward, relu_backward), "gelu": (gelu_forward, gelu_backward),
-         "swiglu": (swiglu_forward, swiglu_backward)}
-NORMS = {"layer": (layernorm_forward, layernorm_backward, ("gamma", "beta")),
-         "rms": (rmsnorm_forward, rmsnorm_backward, ("gamma",))}
-
-
-PORTION = 2 ** 16        # numbers that are worked on at once: a quarter of a megabyte
-
-
-def portions(x):
-    """Slices of the rows of x, of about PORTION numbers each. Several passes over an array are faster over one portion
-    after the other, since that stays in the cache of a core."""
-    n = max(1, PORTION // x[0].size)
-    return [slice(i, i + n) for i in range(0, len(x), n)]
-
-
-def feed_forward(x, p, activation):
-    """Each row by itself through a small net.   x (N, D), p: W1 (D, K), b1, W2 (K, D), b2 -> (N, D).
-    activation: relu, gelu; or swiglu, whose W1 is (D, 2 K)."""
-    z, in_cache = linear_forward(x, p["W1"], p["b1"])
-    a, act_caches = np.empty((len(z), len(p["W2"])), z.dtype), []
-    for rows in portions(z):
-        a[rows], cache = FEEDS[activation][0](z[rows])
-        act_caches.append(cache)
-    y, out_cache = linear_forward(a, p["W2"], p["b2"])
-    return y, (in_cache, act_caches, out_cache, activation)
-
-
-def feed_backward(dout, cache):
-    """feed_forward from bottom to top.   dout (N, D) -> dx, gradients of p."""
-    in_cache, act_caches, out_cache, activation = cache
-    grads = {}
-    da, grads["W2"], grads["b2"] = linear_backward(dout, out_cache)
-    dz = np.empty((len(da), in_cache[1].shape[1]), da.dtype)
-    for rows, cache in zip(portions(dz), act_caches):
-        dz[rows] = FEEDS[activation][1](da[rows], cache)
-    dx, grads["W1"], grads["b1"] = linear_backward(dz, in_cache)
-    return dx, grads
-
-
-def part(params, name):
-    """The parameters whose names begin with "name.", without it."""
-    return {key[len(name) + 1:]: value for key, value in params.items() if key.startswith(name + ".")}
-
-
-def block_forward(x, p, heads, B, mask=None, memory=None, memory_mask=None, turn=None, keep=None, rate=0.0,
-                  norm="layer", activation="gelu", order="pre", past=None):
-    """Attention, attention to a memory if there is one, feed-forward, each as x + f(norm(x)) (order pre, the way past
-    is clear) or norm(x + f(x)) (post, as in 2017).   x (B T, D), memory (B S, D), keep (3, B T, D), rate: of dropout,
-    p: "attn.Wqkv", "attn.gamma", ..., "cross.Wqkv", ..., "feed.W1", ... -> (B T, D)."""
-    caches, (norm_forward, _, names) = [], NORMS[norm]
-    for k, name in enumerate(("attn", "feed") if memory is None else ("attn", "cross", "feed")):
-        q, y, norm_cache, keep_cache = part(p, name), x, None, None
-        if order == "pre":
-            y, norm_cache = norm_forward(x, *(q[n] for n in names))
-        if name == "feed":
-            y, cache = feed_forward(y, q, activation)
-        elif name == "attn":
-            y, cache = multihead_forward(y, q, heads, B, mask, None, turn, past and past[name])
-        else:
-            y, cache = multihead_forward(y, q, heads, B, memory_mask, memory, None, past and past[name])
-        if keep is not None:
-            y, keep_cache = dropout_forward(y, keep[k], rate)
-        x = x + y
-        if order == "post":
-            x, norm_cache = norm_forward(x, *(q[n] for n in names))
-        caches.append((name, norm_cache, cache, keep_cache))
-    return x, (caches, norm, order)
-
-
-def block_backward(dout, cache):
-    """block_forward from bottom to top.   dout (B T, D) -> dx, gradients of p; dmemory, if there was a memory."""
-    (caches, norm, order), grads, dmemory = cache, {}, []
-    _, norm_backward, names = NORMS[norm]
-    for name, norm_cache, cache, keep_cache in reversed(caches):
-        dnorm = ()
-        if order == "post":
-            dout, *dnorm = norm_backward(dout, norm_cache)
-        dy = dout if keep_cache is None else dropout_backward(dout, keep_cache)
-        dy, dq, *to_memory = (feed_backward if name == "feed" else multihead_backward)(dy, cache)
-        dmemory += to_memory
-        if order == "pre":
-            dy, *dnorm = norm_backward(dy, norm_cache)
-        dout = dout + dy                                        # x goes on in two ways, so gradients add
-        grads.update({f"{name}.{key}": g for key, g in [*dq.items(), *zip(names, dnorm)]})
-    return dout, grads, *dmemory
-
-
-def lookup_forward(ids, E):
-    """The row of E that each number names.   ids (...) integers, E (V, D) -> (..., D)."""
-    return E[ids], (ids, E.shape)
-
-
-def lookup_backward(dout, cache):
-    """A row of E gets the sum of dout over the places where it stands. With many symbols, most of which do not occur:
-    sort the places by symbol, add up each run."""
-    ids, shape = cache
-    places = ids.ravel().argsort(kind="stable")
-    found, starts = np.unique(ids.ravel()[places], return_index=True)
-    dE = np.zeros(shape, dout.dtype)
-    dE[found] = np.add.reduceat(dout.reshape(-1, shape[1])[places], starts, axis=0)
-    return dE
-
-
-def project_forward(x, E):
-    """z = x E^T, how well x fits each symbol.   x (N, D), E (V, D) -> (N, V)."""
-    return x @ E.T, (x, E)
-
-
-def project_backward(dout, cache):
-    """dx = dout E, dE = dout^T x."""
-    x, E = cache
-    return dout @ E, dout.T @ x
-
-
-def smoothed_cross_entropy_forward(z, targets, smoothing):
-    """mean_n of -sum_k y_k log p[n, k], p = softmax of each row, y = (1 - smoothing) onehot(target) + smoothing / K
-    (Szegedy 2016).   z (N, K), targets (N,) class numbers -> scalar."""
-    p, rows = z - z.max(axis=1, keepdims=True), np.arange(len(targets))
-    right, mean = p[rows, targets], p.mean(axis=1) if smoothing else 0
-    np.exp(p, out=p)
-    total = p.sum(axis=1, keepdims=True)
-    p *= 1 / total
-    loss = np.log(total[:, 0]) - (1 - smoothing) * right - smoothing * mean
-    return loss.mean(), (p, targets, smoothing)
-
-
-def smoothed_cross_entropy_backward(dout, cache):
-    """dz = (p - y) / N.   dout scalar -> dz (N, K)."""
-    p, targets, smoothing = cache
-    N, K = p.shape
-    dz = p * (dout / N)
-    if smoothing:
-        dz -= smoothing / K * (dout / N)
-    dz[np.arange(N), targets] -= (1 - smoothing) * (dout / N)
-    return dz
-
-
-def pointer_forward(x, memory, p, B, mask=None, past=None):
-    """c = q k^T / sqrt(D) + mask: how well each token of the source would do as the next one of the output (Gu 2016).
-    q = x Wq + bq, k = [memory, memory one token before] Wk + bk: who has said token s - 1 finds the place to copy s. bk
-    can raise all c of a row: to copy, or not. x (B T, D), memory (B S, D), mask fit for (B, 1, 1, S), p: Wq (D, D),
-    bq (D,), Wk (2 D, D), bk (D,) -> (B T, S). past: see multihead_forward."""
-    D, k_cache = x.shape[1], None
-    q, q_cache = linear_forward(x, p["Wq"], p["bq"])
-    q = q.reshape(B, -1, D)
-    if past:
-        k = past["k"]
-    else:
-        m = memory.reshape(B, -1, D)
-        before = np.concatenate([np.zeros_like(m[:, :1]), m[:, :-1]], axis=1)
-        both = np.concatenate([m, before], axis=2)
-        k, k_cache = linear_forward(both.reshape(-1, 2 * D), p["Wk"], p["bk"])
-        k = k.reshape(B, -1, D)
-    if past is not None:
-        past["k"] = k
-    c = q @ k.swapaxes(1, 2) * D ** -0.5
-    if mask is not None:
-        c += mask[:, 0]
-    return c.reshape(len(x), -1), (q, k, q_cache, k_cache)
+    g = gamma * dout
+    mean_g = g.mean(axis=1, keepdims=True)
+    mean_g_xhat = (g * xhat).mean(axis=1, keepdims=True)
+    dx = (g - mean_g - xhat * mean_g_xhat) * inv_std
+    return dx, (dout * xhat).sum(axis=0), dout.sum(axis=0)
+
+
+def rotate(x, t):
+    """Pairs of numbers times e^(i w_j t).   x (B, H, T, d), t (T, 1); backward: rotate by -t."""
+    w = 10000.0 ** (-np.arange(0, x.shape[3], 2) / x.shape[3])
+    turn = np.exp(1j * t * w).astype(np.result_type(x, np.complex64))       # (T, d / 2)
+    return (x.view(turn.dtype) * turn).view(x.dtype)
+
+
+def rotary_multihead_forward(x, p, memory, heads, B, mask, t):
+    """Per head softmax(q k^T / sqrt(d)) v over the positions where mask is True, q and k rotated
+    by t; q from x (B T, D), k and v from memory (B S, D).   -> (B T, D)."""
+    D = x.shape[1]
+    q = (x @ p["Wqkv"][:, :D]).reshape(B, -1, heads, D // heads).swapaxes(1, 2)     # (B, H, T, d)
+    kv = (memory @ p["Wqkv"][:, D:]).reshape(B, -1, 2, heads, D // heads)
+    k, v = kv.transpose(2, 0, 3, 1, 4)                              # (B, H, S, d) each
+    q, k = rotate(q, t) * q.shape[3] ** -0.5, rotate(k, t)
+    scores = np.where(mask, q @ k.swapaxes(2, 3), -1e9)             # (B, H, T, S)
+    w = np.exp(scores - scores.max(axis=3, keepdims=True))
+    w /= w.sum(axis=3, keepdims=True)
+    y = (w @ v).swapaxes(1, 2).reshape(x.shape)
+    return y @ p["Wo"], (x, p, memory, t, q, k, v, w, y)
+
+
+def rotary_multihead_backward(dout, cache):
+    """rotary_multihead_forward from bottom to top.   -> dx, gradients, dmemory."""
+    x, p, memory, t, q, k, v, w, y = cache
+    (B, H, T, d), D = q.shape, x.shape[1]
+    dy = (dout @ p["Wo"].T).reshape(B, T, H, d).swapaxes(1, 2)
+    dw = dy @ v.swapaxes(2, 3)
+    ds = w * (dw - (w * dw).sum(axis=3, keepdims=True))             # 0 where the mask made w 0
+    dq = rotate(ds @ k, -t).swapaxes(1, 2).reshape(x.shape) * d ** -0.5
+    dkv = np.stack([rotate(ds.swapaxes(2, 3) @ q, -t), w.swapaxes(2, 3) @ dy])
+    dkv = dkv.transpose(1, 3, 0, 2, 4).reshape(len(memory), 2 * D)
+    g = {"Wqkv": np.concatenate([x.T @ dq, memory.T @ dkv], axis=1), "Wo": y.T @ dout}
+    return dq @ p["Wqkv"][:, :D].T, g, dkv @ p["Wqkv"][:, D:].T
+
+
+def swiglu_mlp_forward(x, p):
+    """y = (silu(gate) up) W2, [gate, up] = x W1, silu(z) = z / (1 + e^-z).   x, y (N, D)."""
+    gate, up = np.split(x @ p["W1"], 2, axis=1)
+    s = 0.5 + 0.5 * np.tanh(0.5 * gate)                 # the sigmoid, without overflow
+    h = gate * s * up
+    return h @ p["W2"], (x, p, gate, up, s, h)
+
+
+def swiglu_mlp_backward(dout, cache):
+    """swiglu_mlp_forward from bottom to top.   -> dx, gradients."""
+    x, p, gate, up, s, h = cache
+    dh = dout @ p["W2"].T                               # then the product rule
+    dz = np.concatenate([dh * up * (s + gate * s * (1 - s)), dh * gate * s], axis=1)
+    return dz @ p["W1"].T, {"W1": x.T @ dz, "W2": h.T @ dout}
+
+
+def pointer_forward(x, p, memory, B):
+    """c_ts = (x_t Wq) . ([m_s, m_s-1] Wk) / sqrt(D): after a copy of s - 1, the decoder finds s by
+    it.   x (B T, D), memory (B S, D) -> c (B, T, S)."""
+    m = memory.reshape(B, -1, x.shape[1])
+    m = np.concatenate([m, np.pad(m, ((0, 0), (1, 0), (0, 0)))[:, :-1]], axis=2)    # (B, S, 2 D)
+    q = (x @ p["Wq"]).reshape(B, -1, x.shape[1])
+    k = m @ p["Wk"] * x.shape[1] ** -0.5                            # (B, S, D)
+    return q @ k.swapaxes(1, 2), (x, p, m, q, k)
 
 
 def pointer_backward(dout, cache):
-    """dq = dc k / sqrt(D), dk = dc^T q / sqrt(D), and a token of the memory is in two keys: its own and the next one's.
-    dout (B T, S) -> dx, dmemory, gradients of p."""
-    q, k, q_cache, k_cache = cache
-    (B, T, D), grads = q.shape, {}
-    dc = dout.reshape(B, T, -1) * D ** -0.5
-    dx, grads["Wq"], grads["bq"] = linear_backward((dc @ k).reshape(B * T, D), q_cache)
-    dboth, grads["Wk"], grads["bk"] = linear_backward((dc.swapaxes(1, 2) @ q).reshape(-1, D), k_cache)
-    dm, dbefore = np.split(dboth.reshape(B, -1, 2 * D), 2, axis=2)
-    dm[:, :-1] += dbefore[:, 1:]
-    return dx, dm.reshape(-1, D), grads
+    """pointer_forward from bottom to top.   -> dx, gradients, dmemory."""
+    x, p, m, q, k = cache
+    B, S, D = k.shape
+    dq = (dout @ k).reshape(x.shape)
+    dk = (dout.swapaxes(1, 2) @ q * D ** -0.5).reshape(B * S, D)
+    dm = (dk @ p["Wk"].T).reshape(B, S, 2 * D)
+    dm[:, :-1, :D] += dm[:, 1:, D:]                                 # m_s is also s + 1's m_s-1
+    g = {"Wq": x.T @ dq, "Wk": m.reshape(B * S, 2 * D).T @ dk}
+    return dq @ p["Wq"].T, g, dm[:, :, :D].reshape(B * S, D)
 
 
-def copy_cross_entropy_forward(z, targets, source, smoothing):
-    """One softmax p over the V symbols and the S tokens of the source. A target can be said in several ways: as the
-    symbol, or by copying it from any place where it stands. So P = p[target] + sum of p[V + s] over source_s = target,
-    loss = mean_n of -(1 - smoothing) log P - smoothing mean_v log p[v].   z (N, V + S), targets (N,), source (N, S)."""
-    V, rows = z.shape[1] - source.shape[1], np.arange(len(z))
-    p = z - z.max(axis=1, keepdims=True)
-    ways = np.concatenate([p[rows, targets, None], np.where(source == targets[:, None], p[:, V:], -1e9)], axis=1)
-    mean = p[:, :V].mean(axis=1) if smoothing else 0
-    top = ways.max(axis=1, keepdims=True)
-    share = np.exp(ways - top)
-    right = share.sum(axis=1, keepdims=True)
-    share *= 1 / right                                          # of each way, in P
-    np.exp(p, out=p)
-    total = p.sum(axis=1, keepdims=True)
-    p *= 1 / total
-    loss = np.log(total) - (1 - smoothing) * (top + np.log(right))
-    return (loss[:, 0] - smoothing * mean).mean(), (p, share, targets, V, smoothing)
+def log_softmax(logits):
+    """log of the softmax of every row.   logits (N, V) -> (N, V)."""
+    logits = logits - logits.max(axis=1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+def copy_cross_entropy_forward(z, right, V, label_smoothing):
+    """mean_n of -(1 - s) log P - s mean_v log p_v, p = softmax(z), P the sum of p where right, s
+    the label smoothing.   z = [logits, c] (N, V + S), right (N, V + S) True or False -> scalar."""
+    log_p = log_softmax(z)
+    ways = np.where(right, log_p, -1e9)
+    best = ways.max(axis=1, keepdims=True)
+    share = np.exp(ways - best)
+    total = share.sum(axis=1, keepdims=True)
+    loss = -(1 - label_smoothing) * (best + np.log(total)).mean()
+    loss -= label_smoothing * log_p[:, :V].mean()
+    return loss, (log_p, share / total, V, label_smoothing)
 
 
 def copy_cross_entropy_backward(dout, cache):
-    """dz = (p - y) / N, where y = (1 - smoothing) times each way's share in P (column 0: the symbol, then the places of
-    the source), and smoothing / V at every symbol."""
-    p, share, targets, V, smoothing = cache
-    N = len(p)
-    dz = p * (dout / N)
-    if smoothing:
-        dz[:, :V] -= smoothing / V * (dout / N)
-    share = share * ((1 - smoothing) * (dout / N))
-    dz[np.arange(N), targets] -= share[:, 0]
-    dz[:, V:] -= share[:, 1:]
-    return dz
+    """dz = (p - (1 - s) share - s / V) / N; share: what each right way has in P."""
+    log_p, share, V, label_smoothing = cache
+    dz = np.exp(log_p) - (1 - label_smoothing) * share
+    dz[:, :V] -= label_smoothing / V
+    return dz * (dout / len(dz))
 
 
-# ---- model: an encoder, a decoder, or both ---------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 
-def init_params(cfg, rng, dtype=np.float32):
-    """E (V, D) for all symbols; enc0., enc1., ... and dec0., dec1., ... as block_forward wants them; enc. and dec., the
-    last norms of order pre. What the options add: P, positions; Es, Wz, if not tied; copy."""
-    D, F, params = cfg.width, cfg.inner or 4 * cfg.width, {}
+SOURCES = ["the {firm} of {city} will {verb} its {kind} {thing} , {title} {name} said on {day}",
+           "on {day} {title} {name} asked the {firm} of {city} to {verb} its {kind} {thing}"]
+HEADLINE = "{name} : {city} {firm} to {verb} {thing}"
+PARTS = {"title": "minister mayor doctor", "firm": "bank museum school", "verb": "sell close move",
+         "kind": "old new famous", "thing": "library bridge archive", "day": "monday friday"}
+INVENTED = [a + b for a in "bal cor dav fen gar hol jan kel lor mar nor per ros sol vel".split()
+            for b in "a as ek en er ia in is o on or us".split()]
+KNOWN, RARE, UNSEEN = INVENTED[::16], INVENTED[1::2], INVENTED[2::4]    # UNSEEN: for tests only
+PAD, BOS, EOS, UNK = range(4)   # padding, beginning and end of a sequence, unknown word
+TOKENS = " ".join([HEADLINE, "the of will its , said on asked", *PARTS.values(), *KNOWN])
+TOKENS = ["<pad>", "<bos>", "<eos>", "<unk>", *(w for w in TOKENS.split() if "{" not in w)]
+IDS = {word: i for i, word in enumerate(TOKENS)}
 
-    def matrix(rows, columns, gain=1.0):
-        return rng.standard_normal((rows, columns)) * (gain * (2 / (rows + columns)) ** 0.5)
-    V = pairs_of(cfg)["vocabulary"].size
-    for name in ["E"] + ["Wz", "Es"] * (not cfg.tie):
-        params[name] = 0.02 * rng.standard_normal((V, D))       # small: at first, all symbols are equally likely
-    for side in ("enc", "dec"):
-        if cfg.position == "learned":
-            params["P" + side] = 0.02 * rng.standard_normal((cfg.context, D))
-        for k in range(cfg.layers):
-            for name in ("attn", "cross", "feed") if side == "dec" else ("attn", "feed"):
-                at = f"{side}{k}.{name}."
-                last = (2 * cfg.layers) ** -0.5                 # many small steps from layer to layer add up to one
-                if name == "feed":
-                    params[at + "W1"], params[at + "b1"] = matrix(D, F), np.zeros(F)
-                    inside = F // 2 if cfg.activation == "swiglu" else F
-                    params[at + "W2"], params[at + "b2"] = matrix(inside, D, last), np.zeros(D)
-                else:
-                    params[at + "Wqkv"], params[at + "bqkv"] = matrix(D, 3 * D), np.zeros(3 * D)
-                    params[at + "Wo"], params[at + "bo"] = matrix(D, D, last), np.zeros(D)
-                params.update({at + n: np.full(D, float(n == "gamma")) for n in NORMS[cfg.norm][2]})
-        if cfg.order == "pre":
-            params.update({f"{side}.{n}": np.full(D, float(n == "gamma")) for n in NORMS[cfg.norm][2]})
-    for name, rows in (("q", D), ("k", 2 * D)) if cfg.copy else ():
-        params["copy.W" + name], params["copy.b" + name] = matrix(rows, D), np.zeros(D)
+
+def draw_headlines(rng, n, names):
+    """-> n pairs (source, headline) of lists of words; persons and cities have one of the names."""
+    choices, pairs = {part: words.split() for part, words in PARTS.items()}, []
+    choices["name"] = choices["city"] = names
+    for first, *rest in rng.integers(2 ** 31, size=(n, 1 + len(choices))).tolist():
+        words = {part: some[i % len(some)] for i, (part, some) in zip(rest, choices.items())}
+        pairs.append([text.format(**words).split() for text in (SOURCES[first % 2], HEADLINE)])
+    return pairs
+
+
+def encode_pair(source, target, ids):
+    """-> ids of both sides; words of the source that are not in ids, a dict, count on from it."""
+    new = [word for word in dict.fromkeys(source) if word not in ids]
+    ids = ids | {word: len(ids) + i for i, word in enumerate(new)}
+    return [ids[word] for word in source], [ids.get(word, UNK) for word in target]
+
+
+def pad(sequences):
+    """Lists of ids -> ids (N, longest), each followed by PAD."""
+    ids = np.full((len(sequences), max(map(len, sequences))), PAD)
+    for row, sequence in zip(ids, sequences):
+        row[:len(sequence)] = sequence
+    return ids
+
+
+def padded_batch(pairs, cfg, rng, dtype):
+    """Pairs of ids -> source (B, S), target (B, T) from BOS on, targets (B, T) up to EOS; dropout
+    masks of encoder and decoder (B, masks, S or T, D), 0 or 1 / (1 - dropout)."""
+    source, target = pad([a for a, _ in pairs]), pad([[BOS, *b] for _, b in pairs])
+    batch = [source, target, pad([[*b, EOS] for _, b in pairs])]
+    for (B, T), n in ((source.shape, 2), (target.shape, 3)):
+        keep = rng.random((B, 1 + n * cfg.layers, T, cfg.dim), dtype) >= cfg.dropout
+        batch.append(keep * dtype(1 / (1 - cfg.dropout)))
+    return batch
+
+
+def make_batch(cfg, step, dtype=np.float32):
+    """New sentences; half of the names are in the vocabulary.   -> see padded_batch."""
+    rng = np.random.default_rng((cfg.seed, step))
+    names = len(RARE) // len(KNOWN) * KNOWN + RARE
+    pairs = [encode_pair(*pair, IDS) for pair in draw_headlines(rng, cfg.batch_size, names)]
+    return padded_batch(pairs, cfg, rng, dtype)
+
+
+# ---- model: the encoder reads the source, the decoder and the pointer write the target -----------
+
+def init_params(cfg, rng, dtype=np.float32, vocab_size=len(TOKENS)):
+    """E (V, D), used three times; "enc0.self.Wqkv", ..., "dec0.cross.Wqkv", ...; last norms."""
+    D, params = cfg.dim, {}
+    shapes = {"E": (vocab_size, D), "copy.Wq": (D, D), "copy.Wk": (2 * D, D)}
+    for i in range(cfg.layers):
+        for at in (f"enc{i}.self", f"dec{i}.self", f"dec{i}.cross"):
+            shapes[at + ".Wqkv"], shapes[at + ".Wo"] = (D, 3 * D), (D, D)
+        for at in (f"enc{i}.mlp", f"dec{i}.mlp"):
+            shapes[at + ".W1"], shapes[at + ".W2"] = (D, 4 * D), (2 * D, D)
+    ends = [name for name in shapes if name.endswith((".Wo", ".W2"))]   # of sublayers: their
+    for name, (n, m) in shapes.items():                                 # many small steps add up
+        std = (2 / (n + m)) ** 0.5 * (2 * cfg.layers) ** (-0.5 * (name in ends))
+        params[name] = rng.standard_normal((n, m)) * (0.02 if name == "E" else std)
+    for at in ["enc", "dec", *(name[:-3] for name in ends)]:
+        params[at + ".gamma"], params[at + ".beta"] = np.ones(D), np.zeros(D)
     return {name: value.astype(dtype) for name, value in params.items()}
 
 
-@functools.lru_cache
-def sinusoids(T, D, dtype):
-    """Positions as the hands of D / 2 clocks, from fast to slow (Vaswani 2017).   -> (T, D)."""
-    angle = np.arange(T)[:, None] * 10000.0 ** (-np.arange(0, D, 2) / D)
-    return 0.02 * np.concatenate([np.sin(angle), np.cos(angle)], axis=1)[:, :D].astype(dtype)
+def part(params, prefix):
+    """The parameters whose names begin with prefix, without it."""
+    return {name.removeprefix(prefix): w for name, w in params.items() if name.startswith(prefix)}
 
 
-@functools.lru_cache
-def turns(T, d, dtype):
-    """cos and sin of the angles by which rotary_forward turns the pairs of position t.   -> two of (T, 1, d / 2)."""
-    angle = np.arange(T)[:, None, None] * 10000.0 ** (-np.arange(0, d, 2) / d)
-    return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
+def layers_forward(x, params, stack, sublayers, memory, keep):
+    """x + f(norm(x)) for all sublayers f of every layer, a last norm; keep: dropout masks."""
+    x, caches = x * keep[0], []
+    for k, kept in enumerate(keep[1:]):
+        name, forward, backward, *inputs = sublayers[k % len(sublayers)]
+        at = f"{stack}{k // len(sublayers)}.{name}."
+        p = part(params, at)
+        y, norm = layernorm_forward(x, p["gamma"], p["beta"])
+        reads = {"self": [y], "cross": [memory], "mlp": []}[name]
+        y, cache = forward(y, p, *reads, *inputs)
+        x = x + kept * y
+        caches.append((name, at, norm, cache, backward, kept))
+    x, norm = layernorm_forward(x, params[stack + ".gamma"], params[stack + ".beta"])
+    return x, (stack, keep[0], caches, norm)
 
 
-@functools.lru_cache
-def where_to_look(T, S, causal, heads, dtype):
-    """The last T of S positions look at all S: -1e9 at what is still to come, if causal; else 0, or, if heads is not 0,
-    ALiBi: minus the distance, times 2^-8/H, 2^-16/H, ... (Press 2022).   -> (1, 1 or H, T, S), or None if all are 0."""
-    distance = np.arange(S - T, S)[:, None] - np.arange(S)
-    slopes = 2.0 ** (-8 * np.arange(1, heads + 1) / heads) if heads else np.zeros(1)
-    mask = np.where(causal & (distance < 0), -1e9, -slopes[:, None, None] * np.abs(distance))[None].astype(dtype)
-    mask = np.ascontiguousarray(mask.swapaxes(2, 3)).swapaxes(2, 3)         # S before T in memory, as attention has it
-    return mask if mask.any() else None
+def layers_backward(dout, cache):
+    """layers_forward from bottom to top.   -> dx, gradients, dmemory."""
+    stack, keep, caches, norm = cache
+    grads, dmemory = {}, 0
+    dx, grads[stack + ".gamma"], grads[stack + ".beta"] = layernorm_backward(dout, norm)
+    for name, at, norm, cache, backward, kept in reversed(caches):
+        dy, g, *dread = backward(kept * dx, cache)
+        d = {"self": dy, "cross": dmemory, "mlp": 0}
+        d[name] = sum(dread, d[name])                   # to what this sublayer has read
+        dy, g["gamma"], g["beta"] = layernorm_backward(d["self"], norm)
+        dx, dmemory = dx + dy, d["cross"]
+        grads.update({at + key: value for key, value in g.items()})
+    return keep * dx, grads, dmemory
 
 
-def side_forward(params, ids, side, cfg, causal, memory=None, memory_mask=None, keep=None, past=None):
-    """The encoder (side enc) or the decoder (dec): symbols (B, T) to rows (B T, D).
-    keep: what dropout keeps (B, places, T, D). past: see multihead_forward, a dict for each attention of each layer."""
-    B, T, D, dtype = *ids.shape, cfg.width, params["E"].dtype
-    start = past[0]["attn"]["k"].shape[1] if past and past[0]["attn"] else 0            # tokens that came before
-    x, in_cache = lookup_forward(ids, params["Es" if side == "enc" and "Es" in params else "E"])
-    x = x.reshape(B * T, D)
-    if cfg.position in ("learned", "sinusoidal"):
-        table = params["P" + side] if cfg.position == "learned" else sinusoids(start + T, D, dtype)
-        x = (x.reshape(B, T, D) + table[start:start + T]).reshape(B * T, D)
-    turn = None
-    if cfg.position == "rotary":
-        turn = tuple(a[start:] for a in turns(start + T, D // cfg.heads, dtype))
-    mask = where_to_look(T, start + T, causal, cfg.heads * (cfg.position == "alibi"), dtype)
-    if not causal:
-        padding = hide_padding(ids, dtype)
-        mask = padding if mask is None else mask if padding is None else mask + padding
-    keep_cache, caches, n = None, [], 2 + (memory is not None)
-    if keep is not None:
-        keep = keep.swapaxes(0, 1).reshape(1 + n * cfg.layers, B * T, D)
-        x, keep_cache = dropout_forward(x, keep[0], dropout_rate(cfg))
-    for k in range(cfg.layers):
-        x, cache = block_forward(x, part(params, f"{side}{k}"), cfg.heads, B, mask, memory, memory_mask, turn,
-                                 None if keep is None else keep[1 + n * k:1 + n * (k + 1)], dropout_rate(cfg),
-                                 cfg.norm, cfg.activation, cfg.order, past and past[k])
-        caches.append(cache)
-    norm_cache = None
-    if cfg.order == "pre":
-        x, norm_cache = NORMS[cfg.norm][0](x, *(params[f"{side}.{n}"] for n in NORMS[cfg.norm][2]))
-    return x, (in_cache, keep_cache, caches, norm_cache, (B, T), side, cfg, params)
+def encdec_copy_forward(params, source, target, cfg, keeps, pointer=True):
+    """source (B, S), target (B, T) from BOS on -> z (B T, V + S): logits, pointer's scores."""
+    E, (B, S), T = params["E"], source.shape, target.shape[1]
+    ids = np.concatenate([source.ravel(), target.ravel()])
+    ids = np.where(ids < len(E), ids, UNK)                          # (B S + B T,)
+    mask, causal_mask = (source != PAD)[:, None], np.tri(T, dtype=bool)     # (B, 1, S), (T, T)
+    attention = rotary_multihead_forward, rotary_multihead_backward, cfg.heads, B
+    mlp = "mlp", swiglu_mlp_forward, swiglu_mlp_backward
+    encoder = [("self", *attention, mask[:, None], np.arange(S)[:, None]), mlp]
+    memory, enc = layers_forward(E[ids[:B * S]], params, "enc", encoder, None, keeps[0])
+    decoder = [("self", *attention, causal_mask, np.arange(T)[:, None]),
+               ("cross", *attention, mask[:, None], np.zeros((1, 1))), mlp]
+    x, dec = layers_forward(E[ids[B * S:]], params, "dec", decoder, memory, keeps[1])
+    c, copy = pointer_forward(x, part(params, "copy."), memory, B)
+    c = np.where(mask & pointer, c, -1e9).reshape(B * T, S)         # where p is 0, so is dz
+    return np.concatenate([x @ E.T, c], axis=1), (enc, dec, copy, ids, x, E)
 
 
-def side_backward(dout, cache):
-    """side_forward from bottom to top -> gradients under the keys of params, and dmemory (or None)."""
-    in_cache, keep_cache, caches, norm_cache, (B, T), side, cfg, params = cache
-    grads, dmemory = {}, None
-    if norm_cache is not None:
-        dout, *dnorm = NORMS[cfg.norm][1](dout, norm_cache)
-        grads.update({f"{side}.{n}": g for n, g in zip(NORMS[cfg.norm][2], dnorm)})
-    for k, cache in reversed(list(enumerate(caches))):
-        dout, dp, *more = block_backward(dout, cache)
-        grads.update({f"{side}{k}.{name}": g for name, g in dp.items()})
-        if more:                                                # every layer looks at the memory
-            dmemory = more[0] if dmemory is None else dmemory + more[0]
-    if keep_cache is not None:
-        dout = dropout_backward(dout, keep_cache)
-    if cfg.position == "learned":
-        grads["P" + side] = np.zeros_like(params["P" + side])
-        grads["P" + side][:T] = dout.reshape(B, T, -1).sum(axis=0)
-    grads["Es" if side == "enc" and "Es" in params else "E"] = lookup_backward(dout, in_cache)
-    return grads, dmemory
-
-
-def hide_padding(ids, dtype):
-    """-1e9 where a sequence has ended.   ids (B, S) -> (B, 1, 1, S), or None if nothing is padding."""
-    mask = (ids == PAD) * np.array(-1e9, dtype)
-    return mask[:, None, None] if mask.any() else None
-
-
-def put_back(rows, places, count):
-    """Rows at their places among count, of which the others are 0.   rows (N, K), places (N,) -> (count, K)."""
-    out = np.zeros((count, rows.shape[1]), rows.dtype)
-    out[places] = rows
-    return out
-
-
-def transformer_forward(params, source, target, cfg, places=None, keeps=(None, None)):
-    """Source, then target, which cross-attends to the encoder's output. source (B, S), target (B, T) -> scores of the
-    symbols (N, V) in all rows, or those in places; with copy, beside them those of source tokens (N, V + S)."""
-    copies = copy_cache = shape = None
-    memory, enc_cache = side_forward(params, source, "enc", cfg, False, keep=keeps[0])
-    memory_mask = hide_padding(source, memory.dtype)
-    x, dec_cache = side_forward(params, target, "dec", cfg, True, memory, memory_mask, keeps[1])
-    if cfg.copy:
-        copies, copy_cache = pointer_forward(x, memory, part(params, "copy"), len(source), memory_mask)
-    if places is not None:
-        shape = x.shape
-        x = x[places]
-    z, out_cache = project_forward(x, params.get("Wz", params.get("E")))
-    if cfg.copy:
-        z = np.concatenate([z, copies if places is None else copies[places]], axis=1)
-    return z, (enc_cache, dec_cache, shape, places, out_cache, copy_cache, cfg)
-
-
-def transformer_backward(dout, cache):
-    """transformer_forward from bottom to top -> gradients under the keys of params."""
-    enc_cache, dec_cache, shape, places, out_cache, copy_cache, cfg = cache
-    grads, dpointed = {}, None
-    V = len(out_cache[1])
-    dx, grads["E" if cfg.tie else "Wz"] = project_backward(dout[:, :V], out_cache)
-    dcopies = dout[:, V:]
-    if places is not None:
-        dx, dcopies = put_back(dx, places, shape[0]), put_back(dcopies, places, shape[0])
-    if copy_cache is not None:
-        dpointing, dpointed, found = pointer_backward(dcopies, copy_cache)
-        dx = dx + dpointing
-        grads.update({"copy." + name: g for name, g in found.items()})
-    for cache, more in ((dec_cache, dpointed), (enc_cache, None)):
-        found, dmemory = side_backward(dx, cache)
-        dx = dmemory if more is None else dmemory + more        # the encoder learns from what the decoder attends to
-        for name, g in found.items():
-            grads[name] = grads[name] + g if name in grads else g           # E is used up to three times
+def encdec_copy_backward(dout, cache):
+    """encdec_copy_forward from bottom to top -> gradients under the keys of params."""
+    enc, dec, copy, ids, x, E = cache
+    dlogits, dc = np.split(dout, [len(E)], axis=1)
+    dx, g, dmemory = pointer_backward(dc.reshape(len(copy[2]), -1, dc.shape[1]), copy)
+    dtarget, decoder, dm = layers_backward(dx + dlogits @ E, dec)
+    dsource, encoder, _ = layers_backward(dmemory + dm, enc)
+    grads = {"E": dlogits.T @ x, "copy.Wq": g["Wq"], "copy.Wk": g["Wk"], **encoder, **decoder}
+    np.add.at(grads["E"], ids, np.concatenate([dsource, dtarget]))
     return grads
 
 
-def loss_and_grads(params, batch, cfg):
-    """One forward and one backward pass -> loss, gradients under the keys of params."""
-    source, target, answers, *keeps = batch
-    answers, places = answers.ravel(), None
-    if cfg.copy or (answers < 0).any():                         # padding has no answer
-        places = np.flatnonzero(answers >= 0)
-        answers = answers[places]
-    z, cache = transformer_forward(params, source, target, cfg, places, keeps)
-    if cfg.copy:                                                # row n = b T + t belongs to sequence b
-        loss, loss_cache = copy_cross_entropy_forward(z, answers, source[places // target.shape[1]], cfg.smoothing)
-        return loss, transformer_backward(copy_cross_entropy_backward(1.0, loss_cache), cache)
-    loss, loss_cache = smoothed_cross_entropy_forward(z, answers, cfg.smoothing)
-    return loss, transformer_backward(smoothed_cross_entropy_backward(1.0, loss_cache), cache)
+def loss_and_grads(params, batch, cfg, pointer=True):
+    """Loss over the targets that are not padding, gradients under the keys of params."""
+    source, target, targets, *keeps = batch
+    keeps = [keep.swapaxes(0, 1).reshape(keep.shape[1], -1, cfg.dim) for keep in keeps]
+    z, cache = encdec_copy_forward(params, source, target, cfg, keeps, pointer)
+    V, (b, t) = len(params["E"]), np.nonzero(targets != PAD)
+    y = np.where((targets < V) | pointer, targets, UNK)[b, t][:, None]
+    real = b * target.shape[1] + t
+    right = np.concatenate([y == np.arange(V), y == source[b]], axis=1)
+    loss, loss_cache = copy_cross_entropy_forward(z[real], right, V, cfg.label_smoothing)
+    dz = np.zeros_like(z)
+    dz[real] = copy_cross_entropy_backward(1.0, loss_cache)
+    return loss, encdec_copy_backward(dz, cache)
 
 
-def adam_update(params, grads, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
-    """m, v: running means of g and g^2, over 1 - beta^t since they start at 0;  w <- w - lr m / (sqrt v + eps)."""
-    t = state["t"] = state.get("t", 0) + 1
-    step, scale = lr / (1 - beta1 ** t), (1 - beta2 ** t) ** -0.5
-    for name, g in grads.items():
-        if "m " + name not in state:
-            state["m " + name], state["v " + name] = np.zeros_like(g), np.zeros_like(g)
-        m, v = state["m " + name], state["v " + name]
-        m += (1 - beta1) * (g - m)
-        v += (1 - beta2) * (g * g - v)
-        params[name] -= step * m / (np.sqrt(v) * scale + eps)
-
-
-def adamw_update(params, grads, state, lr, decay=0.01):
-    """Adam, and every matrix shrinks by lr decay, whatever its gradient was."""
-    for W in params.values():
-        if W.ndim > 1:
-            W *= 1 - lr * decay
-    adam_update(params, grads, state, lr)
-
-
-def learning_rate(step, cfg):
-    """lr at a step: up from 0 in warmup steps; then constant, or a tenth from 60 % and a hundredth from 85 % on (step),
-    or down a half cosine to 0."""
-    rise, done = min(1, step / max(cfg.warmup, 1)), step / cfg.steps
-    course = {"constant": 1, "step": 1 if done < 0.6 else 0.1 if done < 0.85 else 0.01,
-              "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
-    return cfg.lr * rise * course[cfg.schedule]
-
+# ---- optimizer, training and demo ----------------------------------------------------------------
 
 def clip_norm(grads, limit):
-    """Scale all gradients so that their common norm is at most limit (Pascanu 2013) -> the norm before."""
+    """Scale all gradients so that their joint norm is at most limit, if limit is not 0 (Pascanu et
+    al. 2013).   -> the norm before."""
     norm = math.sqrt(sum(float((g * g).sum()) for g in grads.values()))
     if norm > limit > 0:
         for g in grads.values():
@@ -771,648 +342,678 @@ def clip_norm(grads, limit):
     return norm
 
 
-def dropout_rate(cfg):
-    """The rate in 256ths: random bytes decide."""
-    return round(256 * cfg.dropout) / 256
+def adam_update(params, grads, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
+    """m, v: moving averages of g and g^2, divided by 1 - beta^t to correct for their start at 0;
+    w <- w - lr m / (sqrt(v) + eps)."""
+    t = state["t"] = state.get("t", 0) + 1
+    for name, g in grads.items():
+        m = state["m " + name] = beta1 * state.get("m " + name, 0) + (1 - beta1) * g
+        v = state["v " + name] = beta2 * state.get("v " + name, 0) + (1 - beta2) * g * g
+        m = m / (1 - beta1 ** t)
+        v = v / (1 - beta2 ** t)
+        params[name] -= lr * m / (np.sqrt(v) + eps)
 
 
-# ---- data: text to numbers, numbers to batches -----------------------------------------------------------------------
-
-VERSES = ["the house that Jack built.", "the malt\nThat lay in", "the rat,\nThat ate", "the cat,\nThat killed",
-          "the dog,\nThat worried", "the cow with the crumpled horn,\nThat tossed",
-          "the maiden all forlorn,\nThat milked", "the man all tattered and torn,\nThat kissed",
-          "the priest all shaven and shorn,\nThat married"]
-RHYME = "\n" + "\n\n".join("This is " + " ".join(VERSES[n::-1]) for n in range(len(VERSES))) + "\n"
-SPECIAL = ["<pad>", "<start>", "<end>", "<mask>"]       # symbols of every vocabulary, before those of the data
-PAD = 0
-START = 1
-END = 2
-MASK = 3
-WORDS = re.compile(r" ?\w+| ?[^\w\s]+|\s+(?!\S)|\s+")   # every text falls into such pieces, and pieces into symbols
+def learning_rate(step, cfg):
+    """Linear warmup times half a cosine, from step 1 on; the last step is small, not 0."""
+    warmup = min(1, step / max(1, cfg.warmup))
+    return cfg.lr * warmup * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / cfg.steps))
 
 
-def learn_merges(text, count):
-    """Byte-pair encoding (Sennrich 2016): symbols 0 to 255 are the bytes of UTF-8; then, again and again, the most
-    frequent pair of neighbours within a word becomes a symbol of its own, 256, 257, ...   -> list of pairs."""
-    words = collections.Counter(WORDS.findall(text))
-    spelled, counts = [list(word.encode()) for word in words], list(words.values())
-    total, where, merges = collections.Counter(), collections.defaultdict(set), []
-    for n, word in enumerate(spelled):
-        for pair in zip(word, word[1:]):
-            total[pair] += counts[n]
-            where[pair].add(n)
-    heap = [(-times, pair) for pair, times in total.items()]
-    heapq.heapify(heap)
-    while heap and len(merges) < count:
-        times, pair = heapq.heappop(heap)
-        if -times != total[pair] or times > -2:         # its number has changed since: a newer entry is in the heap
-            continue
-        changed = set()
-        for n in where.pop(pair):
-            old = spelled[n]
-            new = spelled[n] = merge_pair(old, pair, 256 + len(merges))
-            for word, sign in ((old, -1), (new, 1)):
-                for neighbours in zip(word, word[1:]):
-                    total[neighbours] += sign * counts[n]
-                    where[neighbours].add(n)
-                    changed.add(neighbours)
-        merges.append(pair)
-        for neighbours in changed:
-            heapq.heappush(heap, (-total[neighbours], neighbours))
-    return merges
+def check_finite(loss, params=None):
+    """Raise FloatingPointError unless the loss and all parameters are finite, and below 1e10."""
+    if not all(np.abs(value).max() < 1e10 for value in (loss, *(params or {}).values())):
+        raise FloatingPointError(f"training diverged (loss {loss:.4g}); try a smaller --lr")
 
 
-def merge_pair(word, pair, symbol):
-    """The word with symbol in place of the pair, from left to right."""
-    out, i = [], 0
-    while i < len(word):
-        if i + 1 < len(word) and (word[i], word[i + 1]) == pair:
-            out.append(symbol)
-            i += 2
-        else:
-            out.append(word[i])
-            i += 1
-    return out
+def progress(steps, losses, note=lambda: ""):
+    """for step in progress(steps, losses): ... losses.append(loss).   Prints ten lines, or one per
+    minute: the mean loss since the line before, note(), the time left. Ctrl-C ends the loop after
+    the step at hand, a second Ctrl-C the program. A loss that is not finite raises an error."""
+    stopped = []
 
-
-class Vocabulary:
-    """Text to numbers and back, exactly: by characters or, if there are merges, by byte-pair encoding."""
-
-    def __init__(self, chars="", merges=()):
-        self.chars, self.merges, self.seen = chars, [tuple(pair) for pair in merges], {}
-        self.rank = {pair: k for k, pair in enumerate(self.merges)}
-        self.symbols = [c.encode() for c in chars] or [bytes([b]) for b in range(256)]
-        for a, b in self.merges:
-            self.symbols.append(self.symbols[a] + self.symbols[b])
-        self.number = {c: i for i, c in enumerate(chars)}
-        self.size = len(SPECIAL) + len(self.symbols)
-
-    def encode(self, text, strange=None):
-        """-> array of numbers. Characters never seen (of bytes there are none) are dropped, or strange is called."""
-        if self.chars:
-            never = sorted(set(text) - set(self.chars))
-            if never and strange:
-                strange("".join(never[:10]))
-            return np.array([self.number[c] for c in text if c in self.number], int) + len(SPECIAL)
-        return np.array([s for word in WORDS.findall(text) for s in self.spell(word)], int) + len(SPECIAL)
-
-    def spell(self, word):
-        """The symbols of a word: merge in the order in which the merges were learned."""
-        if word not in self.seen:
-            symbols = list(word.encode())
-            while len(symbols) > 1:
-                pair = min(zip(symbols, symbols[1:]), key=lambda p: self.rank.get(p, math.inf))
-                if pair not in self.rank:
-                    break
-                symbols = merge_pair(symbols, pair, 256 + self.rank[pair])
-            self.seen[word] = symbols
-        return self.seen[word]
-
-    def raw(self, ids):
-        """The bytes that numbers stand for; special symbols stand for none."""
-        return b"".join(self.symbols[i - len(SPECIAL)] for i in ids if i >= len(SPECIAL))
-
-    def decode(self, ids):
-        """-> text."""
-        return self.raw(ids).decode(errors="replace")
-
-    def names(self, ids):
-        """A name for each number, to write at a picture."""
-        return [SPECIAL[i] if i < len(SPECIAL) else self.raw([i]).decode(errors="replace").replace(" ", "_").replace(
-            "\n", "|") for i in ids]
-
-
-def make_vocabulary(text, tokens, merges, checkpoint):
-    """The vocabulary of a checkpoint or, without one, learned from the text."""
-    if checkpoint:
-        return Vocabulary(**read_checkpoint(checkpoint)[0].get("vocabulary", {}))
-    return Vocabulary("".join(sorted(set(text)))) if tokens == "chars" else Vocabulary("", learn_merges(text, merges))
-
-
-@functools.lru_cache
-def load_pairs(path, validation, test, tokens, merges, lower, copy, checkpoint):
-    """Pairs of lines -> {"vocabulary", "train": [(source, target), ...] as numbers, by length, "validation", "test":
-    as text}. With no file, lines of the rhyme and their words backwards: enough to check gradients on."""
-    lines = [line for line in RHYME.splitlines() if line]
-    pairs = read_pairs(path) if path else [(line, " ".join(line.split()[::-1])) for line in lines]
-    extra = [read_pairs(p) if p else None for p in (validation, test)]
-    for k in (1, 0):                                    # cut off the last tenth for the test, then one for validation
-        if extra[k] is None:
-            cut = len(pairs) - max(1, len(pairs) // 10)
-            pairs, extra[k] = pairs[:cut], pairs[cut:]
-    if lower:
-        pairs, *extra = [[(a.lower(), b.lower()) for a, b in part] for part in (pairs, *extra)]
-    if copy:                                            # so that a first word consists of the same pieces as elsewhere
-        pairs, *extra = [[(" " + a, " " + b) for a, b in part] for part in (pairs, *extra)]
-    words = make_vocabulary("\n".join(line for pair in pairs for line in pair), tokens, merges, checkpoint)
-    train = [(words.encode(a), words.encode(b)) for a, b in pairs]
-    train.sort(key=lambda pair: (len(pair[1]), len(pair[0])))
-    return {"vocabulary": words, "train": train, "validation": extra[0], "test": extra[1]}
-
-
-def pairs_of(cfg):
-    """What load_pairs finds for a Config."""
-    return load_pairs(cfg.data, cfg.validation, cfg.test, cfg.tokens, cfg.merges, cfg.lower, cfg.copy, cfg.load)
-
-
-def read_pairs(path):
-    """A UTF-8 file of lines source TAB target -> list of (source, target)."""
-    lines = read_text(path).rstrip("\n").split("\n")
-    for n, line in enumerate(lines, 1):
-        require(line.count("\t") == 1 and all(map(str.strip, line.split("\t"))), path,
-                f"source TAB target in line {n}", line[:60])
-    require(len(lines) >= 20, path, "20 lines or more", len(lines))
-    return [tuple(map(str.strip, line.split("\t"))) for line in lines]
-
-
-def read_text(path):
-    """The text of a UTF-8 file."""
+    def stop(*signal_and_frame):
+        stopped.append(True)
+        signal.signal(signal.SIGINT, previous)          # the next Ctrl-C ends the program
+    main_thread = threading.current_thread() is threading.main_thread()
+    previous = main_thread and signal.signal(signal.SIGINT, stop)
+    start = printed = time.perf_counter()
+    first = before = len(losses)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        require(False, path, "text in UTF-8", f"byte {error.object[error.start]:#x} at {error.start}")
-    except OSError as error:
-        require(False, path, "a text file", error.strerror)
-    require(text.strip(), path, "some text", "an empty file")
-    return text
+        for step in range(first + 1, steps + 1):
+            yield step
+            check_finite(losses[-1])
+            now = time.perf_counter()
+            due = step % math.ceil(steps / 10) == 0 or step == steps or now > printed + 60
+            if due or stopped:
+                mean = sum(losses[before:]) / (step - before)
+                left = (now - start) / (step - first) * (steps - step)
+                print(f"step {step:6d}/{steps}  mean loss {mean:#.4g}{note()}  |  "
+                      f"{now - start:.1f} s  ({left:.0f} s left)", flush=True)
+                printed, before = now, step
+            if stopped:
+                print(f"stopped after step {step}; this is what has been learned so far")
+                break
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGINT, previous)
 
 
-def pad(sequences):
-    """Sequences of numbers -> (B, length of the longest), filled up with PAD."""
-    out = np.full((len(sequences), max(map(len, sequences))), PAD)
-    for row, sequence in zip(out, sequences):
-        row[:len(sequence)] = sequence
-    return out
+def train(params, cfg, make_batch, loss_and_grads, state, losses, note=lambda: ""):
+    """Train params in place; state: of the optimizer; losses: of the steps so far, grows."""
+    for step in progress(cfg.steps, losses, note):
+        loss, grads = loss_and_grads(params, make_batch(cfg, step), cfg)
+        clip_norm(grads, cfg.grad_clip)
+        adam_update(params, grads, state, learning_rate(step, cfg))
+        losses.append(float(loss))
+    check_finite(losses[-1], params)
 
 
-def as_batch(sources, targets, most):
-    """Sequences of numbers, cut to the most that there may be -> source (B, S), target (B, T) from START on, answers
-    (B, T) up to END, -1 at padding."""
-    source = pad([s[:most] for s in sources])
-    target = pad([[START, *t[:most - 1]] for t in targets])
-    answers = pad([[*t[:most - 1], END] for t in targets])
-    return source, target, np.where(answers == PAD, -1, answers)
+def shade(values):
+    """Numbers from 0 to 1 -> characters from blank (0) to @ (1), in an array of the same shape."""
+    shades = np.array(list(" .:-=+*#%@"))
+    return shades[(np.clip(values, 0, 1) * 9.99).astype(int)]
 
 
-def make_batch(cfg, rng, dtype=np.float32):
-    """-> source, target, answers (-1 at padding), what dropout keeps in the encoder, in the decoder (None: all)."""
-    pairs = pairs_of(cfg)["train"]                      # neighbours in the order of length: little padding
-    start = rng.integers(0, max(1, len(pairs) - cfg.batch + 1))
-    source, target, answers = as_batch(*zip(*pairs[start:start + cfg.batch]), cfg.context)
-    threshold, keeps = round(256 * cfg.dropout), []
-    for ids, n in ((source, 2), (target, 3)):
-        shape = len(ids), 1 + n * cfg.layers, ids.shape[1], cfg.width
-        keeps.append(rng.integers(0, 256, shape, np.uint8) >= threshold if threshold else None)
-    return source, target, answers, *keeps
+def draw_map(w, rows, columns):
+    """Attention weights w (T, S), with the names of the T rows and the S columns."""
+    height = max(map(len, columns))
+    for line in zip(*(name.rjust(height) for name in columns)):         # from top to bottom
+        print(" " * 10 + " ".join(line))
+    for name, weights in zip(rows, shade(w)):
+        print(f"{name:>8s} |{' '.join(weights)}|")
 
 
-def split_batch(batch, parts):
-    """The batch cut into parts of some sequences each -> [(share of the answers, part), ...]."""
-    asked = max(1, (batch[2] >= 0).sum())
-    cut = [[None] * parts if a is None else np.array_split(a, parts) for a in batch]
-    return [(float((part[2] >= 0).sum() / asked), part) for part in zip(*cut)]
+def print_result(task, cfg, **metrics):
+    """The last line of a run, for comparing runs: task, changed fields and seed, metrics."""
+    changed = {f.name: getattr(cfg, f.name) for f in fields(cfg)
+               if f.name == "seed" or getattr(cfg, f.name) != f.default}
+    line = f"result: task={task}"
+    for name, value in {**changed, **metrics}.items():
+        text = f"{value:#.4g}" if isinstance(value, float) else str(value)
+        line += f" {name}={text.replace(' ', '_')}"
+    print(line)
 
 
-# ---- use: one token after the other ----------------------------------------------------------------------------------
-
-def next_scores(params, ids, cfg, past, memory=None, memory_mask=None, source=None):
-    """Scores of the token after ids.   ids (B, T), new since the last call with this past -> (B, V).
-    With copy, they are log(e^z + sum of e^c over the places where a symbol stands in the source (B, S))."""
-    x, _ = side_forward(params, ids, "dec", cfg, True, memory, memory_mask, past=past)
-    x = x.reshape(*ids.shape, -1)[:, -1]
-    z, _ = project_forward(x, params.get("Wz", params.get("E")))
-    if cfg.copy:
-        c, _ = pointer_forward(x, memory, part(params, "copy"), len(ids), memory_mask, past[-1]["copy"])
-        top = np.maximum(z.max(axis=1), c.max(axis=1))[:, None]
-        p = np.exp(z - top)
-        np.add.at(p, (np.arange(len(ids))[:, None], source), np.exp(c - top))
-        z = np.log(np.maximum(p, 1e-30))
-    return z
+def write(params, source, target, cfg, pointer=True):
+    """-> ids (B, T) of the likeliest ways; p (B, T, V + S); cross-attention w (B, H, T, S)."""
+    keeps = [[1.0] * (1 + n * cfg.layers) for n in (2, 3)]          # no dropout
+    z, (_, (_, _, caches, _), *_) = encdec_copy_forward(params, source, target, cfg, keeps, pointer)
+    *_, (_, _, _, (*_, w, _), *_), mlp = caches
+    p = np.exp(log_softmax(z)).reshape(*target.shape, -1)
+    vocab = np.tile(np.arange(len(params["E"])), (len(source), 1))
+    ways = np.concatenate([vocab, source], axis=1)                  # (B, V + S)
+    return np.take_along_axis(ways, p.argmax(axis=2), axis=1), p, w
 
 
-def new_past(cfg):
-    """Nothing is known yet: no keys, no values, in no layer."""
-    return [{"attn": {}, "cross": {}, "copy": {}} for _ in range(cfg.layers)]
-
-
-def search(params, source, cfg, beam):
-    """Beam search: of all ways to go on, keep the best, by log p / ((5 + length) / 6)^penalty (Wu 2016).
-    source (B, S) -> for each the best output, list of numbers; its log p (B,)."""
-    B, dtype = len(source), params["E"].dtype
-    memory, _ = side_forward(params, source, "enc", cfg, False)
-    memory = np.repeat(memory.reshape(B, -1, cfg.width), beam, axis=0).reshape(-1, cfg.width)
-    source = np.repeat(source, beam, axis=0)
-    memory_mask = hide_padding(source, dtype)
-    ids, past = np.full((B * beam, 1), START), new_past(cfg)
-    logp = np.where(np.arange(beam), -1e9, np.zeros((B, 1)))                # (B, beam): alike at first, so one counts
-    ended, length = np.zeros(B * beam, bool), np.zeros((B, beam))
-    rows = np.arange(B)[:, None]
-    for _ in range(cfg.context):
-        z = next_scores(params, ids[:, -1:], cfg, past, memory, memory_mask, source).astype(float)
-        z[:, [PAD, START, MASK]] = -1e9
-        z -= z.max(axis=1, keepdims=True)
-        z -= np.log(np.exp(z).sum(axis=1, keepdims=True))
-        z[ended] = -1e9
-        z[ended, PAD] = 0                               # what has ended stays as it is
-        total = logp[:, :, None] + z.reshape(B, beam, -1)
-        now = length + ~ended.reshape(B, beam)
-        value = (total / ((5 + now) / 6)[:, :, None] ** cfg.penalty).reshape(B, -1)
-        best = np.argpartition(-value, beam - 1, axis=1)[:, :beam]
-        origin, token = np.divmod(best, z.shape[1])
-        logp, length = total.reshape(B, -1)[rows, best], now[rows, origin]
-        order, token = (rows * beam + origin).ravel(), token.ravel()
-        ids = np.concatenate([ids[order], token[:, None]], axis=1)
-        ended = ended[order] | (token == END)
-        for layer in past:
-            for held in layer.values():
-                held.update({name: a[order] for name, a in held.items()})
-        if ended.all():
+def main(cfg):
+    """Train without the pointer and with it; let both shorten sentences that are new to them."""
+    start, metrics = time.perf_counter(), {}
+    for name, pointer in (("no_pointer", False), ("pointer", True)):
+        params, losses = init_params(cfg, np.random.default_rng(cfg.seed)), []
+        print(f"\nShort headlines, {name}: {cfg.layers} + {cfg.layers} layers, dim {cfg.dim}, "
+              f"lr {cfg.lr}, {sum(w.size for w in params.values())} parameters\n"
+              f"chance level: loss {math.log(len(TOKENS)):.3f}")
+        train(params, cfg, make_batch, lambda *args: loss_and_grads(*args, pointer), {}, losses)
+        for kind, names in (("known", KNOWN), ("unseen", UNSEEN)):
+            rng = np.random.default_rng((cfg.seed, 10 ** 6))
+            pairs = draw_headlines(rng, 500, names)
+            ids = [encode_pair(*pair, IDS) for pair in pairs]
+            source, target, targets, *_ = padded_batch(ids, cfg, rng, np.float32)
+            ids, p, w = write(params, source, target, cfg, pointer)
+            check_finite(p.sum(), params)
+            exact = float(((ids == targets) | (targets == PAD)).all(axis=1).mean())
+            metrics[f"{name}_{kind}"] = exact
+            words, vocab = pairs[0][0], list(dict.fromkeys([*TOKENS, *pairs[0][0]]))
+            written = [vocab[i] for i in ids[0]]
+            print(f"{exact:.1%} of 500 headlines with {kind} names are right; for example\n"
+                  f"    {' '.join(words)}\n    -> {' '.join(written)}")
+        if len(losses) < cfg.steps:
             break
-    best = (logp / ((5 + length) / 6) ** cfg.penalty).argmax(axis=1)
-    outputs = ids.reshape(B, beam, -1)[np.arange(B), best, 1:]
-    return [[int(i) for i in row if i >= len(SPECIAL)] for row in outputs], logp[np.arange(B), best]
+    print("\nRows: the headline; columns: the source, twice. Left: cross-attention, the largest of "
+          "all\nheads. Right: the pointer's part of the softmax. Blank is 0, @ is 1")
+    draw_map(np.concatenate([w[0].max(axis=0), p[0, :, len(TOKENS):]], axis=1), written, 2 * words)
+    print("\nNext: python translation.py pairs      python mae.py")
+    print_result("headlines", cfg, **metrics, params=sum(w.size for w in params.values()),
+                 steps=len(losses), seconds=time.perf_counter() - start)
 
 
-def translate(params, sources, cfg, beam):
-    """Texts -> texts, log p; those of like length together."""
-    words = pairs_of(cfg)["vocabulary"]
-    ids = [words.encode(s)[:cfg.context] for s in sources]
-    order, out, logp = np.argsort([len(i) for i in ids], kind="stable"), [""] * len(ids), np.zeros(len(ids))
-    for part in np.array_split(order, -(-len(ids) // 50)):
-        found, logp[part] = search(params, pad([ids[n] for n in part]), cfg, beam)
-        for n, output in zip(part, found):
-            out[n] = words.decode(output)
-    return out, logp
+# ==== A complete program ends here. Typing along? End it with  main(Config())  and run it. ====
+# ==== The rest: byte-pair encoding, BLEU and ROUGE, beam search, pairs of a file, plumbing. =======
+
+MORE = """
+Data: any UTF-8 lines SOURCE TAB TARGET. Multi30k, German to English, has a file per language:
+    for s in train val test_2016_flickr; do for l in de en; do curl -O \\
+    https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/$s.$l.gz
+    gunzip -f $s.$l.gz; done; paste $s.de $s.en > $s.tsv; done
+    python translation.py pairs --data train.tsv --validation val.tsv --test test_2016_flickr.tsv \\
+        --layers 3 --dim 192 --batch-size 64 --steps 3500 --lr 0.002 --warmup 300 --save m30.npz
+Headlines of Reuters-21578 (unpack reuters21578.tar.gz, then run the lines that stand below):
+    https://archive.ics.uci.edu/ml/machine-learning-databases/reuters21578-mld/reuters21578.tar.gz
+    python translation.py pairs --data reuters-headlines.tsv --pointer --lower --layers 2 \\
+        --dim 128 --context 40 --batch-size 64 --steps 3000 --lr 0.003 --warmup 150 \\
+        --dropout 0.2 --label-smoothing 0 --save reuters.npz
+    import glob, html, re
+    def words(tag, article):
+        found = re.search(f"<{tag}>(.*?)</{tag}>", article, re.DOTALL)
+        return html.unescape(found[1]).split() if found else []
+    with open("reuters-headlines.tsv", "w", encoding="utf-8") as file:
+        for name in sorted(glob.glob("reut2-*.sgm")):
+            for article in open(name, encoding="latin-1").read().split("</REUTERS>"):
+                body, title = words("BODY", article)[:-1], words("TITLE", article)  # -1: "Reuter"
+                numbers = sum(any(c.isdigit() for c in word) for word in body)
+                if len(body) >= 40 and len(title) >= 3 and numbers < len(body) / 4:
+                    print(" ".join(body), " ".join(title), sep="\\t", file=file)
+
+Break it (names that are right by default: 100 % with the pointer; without it 100 % of the known)
+    rotate: return x                    without the pointer 44 %; with it 100 %: m_s-1 tells which
+    pointer_forward: 0 * np.pad(...)    100 %: positions do as well. Both: 48 %, of the unseen 1 %
+    layers_backward: d["self"] = dy     80 %, 100 %: wrong (keys, values), but it learns
+
+Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
+    1. python translation.py --layers 2, or --dim 32: what becomes of the two models?
+    2. Let the pointer score by additive attention (attention.py). Derive its backward pass.
+Papers: Su 2021 (rotary positions), Shazeer 2020 (SwiGLU), Sennrich 2016 (byte-pair encoding),
+Szegedy 2016 (label smoothing), Wu 2016 (length penalty), Papineni 2002 (BLEU), Lin 2004 (ROUGE)
+"""
+
+import argparse
+import contextlib
+import ctypes
+import functools
+import heapq
+import inspect
+import json
+import re
+import sys
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse freed memory, which
+    libc = ctypes.CDLL(None)                                    # makes a step up to 3 times faster
+    libc.mallopt(-3, 1 << 30)
+    libc.mallopt(-1, -1)
 
 
-# ---- scores ----------------------------------------------------------------------------------------------------------
+# ---- byte-pair encoding --------------------------------------------------------------------------
+
+PIECES = re.compile(r" ?\w+| ?[^\w\s]+|\s+(?!\S)|\s+")      # pairs are merged within a piece
+
+
+def merge_pair(tokens, pair):
+    """The tokens with every occurrence of the pair merged, from left to right."""
+    merged = []
+    for token in tokens:
+        if merged and (merged[-1], token) == pair:
+            token = merged.pop() + token
+        merged.append(token)
+    return merged
+
+
+def find_merges(counts, most):
+    """Again and again, the most frequent pair of neighbours becomes a token; tokens are bytes.
+    counts: how often each piece of text occurs -> list of at most so many pairs."""
+    tokens = {piece: [bytes([b]) for b in piece.encode()] for piece in counts}
+    total, where = Counter(), defaultdict(dict)         # of every pair: how often, in which pieces
+    changed, heap, merges = set(), [], {}
+
+    def count(piece, sign):
+        for pair in zip(tokens[piece], tokens[piece][1:]):
+            total[pair] += sign * counts[piece]
+            where[pair][piece] = True
+            changed.add(pair)
+
+    for piece in counts:
+        count(piece, 1)
+    while len(merges) < most:
+        for pair in changed:
+            heapq.heappush(heap, (-total[pair], pair))
+        changed.clear()
+        n, pair = heapq.heappop(heap) if heap else (0, None)
+        if n > -2:
+            break
+        if -n == total[pair]:                           # else it has changed: a newer entry follows
+            for piece in list(where.pop(pair)):
+                count(piece, -1)
+                tokens[piece] = merge_pair(tokens[piece], pair)
+                count(piece, 1)
+            merges[pair] = True
+    return list(merges)
+
+
+def merge_steps(tokens, ranks):
+    """Yield the tokens after every merge, in the order in which the merges were learned."""
+    while True:
+        yield tokens
+        pairs = ranks.keys() & zip(tokens, tokens[1:])
+        if not pairs:
+            return
+        tokens = merge_pair(tokens, min(pairs, key=ranks.get))
+
+
+def make_tokenizer(unit, merges):
+    """-> function: text -> tokens (bytes), of which the text is made up exactly."""
+    ranks = {pair: k for k, pair in enumerate(merges)}
+
+    @functools.cache
+    def split(piece):
+        *_, tokens = merge_steps([bytes([b]) for b in piece.encode()], ranks)
+        return tokens
+    cut = {"bpe": split, "words": lambda piece: [piece.encode()],
+           "characters": lambda piece: [c.encode() for c in piece]}[unit]
+    return lambda text: [token for piece in PIECES.findall(text) for token in cut(piece)]
+
+
+# ---- scores: BLEU as sacrebleu, ROUGE as rouge-score ---------------------------------------------
 
 def bleu_tokens(text):
-    """Words and signs, as mteval-v13a and sacrebleu cut them."""
+    """Words and punctuation as mteval-v13a, the script of the translation contests, cuts them."""
     text = f" {text} "
-    for pattern, new in ((r"([\{-\~\[-\` -\&\(-\+\:-\@\/])", r" \1 "), (r"([^0-9])([\.,])", r"\1 \2 "),
-                         (r"([\.,])([^0-9])", r" \1 \2"), (r"([0-9])(-)", r"\1 \2 ")):
+    for pattern, new in ((r"<skipped>|-\n", ""), ("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"),
+                         ("&gt;", ">"), (r"([{-~[-` -&(-+:-@/])", r" \1 "),
+                         (r"([^0-9])([.,])", r"\1 \2 "), (r"([.,])([^0-9])", r" \1 \2"),
+                         (r"([0-9])(-)", r"\1 \2 ")):
         text = re.sub(pattern, new, text)
     return text.split()
 
 
 def ngrams(tokens, n):
-    """How often each run of n tokens occurs."""
-    return collections.Counter(zip(*(tokens[k:] for k in range(n))))
+    """How often each sequence of n tokens occurs."""
+    return Counter(zip(*(tokens[k:] for k in range(n))))
 
 
 def bleu(outputs, references):
-    """Papineni 2002, on lists of tokens: the geometric mean of the shares of right runs of 1 to 4 tokens, over all
-    sentences; less if the outputs are short. A share of 0 counts as 1/2, 1/4, ... of one run, as sacrebleu does."""
-    right, all_, share, smooth = [0] * 4, [0] * 4, [], 1
-    for output, reference in zip(outputs, references):
-        for n in range(4):
-            found = ngrams(output, n + 1)
-            right[n] += (found & ngrams(reference, n + 1)).total()
-            all_[n] += found.total()
-    for n in range(4):
-        smooth *= 1 if right[n] else 2
-        share.append(right[n] / all_[n] if right[n] else 1 / (smooth * max(1, all_[n])))
-    said, wanted = sum(map(len, outputs)), sum(map(len, references))
-    brevity = min(0.0, 1 - wanted / max(said, 1))
-    return 100 * math.exp(brevity + sum(map(math.log, share)) / 4) if right[0] and all_[3] else 0.0
-
-
-def rouge_tokens(text):
-    """Words of small letters and digits, as rouge_score cuts them."""
-    return re.findall(r"[a-z0-9]+", text.lower())
+    """Papineni 2002: geometric mean of the precisions of 1- to 4-grams, times a brevity penalty,
+    in percent. No match of n tokens counts as 1/2, 1/4, ... of a match, as in sacrebleu."""
+    outputs, references = ([bleu_tokens(text) for text in texts] for texts in (outputs, references))
+    log_precision, none = 0.0, 1
+    for n in range(1, 5):
+        pairs = [(ngrams(a, n), ngrams(b, n)) for a, b in zip(outputs, references)]
+        right = sum((a & b).total() for a, b in pairs)
+        total = sum(a.total() for a, _ in pairs)
+        if not total or n == 1 and not right:
+            return 0.0
+        none *= 1 if right else 2
+        log_precision += math.log((right or 1 / none) / total) / 4
+    lengths = [sum(map(len, texts)) for texts in (outputs, references)]
+    return 100 * math.exp(log_precision + min(0, 1 - lengths[1] / lengths[0]))
 
 
 def rouge(outputs, references):
-    """Lin 2004, on lists of tokens: F of the common words, pairs of words, and of the longest common subsequence, each
-    the mean over all sentences, in percent -> {"rouge1", "rouge2", "rougeL"}."""
-    found = {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
-    for output, reference in zip(outputs, references):
-        for n, name in ((1, "rouge1"), (2, "rouge2")):
-            a, b = ngrams(output, n), ngrams(reference, n)
-            found[name] += 200 * (a & b).total() / max(1, a.total() + b.total())
-        row = [0] * (len(reference) + 1)
-        for token in output:                            # longest common subsequence, row by row of its table
-            last = row[:]
-            for k, other in enumerate(reference, 1):
-                row[k] = last[k - 1] + 1 if token == other else max(last[k], row[k - 1])
-        found["rougeL"] += 200 * row[-1] / max(1, len(output) + len(reference))
-    return {name: total / max(1, len(outputs)) for name, total in found.items()}
+    """Lin 2004: mean F-scores of common words, pairs, longest common subsequences, in percent."""
+    scores = []
+    for texts in zip(outputs, references):
+        a, b = (re.findall("[a-z0-9]+", text.lower()) for text in texts)
+        common = [(ngrams(a, n) & ngrams(b, n)).total() for n in (1, 2)]
+        row = [0] * (len(b) + 1)                        # longest common subsequence of a[:i], b[:k]
+        for token in a:
+            before, row = row, [0]
+            for k, other in enumerate(b):
+                row.append(before[k] + 1 if token == other else max(before[k + 1], row[k]))
+        totals = [ngrams(a, n).total() + ngrams(b, n).total() for n in (1, 2, 1)]
+        scores.append([200 * n / max(1, total) for n, total in zip((*common, row[-1]), totals)])
+    return dict(zip(("rouge1", "rouge2", "rougeL"), map(float, np.mean(scores, axis=0))))
 
 
-# ---- pictures in text ------------------------------------------------------------------------------------------------
+# ---- beam search ---------------------------------------------------------------------------------
 
-SHADES = np.array(list(" .:-=+*#%@"))
-
-
-def shade(values):
-    """Numbers from 0 to 1 -> characters from blank to dark, in an array of the same shape."""
-    return SHADES[(np.clip(values, 0, 1) * 9.99).astype(int)]
-
-
-def loss_curve(losses, width=60):
-    """The losses from first to last in one line of text, dark where high (the scale is logarithmic)."""
-    means = np.log([np.mean(part) + 1e-12 for part in np.array_split(losses, min(width, len(losses)))])
-    return "".join(shade((means - means.min()) / (np.ptp(means) + 1e-12)))
-
-
-# ---- training and demo -----------------------------------------------------------------------------------------------
-
-def train_transformer(cfg, rng, note=lambda params: "", quiet=False):
-    """-> params, progress. note(params): what a line of progress says besides the loss."""
-    params, state, first, clipped = init_params(cfg, rng), {}, 0, 0
-    words = pairs_of(cfg)["vocabulary"]
-    about = dict({name: getattr(cfg, name) for name in ("task", "heads", "norm", "order", "activation", "position")},
-                 vocabulary=dict(chars=words.chars, merges=[list(pair) for pair in words.merges]))
-    parts = {"params": params, "adam": state}
-    if cfg.load:
-        first = load_checkpoint(cfg.load, rng, about, parts)
-    if cfg.save:
-        save_checkpoint(cfg.save, first, rng, about, parts, trial=True)    # before the work, not after it
-    progress = Progress(cfg.steps, first + 1, quiet)
-    with Workers(cfg, params) as workers:
-        for step in progress:
-            loss, grads = workers.loss_and_grads(params, split_batch(make_batch(cfg, rng), cfg.workers))
-            clipped += clip_norm(grads, cfg.clip) > cfg.clip > 0
-            adamw_update(params, grads, state, learning_rate(step, cfg), cfg.decay)
-            progress.report(loss, lambda: note(params))
-            if cfg.save and (step % 200 == 0 or step == cfg.steps or progress.stopped):
-                save_checkpoint(cfg.save, step, rng, about, parts)
-    if clipped and not quiet:
-        print(f"the gradient was clipped to norm {cfg.clip} in {clipped} of {len(progress.losses)} steps")
-    return params, progress
+def beam_search(step, state, N, limit, beam, length_penalty):
+    """Keep the best partial outputs of each of N sequences, K = beam of them, by log_p / length **
+    length_penalty; a beam of 1 is greedy decoding. step(ids (N K,), state) -> log_p (N K, V) of the
+    next token, state; state: a list of arrays with N K rows.
+    -> ids (N, T) of the best outputs, PAD after EOS; their log_p (N,)."""
+    row = np.arange(N)[:, None]
+    ids = np.full((N, beam, 1), BOS)
+    log_p = np.where(np.arange(beam) == 0, 0.0, -1e9) + np.zeros((N, 1))    # at first only one
+    length, ended = np.zeros((N, beam), int), np.zeros((N, beam), bool)
+    for _ in range(limit):
+        next_log_p, state = step(ids[:, :, -1].ravel(), state)
+        next_log_p = next_log_p.astype(float).reshape(N, beam, -1)
+        V = next_log_p.shape[2]
+        only_pad = np.where(np.arange(V) == PAD, 0.0, -1e9)
+        next_log_p = np.where(ended[:, :, None], only_pad, next_log_p)
+        length = length + ~ended
+        total = log_p[:, :, None] + next_log_p              # (N, K, V)
+        score = (total / length[:, :, None] ** length_penalty).reshape(N, beam * V)
+        best = np.argsort(-score, axis=1, kind="stable")[:, :beam]
+        origin, token = best // V, best % V                 # (N, K) each
+        log_p = total[row, origin, token]
+        ids = np.concatenate([ids[row, origin], token[:, :, None]], axis=2)
+        length, ended = length[row, origin], ended[row, origin] | (token == EOS)
+        state = [array[(beam * row + origin).ravel()] for array in state]
+        if ended.all():
+            break
+    return ids[:, 0, 1:], log_p[:, 0]
 
 
-def save_checkpoint(path, step, rng, about, parts, trial=False):
-    """Everything that a training needs to go on, in an .npz file that is either whole or not there. about: what has to
-    be the same when it goes on; parts: {"params": dict of arrays, ...}, dicts of arrays and numbers. trial: only find
-    out whether it can be written, and leave what stands there."""
-    require(not os.path.isdir(path), f"--save {path}", "a file", "a folder")
-    arrays = {f"{part} {name}": a for part, named in parts.items() for name, a in named.items()}
-    arrays["about"] = np.array(json.dumps({**about, "step": step, "rng": rng.bit_generator.state}))
+def find_targets(params, source, cfg, beam):
+    """source (N, S) -> ids (N, T) that beam_search finds, their log-probabilities (N,)."""
+    E, (N, S), V = params["E"], source.shape, len(params["E"])
+    mask = np.repeat(source != PAD, beam, axis=0)[:, None]
+    known = np.append(np.arange(V), np.full(S, UNK))                # the row of E for every id
+    encoder = [("self", rotary_multihead_forward, None, cfg.heads, N, mask[::beam, None],
+                np.arange(S)[:, None]), ("mlp", swiglu_mlp_forward, None)]
+    x, keep = E[known[source].ravel()], [1.0] * (1 + 3 * cfg.layers)
+    memory, _ = layers_forward(x, params, "enc", encoder, None, keep[cfg.layers:])
+    memory = np.repeat(memory.reshape(N, S, -1), beam, axis=0).reshape(N * beam * S, -1)
+    source = np.repeat(source, beam, axis=0)
+    attention, row = (rotary_multihead_forward, None, cfg.heads, N * beam), np.arange(N * beam)
+    pointer = part(with_pointer(params), "copy.")
+
+    def step(ids, state):
+        target = np.column_stack([*state, ids])                     # (N K, T)
+        T = target.shape[1]
+        decoder = [("self", *attention, np.tri(T, dtype=bool), np.arange(T)[:, None]),
+                   ("cross", *attention, mask[:, None], np.zeros((1, 1))),
+                   ("mlp", swiglu_mlp_forward, None)]
+        x, _ = layers_forward(E[known[target].ravel()], params, "dec", decoder, memory, keep)
+        x = x[T - 1::T]                                             # of the last token
+        c, _ = pointer_forward(x, pointer, memory, N * beam)
+        c = np.where(mask & cfg.pointer, c, -1e9)[:, 0]
+        p = np.exp(log_softmax(np.concatenate([x @ E.T, c], axis=1)))
+        total = np.pad(p[:, :V], ((0, 0), (0, S)))                  # of each id, all ways
+        np.add.at(total, (row[:, None], source), p[:, V:])
+        total[:, [PAD, BOS]] = 0
+        return np.log(np.maximum(total, 1e-30)), [target]
+
+    start = [np.zeros((N * beam, 0), int)]              # no tokens yet
+    return beam_search(step, start, N, cfg.context, beam, cfg.length_penalty)
+
+
+# ---- pairs of a file: python translation.py pairs --data train.tsv -------------------------------
+
+@dataclass
+class Pairs(Config):
+    """Pairs of texts of a file (without one: the sentences and headlines from above)."""
+    dropout: float = 0.1    # share of every sublayer's output set to 0 in training
+    label_smoothing: float = 0.1  # share of the target's probability given to the vocabulary
+    steps: int = 300        # optimizer steps
+    pointer: bool = False   # also copy tokens of the source
+    unit: Literal["bpe", "words", "characters"] = "bpe"  # what a token is
+    vocab_size: int = 4000  # most merges of bpe; else most tokens, others become <unk>
+    lower: bool = False     # make all characters lower case
+    context: int = 48       # most tokens: sources are cut, pairs with longer targets left out
+    beam: int = 4           # beam width: partial outputs kept at each step
+    length_penalty: float = 0.45  # exponent of the length that log-probabilities are divided by
+    threads: int = 2        # micro-batches, each on a thread of its own
+    data: str = ""          # UTF-8 file with lines source TAB target
+    validation: str = ""    # such a file, to watch the training (none: a tenth of the data)
+    test: str = ""          # such a file, for the scores (none: the last tenth of the data)
+    save: str = ""          # checkpoint file (.npz) to write at every line of progress
+    load: str = ""          # checkpoint file to resume from
+
+
+def read_text(path):
+    """The text of a UTF-8 file, without a byte order mark.   Raises InputError."""
     try:
-        with open(path + ".tmp", "wb") as file:
-            np.savez(file, **arrays)
-        os.remove(path + ".tmp") if trial else os.replace(path + ".tmp", path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
-        raise InputError(f"--save {path}: expected a place to write to, found: {error.strerror}") from None
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        found = f"byte {error.object[error.start]:#x} at {error.start}"
+        raise InputError(f"{path}: expected UTF-8 text, found {found}") from None
+    except (OSError, ValueError) as error:
+        found = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: expected a text file, found: {found}") from None
+    require(text.strip(), path, "some text", "an empty file")
+    return text
+
+
+def read_pairs(path):
+    """A file of lines source TAB target -> (source, target) of each line, a note on lines that are
+    not like this.   Raises InputError."""
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
+    columns = [[text.strip() for text in line.split("\t")] for line in lines]
+    pairs = [(line[0], line[1]) for line in columns if len(line) > 1 and line[0] and line[1]]
+    require(len(pairs) >= 20, path, "20 lines or more of source TAB target", len(pairs))
+    more = sum(len(line) > 2 for line in columns)
+    note = f"; dropped: {len(lines) - len(pairs)} without TAB or a side" * (len(pairs) < len(lines))
+    note += f"; only the first two columns are used, {more} lines have more" * (more > 0)
+    return pairs, f"{path}: {len(lines)} lines{note}"
+
+
+@functools.lru_cache
+def load_texts(path, validation, test, unit, vocab_size, lower, context, checkpoint):
+    """-> dict: train and validation, pairs of ids; test, pairs of texts; tokenize; ids, a dict of
+    tokens; merges; note on all that is cut, left out or unknown.   Raises InputError."""
+    texts, notes = {}, []
+    for name, file in (("train", path), ("validation", validation), ("test", test)):
+        if file:
+            texts[name], note = read_pairs(file)
+            notes.append(note)
+    if not path:
+        pairs = draw_headlines(np.random.default_rng(0), 1000, INVENTED)
+        texts["train"] = [[" ".join(words) for words in pair] for pair in pairs]
+    for name in ("test", "validation"):
+        if name not in texts:
+            cut = len(texts["train"]) - max(1, len(texts["train"]) // 10)
+            texts["train"], texts[name] = texts["train"][:cut], texts["train"][cut:]
+    if lower:
+        texts = {name: [[text.lower() for text in pair] for pair in texts[name]] for name in texts}
+    lines = [" " + text for pair in texts["train"] for text in pair]    # a first word like others
+    saved = read_checkpoint(checkpoint)[0] if checkpoint else {}
+    merges = [tuple(token.encode("latin-1") for token in pair) for pair in saved.get("merges", [])]
+    if unit == "bpe" and not merges:
+        pieces = Counter(piece for line in lines for piece in PIECES.findall(line))
+        merges = find_merges(pieces, vocab_size)
+    tokenize = make_tokenizer(unit, merges)
+    counts = Counter(token for line in lines for token in tokenize(line))
+    vocab = [token for token, _ in counts.most_common(vocab_size)]
+    if unit == "bpe":
+        vocab = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
+    vocab = [token.encode("latin-1") for token in saved.get("vocab", [])] or vocab
+    ids, encoded = {token: i for i, token in enumerate(dict.fromkeys([*TOKENS[:4], *vocab]))}, {}
+    for name in ("train", "validation", "test"):
+        pairs = [[tokenize(" " + text) for text in pair] for pair in texts[name]]
+        fit = [pair for pair in pairs if len(pair[1]) < context]
+        encoded[name] = [encode_pair(a[:context], b, ids) for a, b in fit]
+        unknown = np.mean([token not in ids for a, _ in pairs for token in a])
+        long = sum(len(a) > context for a, _ in pairs)
+        notes.append(f"{name}: {len(pairs)} pairs; {unknown:.2%} of the tokens of sources unknown; "
+                     f"longer than {context} tokens: {long} sources, cut; {len(pairs) - len(fit)} "
+                     f"targets{', left out' * (name != 'test')}")
+        require(fit, "--context", f"one that some targets of {name} do not exceed", context)
+    encoded["train"].sort(key=lambda pair: (len(pair[1]), len(pair[0])))
+    return {**encoded, "test": texts["test"], "tokenize": tokenize, "ids": ids, "merges": merges,
+            "note": "\n".join(notes)}
+
+
+def texts_of(cfg):
+    """load_texts of a configuration."""
+    return load_texts(cfg.data, cfg.validation, cfg.test, cfg.unit, cfg.vocab_size, cfg.lower,
+                      cfg.context, cfg.load)
+
+
+def init_pairs(cfg, rng, dtype=np.float32):
+    """-> the parameters of init_params, for the tokens of the file; without the pointer's."""
+    params = init_params(cfg, rng, dtype, len(texts_of(cfg)["ids"]))
+    return {name: w for name, w in params.items() if cfg.pointer or not name.startswith("copy.")}
+
+
+def with_pointer(params):
+    """The parameters, with zeros for the matrices of a pointer that is not used."""
+    D, dtype = params["E"].shape[1], params["E"].dtype
+    return {"copy.Wq": np.zeros((D, D), dtype), "copy.Wk": np.zeros((2 * D, D), dtype), **params}
+
+
+def pairs_batch(cfg, step, dtype=np.float32):
+    """Neighbours in the order of length, so that there is little padding.   -> padded_batch."""
+    rng, pairs = np.random.default_rng((cfg.seed, step)), texts_of(cfg)["train"]
+    start = rng.integers(max(1, len(pairs) - cfg.batch_size + 1))
+    return padded_batch(pairs[start:start + cfg.batch_size], cfg, rng, dtype)
+
+
+def pairs_loss_and_grads(params, batch, cfg):
+    """loss_and_grads, with the pointer or without."""
+    loss, grads = loss_and_grads(with_pointer(params), batch, cfg, cfg.pointer)
+    return loss, {name: grads[name] for name in params}
+
+
+def encode_texts(texts, cfg):
+    """-> of every (source, target): ids of both, a list of the tokens that these ids stand for."""
+    data, encoded = texts_of(cfg), []
+    for pair in texts:
+        source, target = (data["tokenize"](" " + text)[:cfg.context] for text in pair)
+        tokens = [b"", b"", b"", b" <unk>", *list(dict.fromkeys([*data["ids"], *source]))[4:]]
+        encoded.append((*encode_pair(source, target, data["ids"]), tokens))
+    return encoded
+
+
+def loss_on(params, cfg, pairs):
+    """Loss per token of pairs of ids, without dropout and label smoothing."""
+    cfg, results = replace(cfg, dropout=0.0, label_smoothing=0.0), []
+    pairs = sorted(pairs, key=lambda pair: len(pair[1]))
+    for k in range(0, len(pairs), 50):
+        batch = padded_batch(pairs[k:k + 50], cfg, np.random.default_rng(0), np.float32)
+        results.append((pairs_loss_and_grads(params, batch, cfg)[0], (batch[2] != PAD).sum()))
+    losses, counts = zip(*results)
+    return float(np.average(losses, weights=counts))
+
+
+def translate_texts(params, texts, cfg, beam, pool):
+    """-> a text for each source of texts, mean log-probability; those of like length together."""
+    encoded = encode_texts(texts, cfg)
+    order = np.argsort([len(source) for source, *_ in encoded], kind="stable")
+    parts = [order[k:k + 50] for k in range(0, len(order), 50)]
+    sources = [pad([encoded[n][0] for n in part]) for part in parts]
+    found = list(pool.map(lambda source: find_targets(params, source, cfg, beam), sources))
+    outputs = [""] * len(texts)
+    for part, (ids, _) in zip(parts, found):
+        for n, row in zip(part, ids):
+            output = b"".join(encoded[n][2][i] for i in row)
+            outputs[n] = output.decode("utf-8", "replace").strip()
+    return outputs, float(np.concatenate([log_p for _, log_p in found]).mean())
+
+
+def run_pairs(cfg):
+    """Train; translate the test greedily and by beam search, measure BLEU and ROUGE; draw a map."""
+    start, data, state, losses = time.perf_counter(), texts_of(cfg), {}, []
+    params = init_pairs(cfg, np.random.default_rng(cfg.seed))
+    meta = dict(task="pairs", unit=cfg.unit, heads=cfg.heads, pointer=cfg.pointer,
+                merges=[[token.decode("latin-1") for token in pair] for pair in data["merges"]],
+                vocab=[token.decode("latin-1") for token in list(data["ids"])[4:]])
+    if cfg.load:
+        load_checkpoint(cfg.load, meta, params, state, losses)
+    if cfg.save:
+        save_checkpoint(cfg.save, meta, params, state, losses, dry_run=True)
+    sources, references = zip(*data["test"])
+    print(f"{data['note']}\n{cfg.layers} + {cfg.layers} layers, dim {cfg.dim}, lr {cfg.lr}, batch "
+          f"size {cfg.batch_size}, {sum(w.size for w in params.values())} parameters")
+    if cfg.unit == "bpe":
+        print("A source, merge by merge (| stands between tokens):")
+        ranks = {pair: k for k, pair in enumerate(data["merges"])}
+        for tokens in merge_steps([bytes([b]) for b in sources[0][:16].encode()], ranks):
+            print("    " + b"|".join(tokens).decode("utf-8", "replace"))
+    print(f"chance level: loss {math.log(len(data['ids'])):.3f}")
+
+    def note():
+        if cfg.save:
+            save_checkpoint(cfg.save, meta, params, state, losses)
+        return f"  validation {loss_on(params, cfg, data['validation'][:200]):.3f}"
+
+    quiet = functools.partial(np.seterr, over="ignore", invalid="ignore")       # as run does
+    with ThreadPoolExecutor(cfg.threads, initializer=quiet) as pool:
+        threaded = functools.partial(threaded_loss_and_grads, pairs_loss_and_grads, pool)
+        train(params, cfg, pairs_batch, threaded, state, losses, note)
+        metrics = {"validation_loss": loss_on(params, cfg, data["validation"])}
+        check_finite(metrics["validation_loss"], params)
+        found = {"first 12 words": ([" ".join(text.split()[:12]) for text in sources], "")}
+        for beam in sorted({1, cfg.beam}):
+            outputs, log_p = translate_texts(params, data["test"], cfg, beam, pool)
+            found[f"beam {beam}"] = outputs, f"  mean log p {log_p:.2f}"
+    print("\nThe test set: first words of the source as the target, greedy decoding, beam search")
+    for name, (outputs, log_p) in found.items():
+        metrics.update(bleu=bleu(outputs, references), **rouge(outputs, references))
+        scores = "  ".join(f"{key} {metrics[key]:5.2f}" for key in list(metrics)[1:])
+        print(f"    {name:14s}  {scores}{log_p}")
+    for n in range(0, len(outputs), math.ceil(len(outputs) / 4)):
+        for name, texts in (("source", sources), ("target", references), ("output", outputs)):
+            print(f"    {name}  {texts[n][:300]}")
+    (source, target, tokens), = encode_texts([(sources[0], outputs[0])], cfg)
+    source, target = np.array([source[:24]]), np.array([[BOS, *target][:24]])
+    ids, _, w = write(with_pointer(params), source, target, cfg, cfg.pointer)
+    rows, columns = ([tokens[i].decode("utf-8", "replace").strip() or "_" for i in row]
+                     for row in (ids[0], source[0]))
+    print("\nThe first of them: cross-attention, the largest of all heads. Rows: output; columns: "
+          "source\n(_: a blank, or the end); shades: blank is 0, @ is 1")
+    draw_map(w[0].max(axis=0), rows, columns)
+    print("\nNext: python translation.py pairs --pointer      python mae.py")
+    print_result("pairs", cfg, **metrics, params=sum(w.size for w in params.values()),
+                 steps=len(losses), seconds=time.perf_counter() - start)
+
+
+# ---- threads: micro-batches on several cores -----------------------------------------------------
+
+def split_batch(batch, n):
+    """n micro-batches, each with its share of the loss terms: the tokens of the targets."""
+    total = (batch[1] != PAD).sum()
+    parts = zip(*(np.array_split(array, n) for array in batch))
+    return [((part[1] != PAD).sum() / total, part) for part in parts]
+
+
+def threaded_loss_and_grads(loss_and_grads, pool, params, batch, cfg):
+    """Every thread takes a micro-batch: NumPy releases the interpreter lock while it computes. The
+    gradient of a mean is the mean of the gradients, weighted by the shares of the loss terms."""
+    shares, parts = zip(*split_batch(batch, cfg.threads))
+    results = list(pool.map(lambda part: loss_and_grads(params, part, cfg), parts))
+    loss = sum(share * loss for share, (loss, _) in zip(shares, results))
+    grads = {name: sum(share * g[name] for share, (_, g) in zip(shares, results))
+             for name in params}
+    return loss, grads
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+def save_checkpoint(path, meta, params, state, losses, dry_run=False):
+    """All that a training needs to go on, in one .npz file; written beside it, then renamed. meta:
+    what must agree on loading. dry_run: only try whether it can be written.   Raises InputError."""
+    require(not os.path.isdir(path), f"--save {path}", "a file", "a folder")
+    check_finite(0.0, params)                           # never over a good one
+    arrays = {f"params {name}": value for name, value in params.items()}
+    arrays.update({f"state {name}": value for name, value in state.items()})
+    beside = f"{path}.{os.getpid()}"
+    try:
+        with open(beside, "wb") as file:
+            np.savez(file, meta=json.dumps(meta), losses=losses, **arrays)
+        os.remove(beside) if dry_run else os.replace(beside, path)
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError):
+            os.remove(beside)
+        raise InputError(f"--save {path}: expected a file to write, found: {error}") from None
 
 
 def read_checkpoint(path):
-    """A file of save_checkpoint -> about, arrays by name."""
+    """A file of save_checkpoint -> meta, losses, arrays by name.   Raises InputError."""
     try:
-        zipfile.ZipFile(path).close()                   # an .npz is a zip file of arrays; np.load takes others, too
-        with np.load(path, allow_pickle=False) as saved:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
             arrays = dict(saved)
-        about = json.loads(str(arrays.pop("about")))
-        return {**about, "step": int(about["step"]), "rng": dict(about["rng"])}, arrays
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        found = getattr(error, "strerror", None) or error
-        raise InputError(f"--load {path}: expected a file that --save wrote, found: {found}") from None
+        meta, losses = json.loads(str(arrays.pop("meta"))), arrays.pop("losses").tolist()
+        return dict(meta), list(losses), arrays
+    except Exception as error:                          # there are many ways to be damaged
+        raise InputError(f"--load {path}: expected a file of --save, found: {error}") from None
 
 
-def load_checkpoint(path, rng, about, parts):
-    """Fill rng and parts from a file of save_checkpoint; what it is about must be the same -> number of steps done."""
-    found, arrays = read_checkpoint(path)
-    for name, value in about.items():
-        require(found.get(name) == value, f"--load {path}", f"{name} {value}", found.get(name))
-    for part, named in parts.items():
-        held = {name[len(part) + 1:]: a if a.ndim else a.item() for name, a in arrays.items()
-                if name.startswith(part + " ")}
-        for name in sorted(named.keys() | held.keys()) if part == "params" else ():
-            shape, other = (np.shape(d[name]) if name in d else "no such array" for d in (named, held))
-            require(shape == other, f"--load {path}", f"{name} {shape}", other)
-        named.update(held)
-    rng.bit_generator.state = found["rng"]
-    print(f"going on from {path}, after {found['step']} steps")
-    return found["step"]
+def load_checkpoint(path, meta, params, state, losses):
+    """Fill params, state, losses from a file of save_checkpoint; meta and shapes must agree."""
+    found, past, arrays = read_checkpoint(path)
+    for name, value in meta.items():
+        require(found.get(name) == value, f"--load {path}", f"{name} {value!r}", found.get(name))
+    saved = {name[7:]: value for name, value in arrays.items() if name.startswith("params ")}
+    for name in sorted(saved.keys() | params.keys()):
+        old, new = (d[name].shape if name in d else "no such array" for d in (saved, params))
+        require(old == new, f"--load {path}", f"{name} {new}", old)
+    params.update(saved)
+    state.update({name[6:]: value if value.ndim else value.item()
+                  for name, value in arrays.items() if name.startswith("state ")})
+    losses.extend(past)
+    print(f"resuming {path} after {len(past)} steps")
 
 
-def announce_model(cfg, text, chance):
-    """What is being learned, and by what."""
-    size = sum(p.size for p in init_params(cfg, np.random.default_rng(0)).values())
-    print(f"\n{text}: {cfg.layers} layers, {cfg.heads} heads, width {cfg.width}, {cfg.order}-norm "
-          f"{cfg.norm}, {cfg.activation}, {cfg.position}, lr {cfg.lr}, batch {cfg.batch}, {size} parameters")
-    print(f"chance level: {chance}")
-
-
-def held_out(params, cfg):
-    """Loss on the validation pairs, nats per token."""
-    data, total, count = pairs_of(cfg), 0.0, 0
-    pairs = [tuple(map(data["vocabulary"].encode, pair)) for pair in data["validation"]]
-    pairs.sort(key=lambda pair: len(pair[1]))
-    batches = [as_batch(*zip(*pairs[k:k + 50]), cfg.context) for k in range(0, len(pairs), 50)]
-    for source, target, answers in batches:
-        places = np.flatnonzero(answers >= 0)
-        z, _ = transformer_forward(params, source, target, cfg, places)
-        if cfg.copy:
-            loss, _ = copy_cross_entropy_forward(z, answers.ravel()[places], source[places // target.shape[1]], 0.0)
-        else:
-            loss, _ = smoothed_cross_entropy_forward(z, answers.ravel()[places], 0.0)
-        total += float(loss) * len(places)
-        count += len(places)
-    return total / count
-
-
-def learn_pairs(cfg, rng):
-    """Translate, or shorten: whatever the pairs do."""
-    data = pairs_of(cfg)
-    words = data["vocabulary"]
-    announce_model(cfg, f"{len(data['train'])} pairs, {words.size} kinds of tokens", f"loss {math.log(words.size):.3f}")
-    sources, references = zip(*data["validation"][:200])
-
-    def note(params):
-        outputs, _ = translate(params, sources, cfg, 1)
-        return f"  validation {held_out(params, cfg):.4f} bleu " + "{:.1f} rouge {:.1f} {:.1f} {:.1f}".format(
-            *pair_scores(outputs, references).values())
-    params, progress = train_transformer(cfg, rng, note)
-    print("loss", loss_curve(progress.losses or [0]))
-    found = {"validation": held_out(params, cfg)}
-    sources, references = zip(*data["test"])
-    lead = pair_scores([" ".join(source.split()[:12]) for source in sources], references)
-    print("the first twelve words of the source: " + "  ".join(f"{name} {value:.2f}" for name, value in lead.items()))
-    for beam in sorted({1, cfg.beam}):
-        start = time.perf_counter()
-        outputs, logp = translate(params, sources, cfg, beam)
-        found.update(pair_scores(outputs, references))
-        print(f"beam {beam}: " + "  ".join(f"{name} {value:.2f}" for name, value in list(found.items())[1:])
-              + f"   mean log p {logp.mean():.3f}, {time.perf_counter() - start:.1f} s for {len(outputs)} test lines")
-    for k in range(0, len(outputs), -(-len(outputs) // 10)):
-        print("".join(f"  {name:<10s}{text.strip()[:200]}\n" for name, text in (
-            ("source", sources[k]), ("reference", references[k]), ("output", outputs[k]))))
-    return found, params, progress
-
-
-def pair_scores(outputs, references):
-    """BLEU and ROUGE of texts, in percent."""
-    score = bleu([bleu_tokens(text) for text in outputs], [bleu_tokens(text) for text in references])
-    return {"bleu": score, **rouge([rouge_tokens(text) for text in outputs], [rouge_tokens(t) for t in references])}
-
-
-def main(cfg):
-    """Learn the pairs of a file."""
-    start = time.perf_counter()
-    require(cfg.data, "--data", "a file of lines source TAB target (there is no built-in task yet)", cfg.data)
-    print("translation.py: words in, words out")
-    figures, params, progress = learn_pairs(cfg, np.random.default_rng(cfg.seed))
-    print_result(task=cfg.task, **figures, params=sum(p.size for p in params.values()), steps=progress.step,
-                 seconds=time.perf_counter() - start,
-                 examples_per_s=int(len(progress.losses) * cfg.batch / max(progress.seconds, 1e-9)))
-
-
-# ---- workers: one batch, several processes ---------------------------------------------------------------------------
-
-ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OPENBLAS", "OMP", "MKL", "VECLIB", "BLIS")}
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}      # see run()
-
-
-@contextlib.contextmanager
-def ignoring(name):
-    """While this lasts, a signal, if the platform knows it, does nothing."""
-    number = getattr(signal, name, None)
-    previous = number and signal.signal(number, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        if number:
-            signal.signal(number, previous)
-
-
-def memory_plan(arrays):
-    """Where each array of a dict goes in a block of memory -> {name: (start, shape, dtype)}, size of the block."""
-    plan, size = {}, 0
-    for name, a in arrays.items():
-        plan[name] = size, a.shape, a.dtype
-        size += -(-a.nbytes // 64) * 64                 # each begins at a multiple of 64 bytes
-    return plan, size
-
-
-def shared_arrays(block, plan):
-    """The arrays of a memory_plan, as views into a block of shared memory -> {name: array}."""
-    return {name: np.frombuffer(block, dtype, math.prod(shape), start).reshape(shape)
-            for name, (start, shape, dtype) in plan.items()}
-
-
-def work_through(params, parts, cfg, grads, running):
-    """Add up loss, gradients and running statistics of some parts of a batch, each times its weight: into grads and
-    running -> loss. Every part begins with the same running statistics, as if all were done at once."""
-    total, before = 0.0, {name: a.copy() for name, a in running.items()}
-    for a in (*grads.values(), *running.values()):
-        a[...] = 0
-    for weight, part in parts:
-        after = {name: a.copy() for name, a in before.items()}
-        loss, found = loss_and_grads(params, part, cfg, *[after] * bool(after))
-        total += weight * float(loss)
-        for name, g in found.items():
-            grads[name] += weight * g
-        for name, a in after.items():
-            running[name] += weight * a
-    return total
-
-
-def worker(pipe, cfg, blocks, plans):
-    """What a worker process does: wait for parts of a batch, work through them, answer with the loss; until the pipe
-    closes. Parameters, gradients and running statistics are in shared memory, so they need not be sent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches every process; the first one decides
-    np.seterr(over="ignore", invalid="ignore")
-    params, running, grads, after = map(shared_arrays, blocks, plans)
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            parts = pipe.recv()
-            for name, a in running.items():
-                after[name][...] = a
-            try:
-                answer = work_through(params, parts, cfg, grads, after)
-            except MemoryError as error:
-                answer = f"out of memory: {error}"
-            pipe.send(answer)
-
-
-class Workers:
-    """Data-parallel training. Element-wise NumPy runs on one core, so a second core comes from a second process: each
-    takes some parts of the batch, all with the same parameters, and the gradients of the parts are added up. So the
-    update, and the course of the loss, is that of one process, up to the rounding of sums in another order."""
-
-    def __init__(self, cfg, params, running=None):
-        self.cfg, self.running, self.processes, self.pipes = cfg, running or {}, [], []
-        self.grads = {name: np.zeros_like(p) for name, p in params.items()}
-        if cfg.workers == 1:                            # then this process does it all
-            return
-        plans, sizes = zip(*map(memory_plan, (params, self.running)))
-        start, environ = multiprocessing.get_context("spawn"), dict(os.environ)
-        os.environ.update({**ONE_THREAD, **KEEP_MEMORY})            # read when NumPy is imported, so only by them
-        try:
-            common = [start.RawArray("b", size + 1) for size in sizes]      # parameters, running: read by all
-            self.shared, self.results = list(map(shared_arrays, common, plans)), []
-            for _ in range(cfg.workers):
-                own = [start.RawArray("b", size + 1) for size in sizes]     # gradients, running: written by one
-                self.results.append(list(map(shared_arrays, own, plans)))
-                pipe, end = start.Pipe()
-                self.pipes.append(pipe)
-                self.processes.append(start.Process(target=worker, daemon=True,
-                                                    args=(end, cfg, [*common, *own], plans * 2)))
-                with ignoring("SIGINT"):                # they inherit it, and Ctrl-C finds them ready at any time
-                    self.processes[-1].start()
-                end.close()
-        except (OSError, ImportError, RuntimeError) as error:
-            self.close()
-            raise InputError(f"--workers {cfg.workers}: expected a platform that starts processes with shared memory, "
-                             f"found: {error} (without the flag it runs in one process)") from None
-        finally:
-            os.environ.clear()
-            os.environ.update(environ)
-
-    def loss_and_grads(self, params, parts):
-        """parts [(weight, part of a batch), ...] -> loss, gradients; running is brought up to date as well."""
-        if not self.processes:
-            return work_through(params, parts, self.cfg, self.grads, self.running), self.grads
-        for views, values in zip(self.shared, (params, self.running)):
-            for name, a in values.items():
-                views[name][...] = a
-        for k, pipe in enumerate(self.pipes):
-            with ignoring("SIGPIPE"), contextlib.suppress(OSError):         # a dead one is noticed below
-                pipe.send(parts[k::len(self.pipes)])
-        total = sum(self.answer(k) for k in range(len(self.pipes)))
-        for k, (grads, running) in enumerate(self.results):
-            for own, found in ((self.grads, grads), (self.running, running)):
-                for name, a in found.items():
-                    own[name][...] = a if k == 0 else own[name] + a
-        return total, self.grads
-
-    def answer(self, k):
-        """The loss from worker k, or MemoryError if it has died: most often the system ended it for want of memory."""
-        process, answer = self.processes[k], None
-        with contextlib.suppress(EOFError, OSError):
-            answer = self.pipes[k].recv()
-        if isinstance(answer, float):
-            return answer
-        process.join(1)
-        raise MemoryError(f"worker {k + 1} of {len(self.processes)}, process {process.pid}: expected a loss, found "
-                          f"{answer or f'its end (exit code {process.exitcode})'}; fewer --workers need less memory")
-
-    def close(self):
-        """End all workers: their pipes close, and whoever does not leave within seconds is ended."""
-        for pipe in self.pipes:
-            pipe.close()
-        for process in self.processes:
-            if process.pid:
-                process.join(5)
-                process.terminate()
-        self.processes, self.pipes = [], []
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.close()
-
-
-# ---- plumbing: the same in every lesson; whoever types along may stop here -------------------------------------------
+# ---- flags and errors: the same in every lesson --------------------------------------------------
 
 class InputError(ValueError):
-    """A flag, value or file that cannot be used; the program ends with its text in one line and exit status 2."""
+    """A flag, value or file that cannot be used: the program ends with one line, exit status 2."""
 
 
 def require(ok, what, expected, found):
@@ -1421,40 +1022,89 @@ def require(ok, what, expected, found):
         raise InputError(f"{what}: expected {expected}, found {found!r}")
 
 
-def read_flags(argv=None):
-    """Every field of Config is a flag, its comment the help text -> Config."""
+class Task(NamedTuple):
+    """What a command runs; gradcheck.py drives the same functions."""
+    config: type
+    init_params: object
+    make_batch: object
+    loss_and_grads: object
+    main: object
+
+
+MAY_BE_ZERO = ("seed", "warmup", "top_k", "crop", "window", "fuse", "patch")    # other int: >= 1
+ABOVE_ZERO = ("lr", "temperature")                                              # other float: >= 0
+
+
+def check(cfg):
+    """Raise InputError unless every value has the type of its field, is one of its choices, is
+    finite and in range, and CONSTRAINTS of this kind of Config hold."""
+    for f in fields(cfg):
+        flag, value = "--" + f.name.replace("_", "-"), getattr(cfg, f.name)
+        if get_args(f.type):
+            choices = get_args(f.type)
+            require(value in choices, flag, " or ".join(map(str, choices)), value)
+        elif f.type in (str, bool):
+            require(isinstance(value, f.type), flag, f.type.__name__, value)
+        elif f.type is int:
+            least = 0 if f.name in MAY_BE_ZERO else 1
+            require(type(value) is int, flag, "a whole number", value)
+            require(least <= value < 2 ** 31, flag, f"{least} or more, below 2^31", value)
+        else:
+            require(type(value) in (int, float), flag, "a number", value)
+            above = value > 0 if f.name in ABOVE_ZERO else value >= 0
+            least = "above 0" if f.name in ABOVE_ZERO else "0 or more"
+            require(above and value < math.inf, flag, f"a number {least}, and finite", value)
+    for ok, what, expected, found in CONSTRAINTS.get(type(cfg), lambda cfg: [])(cfg):
+        require(ok, what, expected, found)
+
+
+def read_flags(tasks, argv):
+    """-> the name of the task that argv begins with (else of the first), its Config: every field is
+    a flag, its comment the help text."""
     def fail(message):
-        raise InputError(f"{message} (--help lists the flags)")
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+        task = argv[0] if argv and argv[0] in tasks else next(iter(tasks))
+        late = "--task" in message or not tasks.keys().isdisjoint(argv[1:])
+        hint = "; tasks are commands: python FILE TASK --flags" if late else ""
+        raise InputError(f"{message} (python FILE {task} --help lists the flags{hint})")
+
+    parser = argparse.ArgumentParser(description=__doc__ + MORE, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
-    for field in fields(Config):
-        kind = dict(type=field.type, metavar=field.name.upper())
-        if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif get_args(field.type):
-            kind = dict(choices=get_args(field.type))
-        text = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
-        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=text, **kind)
-    known = parser.parse_known_args(argv)[0]
-    data, experiment = (getattr(known, name, "") for name in ("data", "experiment"))
-    for key in (known.task, f"{known.task} --data" if data else "", experiment):
-        parser.set_defaults(**PRESETS.get(key, {}))
-    return Config(**vars(parser.parse_args(argv)))
+    parser.error, commands = fail, parser.add_subparsers(dest="task", metavar="task")
+    for name, task in tasks.items():
+        command = commands.add_parser(name, help=task.config.__doc__, allow_abbrev=False,
+                                      description=task.config.__doc__)
+        command.error, comments = fail, {}
+        with contextlib.suppress(OSError, TypeError):   # no source text in a notebook cell
+            for c in reversed(task.config.__mro__[:-1]) if {"-h", "--help"} & set(argv) else ():
+                comments.update(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(c), re.M))
+        for f in fields(task.config):
+            kind = dict(type=f.type, metavar=f.name.upper())
+            if f.type is bool:
+                kind = dict(action=argparse.BooleanOptionalAction)
+            elif get_args(f.type):
+                kind = dict(choices=get_args(f.type))
+            text = f"{comments.get(f.name, '')} (default: {f.default!r})".replace("%", "%%")
+            flag = "--" + f.name.replace("_", "-")
+            command.add_argument(flag, default=f.default, help=text, **kind)
+    named = argv and (argv[0] in ("-h", "--help") or not argv[0].startswith("-"))
+    flags = vars(parser.parse_args(argv if named else [next(iter(tasks)), *argv]))
+    name = flags.pop("task")
+    cfg = tasks[name].config(**flags)
+    check(cfg)
+    return name, cfg
 
 
-def run(main):
-    """Call main with the Config of the flags; what is not a bug ends in one line, not in a traceback."""
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")      # each line at once, on any console
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)                           # `| head` ends the program quietly
-    np.seterr(over="ignore", invalid="ignore")          # a run that diverges shows in its loss, which Progress checks
-    with contextlib.suppress(AttributeError, OSError, TypeError):               # Linux: keep freed memory for reuse
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30), libc.mallopt(-1, -1)
+def run(tasks):
+    """Run what the command line asks for; user errors end in one line, without a traceback."""
+    if sys.stdout and sys.stdout is sys.__stdout__:     # a console, not a notebook
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+        with contextlib.suppress(AttributeError, ValueError):   # Windows; not the main thread
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends it quietly
+    np.seterr(over="ignore", invalid="ignore")          # divergence: see progress and check_finite
+    pasted = "ipykernel" in sys.argv[0]                 # into a notebook cell: argv is not ours
     try:
-        main(read_flags())
+        name, cfg = read_flags(tasks, [] if pasted else sys.argv[1:])
+        tasks[name].main(cfg)
     except (InputError, FloatingPointError, MemoryError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
@@ -1462,55 +1112,39 @@ def run(main):
         sys.exit(130)
 
 
-class Progress:
-    """for step in progress: ... progress.report(loss).   Prints about ten lines with the time left. Ctrl-C ends the
-    loop after the step at hand, a second one quits. A loss that is not finite raises FloatingPointError."""
-
-    def __init__(self, steps, first=1, quiet=False, lines=10):
-        self.steps, self.first, self.quiet, self.lines = steps, first, quiet, lines
-        self.step, self.losses, self.printed, self.stopped = first - 1, [], 0, False
-        self.start, self.seconds = time.perf_counter(), 0.0
-
-    def __iter__(self):
-        previous = signal.signal(signal.SIGINT, self.interrupt)
-        try:
-            while self.step < self.steps and not self.stopped:
-                self.step += 1
-                yield self.step
-        finally:
-            signal.signal(signal.SIGINT, previous)
-        if self.stopped:
-            print(f"stopped after step {self.step}; this is what has been learned so far")
-
-    def interrupt(self, signum, frame):
-        """Called on Ctrl-C."""
-        if self.stopped:
-            raise KeyboardInterrupt
-        self.stopped = True
-
-    def report(self, loss, note=lambda: ""):
-        """Keep the loss of this step; if a line is due, print it, with what note() says."""
-        if not np.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {self.step}: training diverged; try a smaller --lr")
-        self.losses.append(float(loss))
-        self.seconds = time.perf_counter() - self.start
-        if not self.quiet and (self.step % -(-self.steps // self.lines) == 0 or self.step == self.steps):
-            recent = self.losses[self.printed:]
-            self.printed = len(self.losses)
-            left = self.seconds / len(self.losses) * (self.steps - self.step)
-            print(f"step {self.step:6d}/{self.steps}  loss {sum(recent) / len(recent):.4f}{note()}  |  "
-                  f"{self.seconds:.1f} s  ({left:.0f} s left)")
+def pairs_constraints(cfg):
+    """What must hold between the values of a task: (ok, what, expected, found) for each."""
+    yield cfg.dim / cfg.heads % 2 == 0, "--dim", f"an even multiple of --heads {cfg.heads}", cfg.dim
+    yield cfg.dropout < 1, "--dropout", "below 1", cfg.dropout
+    yield cfg.label_smoothing < 1, "--label-smoothing", "below 1", cfg.label_smoothing
+    if isinstance(cfg, Pairs):
+        yield cfg.context > 15, "--context", "16 or more", cfg.context
+        yield cfg.threads <= cfg.batch_size, "--threads", "at most --batch-size", cfg.threads
+        read = [os.path.realpath(path) for path in (cfg.data, cfg.validation, cfg.test) if path]
+        yield os.path.realpath(cfg.save) not in read, "--save", "a file other than --data", cfg.save
 
 
-def print_result(**figures):
-    """The last line of a run, for comparing runs."""
-    print("result: " + " ".join(f"{k}={v:#.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items()))
+def operation_cases(rng):
+    """Inputs of operations of this file, for gradcheck.py: B 6, T 5, D 12, H 3, d 4."""
+    x, memory = rng.standard_normal((2, 30, 12))
+    params = init_params(Config(dim=12), rng, float)
+    p, mlp = ({name: w for name, w in part(params, at).items() if name[0] == "W"}
+              for at in ("dec0.cross.", "dec0.mlp."))
+    mask = np.tri(5, dtype=bool) | (rng.random((6, 1, 5, 5)) < 0.3)
+    right = np.eye(30, 12, -9, dtype=bool) | (rng.random((30, 12)) < 0.6)
+    return {"rotary_multihead": dict(x=x, p=p, memory=memory, heads=3, B=6, mask=mask,
+                                     t=np.arange(5)[:, None]),
+            "swiglu_mlp": dict(x=x[:7], p=mlp),
+            "pointer": dict(x=x, p=part(params, "copy."), memory=memory, B=6),
+            "copy_cross_entropy": dict(z=x, right=right, V=5, label_smoothing=0.3)}
 
 
-GRADCHECK = {"attention": lambda rng: dict(     # inputs for gradcheck.py: heads after positions
-    q=rng.standard_normal((2, 5, 3, 6)), k=rng.standard_normal((2, 7, 3, 6)),
-    v=rng.standard_normal((2, 7, 3, 6)), mask=np.where(rng.random((2, 1, 1, 7)) < 0.3, -1e9, 0.0))}
+GRADCHECK = {name: lambda rng, name=name: operation_cases(rng)[name] for name in (
+    "rotary_multihead", "swiglu_mlp", "pointer", "copy_cross_entropy")}
 
+TASKS = {"headlines": Task(Config, init_params, make_batch, loss_and_grads, main),
+         "pairs": Task(Pairs, init_pairs, pairs_batch, pairs_loss_and_grads, run_pairs)}
+CONSTRAINTS = {Config: pairs_constraints, Pairs: pairs_constraints}
 
 if __name__ == "__main__":
-    run(main)
+    run(TASKS)

@@ -33,7 +33,6 @@ def source(name):
 
 LESSONS = sorted(p.name for p in ROOT.glob("*.py") if p.name != "gradcheck.py")
 NEW = [name for name in LESSONS if f"\n{MARKER}" in source(name)]       # rebuilt: spine, then sections
-OLD = [name for name in LESSONS if name not in NEW]
 
 
 def spine(name):

@@ -120,6 +120,12 @@ REFUSED = {     # values that do not go together, or are out of range: command, 
         ("reverse --score foo", "--score foo"), ("pairs --hidden 7", "--hidden even"),
         ("pairs --threads 99", "--threads --batch-size"), ("pairs --data nowhere", "nowhere"),
         ("pairs --beam 0", "--beam 1"), ("pairs --load nowhere.npz", "--load nowhere.npz")],
+    "translation.py": [
+        ("headlines --dim 12", "--dim even --heads 4"), ("headlines --dropout 1", "--dropout below"),
+        ("headlines --label-smoothing 1", "--label-smoothing below"), ("pairs --context 8", "--context 16"),
+        ("pairs --threads 99", "--threads --batch-size"), ("pairs --data nowhere", "nowhere"),
+        ("pairs --unit foo", "--unit foo"), ("pairs --beam 0", "--beam 1"),
+        ("pairs --load nowhere.npz", "--load nowhere.npz")],
     "cnn.py": [
         ("shapes --size 12", "--size multiple 12"), ("net --crop 16", "--crop 16"),
         ("net --dropout 1", "--dropout"), ("net --label-smoothing 1", "--label-smoothing"),

@@ -103,8 +103,6 @@ def runs(command, folder):
 @pytest.mark.parametrize("where, command", all_commands())
 def test_command(where, command, folder):
     done = runs(command, folder)
-    if command == "translation.py":                     # the lesson that needs a file
-        return is_refused(done, "--data")
     assert done.returncode == 0 and not done.stderr, done.stdout[-1000:] + done.stderr[-2000:]
 
 

@@ -376,6 +376,54 @@ NO_COUNTERPART = {
 }
 
 
+def torch_rotary_multihead(x, p, memory, heads, B, mask, t):
+    """F.scaled_dot_product_attention of rotated queries and keys; pairs are neighbours, as complex numbers."""
+    D = x.shape[1]
+    q = (x @ p["Wqkv"][:, :D]).unflatten(0, (B, -1)).unflatten(2, (heads, -1)).transpose(1, 2)
+    k, v = ((memory @ w).unflatten(0, (B, -1)).unflatten(2, (heads, -1)).transpose(1, 2)
+            for w in p["Wqkv"][:, D:].chunk(2, dim=1))
+    d = D // heads
+    turn = torch.polar(torch.ones(d // 2), t * 10000.0 ** (-torch.arange(0, d, 2) / d))
+    q, k = (torch.view_as_real(torch.view_as_complex(a.unflatten(3, (-1, 2)).contiguous()) * turn).flatten(3)
+            for a in (q, k))
+    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2).flatten(0, 1) @ p["Wo"]
+
+
+def torch_swiglu_mlp(x, p):
+    """F.silu of one half of x W1 times the other half."""
+    gate, up = (x @ p["W1"]).chunk(2, dim=1)
+    return (F.silu(gate) * up) @ p["W2"]
+
+
+def torch_pointer(x, p, memory, B):
+    """Products of queries with keys of every position and the one before it."""
+    m = memory.unflatten(0, (B, -1))
+    m = torch.cat([m, F.pad(m, (0, 0, 1, 0))[:, :-1]], dim=2)
+    return (x @ p["Wq"]).unflatten(0, (B, -1)) @ (m @ p["Wk"]).transpose(1, 2) / x.shape[1] ** 0.5
+
+
+def torch_copy_cross_entropy(z, right, V, label_smoothing):
+    """-log of the sum of the right entries of a softmax; of the first V for the smoothing."""
+    log_p = z.log_softmax(dim=1)
+    target = log_p.masked_fill(~right, -math.inf).logsumexp(dim=1).mean()
+    return -(1 - label_smoothing) * target - label_smoothing * log_p[:, :V].mean()
+
+
+ATTENTION_PARTS = dict(Wqkv=normal(12, 36), Wo=normal(12, 12))
+OPERATIONS |= {
+    "rotary_multihead cross": (dict(
+        x=normal(10, 12), p=ATTENTION_PARTS, memory=normal(14, 12), heads=3, B=2, mask=PADDING[:, None, None],
+        t=np.zeros((1, 1), int)), torch_rotary_multihead),
+    "rotary_multihead self": (dict(
+        x=normal(10, 12), p=ATTENTION_PARTS, memory=normal(10, 12), heads=3, B=2, mask=np.tri(5, dtype=bool),
+        t=np.arange(5)[:, None]), torch_rotary_multihead),
+    "swiglu_mlp": (dict(x=normal(5, 6), p=dict(W1=normal(6, 8), W2=normal(4, 6))), torch_swiglu_mlp),
+    "pointer": (dict(x=normal(10, 6), p=dict(Wq=normal(6, 6), Wk=normal(12, 6)), memory=normal(14, 6), B=2),
+                torch_pointer),
+    "copy_cross_entropy": (dict(z=normal(4, 9), right=np.eye(4, 9, dtype=bool) | (rng.random((4, 9)) < 0.3), V=5,
+                                label_smoothing=0.3), torch_copy_cross_entropy)}
+
+
 def tensor(value, gradient=True):
     """Arrays, or a dict of arrays, as tensors; those of floats get gradients, if they are to."""
     if isinstance(value, dict):
@@ -824,8 +872,12 @@ def convnet(p, batch, cfg):
             x = convolution(part(p, name + ".a."), x, cfg.norm).relu()
     x = nn.AdaptiveAvgPool2d(1)(x) if cfg.model == "resnet" else x.permute(0, 2, 3, 1)
     x = x.flatten(1)
-    if "fc.W" in p:
-        x = F.linear(x, p["fc.W"].T, p["fc.b"]).relu()
+    if cfg.model == "plain":
+        x, fc = F.linear(x, p["fc.a.W"][0, 0].T), part(p, "fc.a.")
+        if cfg.norm == "batch":
+            x = F.batch_norm(x, None, None, fc["gamma"], fc["beta"], training=True)
+        x = F.group_norm(x, 8, fc["gamma"], fc["beta"]) if cfg.norm == "group" else x
+        x = (x + fc["bias"] if cfg.norm == "none" else x).relu()
     logits = F.linear(x * keep / (1 - cfg.dropout), p["out.W"].T, p["out.b"])
     return nn.CrossEntropyLoss(label_smoothing=cfg.label_smoothing)(logits, labels)
 
@@ -983,6 +1035,48 @@ def encdec(p, batch, cfg):
         x = encdec_layer(part(p, f"dec{i}."), x, cfg, memory, memory_key_padding_mask=padding,
                          tgt_mask=causal_mask(T).isinf())
     return tied_loss(p, normalized(p, x, "dec."), targets, ignore_index=0)
+
+
+# translation.py
+
+TRANSLATION = dict(layers=2, heads=2, dim=8, batch_size=3)
+
+
+@model("translation", "spine", **TRANSLATION)
+@model("translation", "headlines", label_smoothing=0.2, dropout=0.3, **TRANSLATION)
+@model("translation", "pairs", dict(pointer=True), dict(pointer=False), dict(pointer=True, unit="words", vocab_size=30),
+       **TRANSLATION)
+def translation(p, batch, cfg):
+    source, target, targets, *keeps = batch
+    V, B, T = len(p["E"]), len(source), target.shape[1]
+    pointer, padding = getattr(cfg, "pointer", True), (source != 0)[:, None]
+    memory = None
+    for side, ids, keep, names in (("enc", source, keeps[0], ("self", "mlp")),
+                                   ("dec", target, keeps[1], ("self", "cross", "mlp"))):
+        x, keep = F.embedding(ids.where(ids < V, torch.tensor(3)), p["E"]) * keep[:, 0], keep[:, 1:]
+        n = ids.shape[1]
+        for at in [f"{side}{i}.{name}." for i in range(cfg.layers) for name in names]:
+            q, name = part(p, at), at.split(".")[1]
+            y = normalized(q, x).flatten(0, 1)
+            if name == "mlp":
+                y = torch_swiglu_mlp(y, q)
+            elif name == "cross":
+                y = torch_rotary_multihead(y, q, memory, cfg.heads, B, padding[:, None], torch.zeros(1, 1))
+            else:
+                mask = padding[:, None] if side == "enc" else torch.ones(n, n, dtype=torch.bool).tril()
+                y = torch_rotary_multihead(y, q, y, cfg.heads, B, mask, torch.arange(n)[:, None])
+            x, keep = x + keep[:, 0] * y.unflatten(0, (B, n)), keep[:, 1:]
+        x = normalized(p, x, side + ".").flatten(0, 1)
+        memory = x if memory is None else memory
+    z = (x @ p["E"].T).unflatten(0, (B, T))
+    if pointer:
+        c = torch_pointer(x, part(p, "copy."), memory, B).masked_fill(~padding, -math.inf)
+        z = torch.cat([z, c], dim=2)
+        right = torch.cat([F.one_hot(targets, max(V, targets.max() + 1))[:, :, :V].bool(),
+                           targets[:, :, None] == source[:, None]], dim=2)
+        return torch_copy_cross_entropy(z[targets != 0], right[targets != 0], V, cfg.label_smoothing)
+    targets = targets.where(targets < V, torch.tensor(3))
+    return F.cross_entropy(z.flatten(0, 1), targets.flatten(), ignore_index=0, label_smoothing=cfg.label_smoothing)
 
 
 # mae.py
