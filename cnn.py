@@ -1398,10 +1398,10 @@ def run_cifar(cfg):
 class LrSweep:
     """Accuracy at a hundredfold range of learning rates, with and without BatchNorm."""
     channels: int = 16      # filters of the first layer of a plain net
-    batch_size: int = 64    # images per step
-    steps: int = 300        # optimizer steps per training, on shapes
+    batch_size: int = 128   # images per step
+    steps: int = 160        # optimizer steps per training, on shapes
     epochs: int = 3         # passes over the training images per training, with --data
-    lr: float = 0.015       # learning rate in the middle of the range
+    lr: float = 0.02        # learning rate in the middle of the range
     threads: int = 2        # micro-batches, each on a thread, with BatchNorm statistics of its own
     data: str = ""          # cifar-10-binary.tar.gz or its folder; none: ten shapes
     seed: int = 0           # random seed
