@@ -214,7 +214,7 @@ def test_long_targets_are_left_out(t, unit, tmp_path):
     data, kept = t.texts_of(cfg), len(t.texts_of(cfg)["train"])
     full = [data["tokenize"](" " + b) for _, b in t.read_pairs(str(path))[0]]
     assert max(len(b) for _, b in data["train"]) < cfg.context
-    counted = re.findall(r"(\w+): (\d+) pairs.*: (\d+) sources, cut; (\d+) targets, left out", data["note"])
+    counted = re.findall(r"(\w+): (\d+) pairs.*\n.*: (\d+) sources, cut; (\d+) targets, left out", data["note"])
     assert [name for name, *_ in counted] == ["train", "validation"]
     for name, n, cut, left in counted:
         assert int(n) - int(left) == len(data[name]) and int(cut) > 0
