@@ -811,8 +811,8 @@ def load_texts(path, validation, test, unit, vocab_size, lower, context, checkpo
         unknown = np.mean([token not in ids for a, _ in pairs for token in a])
         long = sum(len(a) > context for a, _ in pairs)
         notes.append(f"{name}: {len(pairs)} pairs; unknown: {unknown:.2%} of the source tokens\n"
-                     f"  over {context} tokens: {long} sources, cut; {len(pairs) - len(fit)} targets"
-                     f"{', left out' * (name != 'test')}")
+                     f"  over {context} tokens: {long} sources, cut; {len(pairs) - len(fit)} "
+                     f"targets{', left out' * (name != 'test')}")
         require(fit, "--context", f"one that some targets of {name} do not exceed", context)
     encoded["train"].sort(key=lambda pair: (len(pair[1]), len(pair[0])))
     return {**encoded, "test": texts["test"], "tokenize": tokenize, "ids": ids, "merges": merges,
