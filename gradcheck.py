@@ -167,12 +167,14 @@ CASES = {
     "lstm": "z 5 3 24, h0 3 6, c0 3 6, Wh 6 24",
     "rope": "x 3 2 5 6, cos 5 3, sin 5 3", "causal_attention": "q 2 3 5 6, k 2 3 5 6, v 2 3 5 6",
     "attention": each("q 2 3 5 6, k 2 3 7 6, v 2 3 7 6", "mask", *MASKS),
+    "x": "x 3 5", "y, targets": "y 3 5, targets 3 5", "x, w, b": "x 3 5, w 5, b ",  # of any name
 }
 
 def cases_of(module, name):
     """How its file, its lesson or CASES call an operation.   -> functions of rng -> inputs."""
     plain = name.removeprefix("fast_").removesuffix("_loop")        # a twin is called alike
     lesson, forward = module.lesson and load(module.lesson), vars(module).get(name + "_forward")
+    inputs = ", ".join(inspect.signature(forward).parameters) if forward else ""
     own, theirs = (getattr(m, "GRADCHECK", {}) for m in (module, lesson))
 
     def made(rng, entry, k=slice(None)):
@@ -181,7 +183,7 @@ def cases_of(module, name):
                 for case in (found if isinstance(found, list) else [found])][k]
 
     for table in (own, theirs, CASES):
-        entry = table.get(name, table.get(plain, []))
+        entry = table.get(name, table.get(plain, table.get(inputs, [])))
         try:
             first = made(np.random.default_rng(0), entry)
         except Exception as error:
@@ -431,10 +433,9 @@ def numbered(module, line, last=0):
     return f"line {line}: " + " ".join(re.sub(r"\s\s+#.*", "", text).strip() for text in lines)
 
 # ---- tasks: which configurations of which models -------------------------------------------------
-SMALL = dict(   # quick to check, where a Config has a field of this name and type
+SMALL = dict(score_init_scale=1.0,      # quick to check, where a Config has such a field
     hidden=6, batch_size=5, context=4, embed_dim=3, dim=12, heads=2, length=7, window=7, bits=3,
-    delay=4, threads=2, decoder_dim=6, decoder_layers=2, mask_ratio=0.25, batch=5, width=8,
-    inner=6, size=8, channels=2, score_init_scale=1.0)
+    delay=4, threads=2, decoder_dim=6, decoder_layers=2, mask_ratio=0.25, size=8, channels=2)
 NUMBERS = dict(     # numbers that switch something on
     layers=(1, 2), inputs=(2, 3), l1=(0.0, 0.02), l2=(0.0, 0.03), fuse=(0, 2), dropout=(0.0, 0.4),
     label_smoothing=(0.0, 0.2), patch=(0, 14, 4))
@@ -985,7 +986,6 @@ def main(words):
     also = f", {differ} differ{'s' * (differ == 1)} from the lesson" if differ else ""
     print(f"{time.perf_counter() - start:.1f} s\n{passed} passed, {failed} failed{also}")
     return 1 if failed else 0
-
 
 if __name__ == "__main__":
     if sys.stdout is sys.__stdout__:                    # a console, not a notebook

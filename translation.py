@@ -513,6 +513,7 @@ Break it (names that are right by default: 100 % with the pointer; without it 10
 Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
     1. python translation.py --layers 2, or --dim 32: what becomes of the two models?
     2. Let the pointer score by additive attention (attention.py). Derive its backward pass.
+    3. Derive and add Luong's general score to the pointer: c_ts = x_t W m_s, without Wq and Wk.
 Papers: Su 2021 (rotary positions), Shazeer 2020 (SwiGLU), Sennrich 2016 (byte-pair encoding),
 Szegedy 2016 (label smoothing), Wu 2016 (length penalty), Papineni 2002 (BLEU), Lin 2004 (ROUGE)
 """
