@@ -131,7 +131,7 @@ REFUSED = {     # values that do not go together, or are out of range: command, 
         ("net --dropout 1", "--dropout"), ("net --label-smoothing 1", "--label-smoothing"),
         ("net --threads 99", "--threads --batch-size"), ("net --warmup-fraction 1", "--warmup-fraction"),
         ("net --model foo", "--model foo"), ("resnet18 --channels 0", "--channels"),
-        ("lr-sweep --threads 99", "--threads --batch-size"), ("lr-sweep --data nowhere", "nowhere"),
+        ("lr-sweep --threads 999", "--threads --batch-size"), ("lr-sweep --data nowhere", "nowhere"),
         ("mnist --crop 32", "--crop 32"), ("mnist", "--data"), ("cifar", "--data"),
         ("cifar --dropout 1", "--dropout"), ("cifar --data nowhere", "nowhere cifar-10-binary.tar.gz"),
         ("mnist --data nowhere", "nowhere train-images-idx3-ubyte.gz")],
@@ -381,7 +381,7 @@ def test_interrupt(name, task, tmp_path):
     assert out.splitlines()[-1].startswith("result: ") and "\nNext: " in out
     assert "\nstep " not in out.partition("stopped after")[2], "it goes on training"
     assert time.perf_counter() - start < 40
-    done = stopped(name, 3, task, *data, times=2)
+    done = stopped(name, 3, task, *long, *data, times=2)
     assert done.returncode == 130 and not done.stderr, done.stderr
     assert "result:" not in done.stdout
 
