@@ -19,8 +19,12 @@ def block(file):
 def in_torch(file, folder, monkeypatch):
     """Run these lines -> logits, ids, parameters."""
     monkeypatch.chdir(folder)
-    names = {}
-    exec(block(file), names)
+    names, before = {}, torch.get_default_dtype()       # test_parity.py works in float64
+    torch.set_default_dtype(torch.float32)
+    try:
+        exec(block(file), names)
+    finally:
+        torch.set_default_dtype(before)
     params = {name: value.numpy() for name, value in names["p"].items()}
     assert json.loads(str(names["saved"]["meta"])) == names["meta"]
     return names["logits"].detach().numpy(), names["ids"].numpy(), params
