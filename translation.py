@@ -891,7 +891,7 @@ def run_pairs(cfg):
     """Train; translate the test greedily and by beam search, measure BLEU and ROUGE; draw a map."""
     start, data, state, losses = time.perf_counter(), texts_of(cfg), {}, []
     params = init_pairs(cfg, np.random.default_rng(cfg.seed))
-    meta = dict(task="pairs", unit=cfg.unit, heads=cfg.heads, pointer=cfg.pointer,
+    meta = dict(task="pairs", unit=cfg.unit, lower=cfg.lower, heads=cfg.heads, pointer=cfg.pointer,
                 merges=[[token.decode("latin-1") for token in pair] for pair in data["merges"]],
                 vocab=[token.decode("latin-1") for token in list(data["ids"])[4:]])
     if cfg.load:

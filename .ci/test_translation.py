@@ -349,3 +349,13 @@ def test_headlines_file(t, tmp_path):
     assert pairs[0] == (f"No. 0 {first}", "BAHIA COCOA 0 REVIEW <A>")
     done = lesson(NAME, *SMALL, "--data", str(tmp_path / "reuters-headlines.tsv"), "--pointer", "--lower")
     assert {"bleu", "rouge1", "rouge2", "rougeL"} <= metrics(done).keys()
+
+
+def test_what_a_checkpoint_was_trained_on(tmp_path):
+    """Flags that change the tokens or the model are refused, not ignored."""
+    file = str(tmp_path / "a.npz")
+    common = ["pairs", "--steps", "2", "--dim", "16", "--layers", "1"]
+    assert metrics(lesson("translation.py", *common, "--save", file))
+    for flags, word in ((["--unit", "words"], "unit"), (["--lower"], "lower"), (["--pointer"], "pointer"),
+                        (["--heads", "1"], "heads"), (["--dim", "32"], "E (")):
+        is_refused(lesson("translation.py", *common, *flags, "--load", file), "a.npz", word)
