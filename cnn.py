@@ -445,7 +445,7 @@ Tasks (seconds and minutes on two cores)
 
 Break it (what to change, and what comes of it)
     relu_forward: return x, x; relu_backward: return dout       99 %: max pooling bends lines, too
-        the same, and python cnn.py net --pool average          13 %: the whole net is linear
+        the same, and python cnn.py net --pool average           9 %: the whole net is linear
     conv_backward: W.swapaxes(2, 3), not rotated                94 % instead of 98.5 %: it learns
         all the same, so check gradients instead of looking at the loss
     draw_shapes: np.where(mask, ink, ground)[:, np.random.default_rng(0).permutation(size)]
