@@ -520,7 +520,9 @@ import functools
 import inspect
 import json
 import re
+import struct
 import sys
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -807,6 +809,7 @@ class Dates:
     lr: float = 0.01        # peak learning rate
     warmup: int = 50        # steps of linear warmup
     grad_clip: float = 1.0  # largest gradient norm
+    png: str = ""           # file to write a map for every spelling to
     seed: int = 0           # random seed
 
 
@@ -884,9 +887,53 @@ def part_alignment(w, dates, part, beside=0):
     return float(np.mean(shares))
 
 
+def write_png(path, image):
+    """Colors (H, W, 3) from 0 to 1 as a PNG file: a signature, then chunks of length, name, content
+    and checksum.   Raises InputError."""
+    H, W, _ = image.shape
+    rows = (255 * np.clip(image, 0, 1) + 0.5).astype(np.uint8).reshape(H, 3 * W)
+    rows = np.concatenate([np.zeros((H, 1), np.uint8), rows], axis=1)   # 0: an unfiltered row
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", W, H, 8, 2, 0, 0, 0)),
+              (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")]
+    raw = b"".join(struct.pack(">I", len(body)) + name + body
+                   + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks)
+    try:
+        Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + raw)
+    except OSError as error:
+        raise InputError(f"--png {path}: expected a file to write, found: {error}") from None
+
+
+def try_png(path):
+    """Raise InputError if no picture can be written to path: before the training, not after it."""
+    require(not os.path.isdir(path), f"--png {path}", "a file", "a folder")
+    write_png(f"{path}.{os.getpid()}", np.zeros((1, 1, 3)))
+    os.remove(f"{path}.{os.getpid()}")
+
+
+def tile_images(images, columns, scale):
+    """Images (N, H, W, C) of 1 or 3 channels in rows of `columns`, in white frames; every pixel
+    becomes a square of scale x scale.   -> one image (., ., 3)"""
+    images = np.repeat(images.repeat(scale, axis=1).repeat(scale, axis=2), 3 // images.shape[3], 3)
+    images = np.pad(images, ((0, -len(images) % columns), (4, 4), (4, 4), (0, 0)),
+                    constant_values=1)
+    rows = images.reshape(-1, columns, *images.shape[1:]).swapaxes(1, 2)  # (rows, H, columns, W, 3)
+    return rows.reshape(len(rows) * rows.shape[1], -1, 3)
+
+
+def map_images(maps):
+    """Attention weights, (T, S) each, as images: gray is 0, black is 1, around it white.
+    -> (N, longest T, longest S, 1)"""
+    T, S = (max(w.shape[axis] for w in maps) for axis in (0, 1))
+    images = [np.pad(0.9 * (1 - w), ((0, T - len(w)), (0, S - w.shape[1])), constant_values=1)
+              for w in maps]
+    return np.stack(images)[..., None]
+
+
 def run_dates(cfg):
     """Train; exact match and alignment on held-out days by spelling; two maps."""
     start, params = time.perf_counter(), init_dates(cfg, np.random.default_rng(cfg.seed))
+    if cfg.png:
+        try_png(cfg.png)
     size, (decode, _) = sum(p.size for p in params.values()), decoder_of(cfg)
     print(f"Dates in {len(SPELLINGS)} spellings: score {cfg.score}, hidden {cfg.hidden}, lr "
           f"{cfg.lr}, batch size {cfg.batch_size}, {size} parameters")
@@ -895,13 +942,15 @@ def run_dates(cfg):
     print("\nHeld-out days, 60 per spelling: exact match (%); share of the attention that is on "
           "the year,\nthe month, the day of the source while these are written")
     print(f"{'':26s} exact    year   month     day")
-    rng, rights, table, near = np.random.default_rng((cfg.seed, 10 ** 6)), [], [], []
+    rng, maps = np.random.default_rng((cfg.seed, 10 ** 6)), []
+    rights, table, near = [], [], []
     for spelling in SPELLINGS:
         dates = draw_dates(rng, 60, True, [spelling])
         source, target = pad_pairs(dates, SPELLED_IDS, ISO_IDS)
         right = (greedy_decode(params, source, target.shape[1], decode) == target).all(axis=1)
         _, (w, *_) = translator_forward(params, source, target, decode)
         check_finite(w.sum(), params)
+        maps.append(w[0])
         shares = [part_alignment(w, dates, name) for name in ("year", "month", "day")]
         near += [part_alignment(w, dates, name, 1) for name in ("year", "month", "day")]
         rights.extend(right)
@@ -919,6 +968,9 @@ def run_dates(cfg):
         print("\nAttention weights. Columns: what is read; rows: what is written; "
               "blank is 0, @ is 1")
         draw_map(w[0], [ISO[i] for i in target[0]], [SPELLED[i] for i in source[0]])
+    if cfg.png:
+        write_png(cfg.png, tile_images(map_images(maps), 3, 6))
+        print(f"{cfg.png}: a map for each spelling, in the order of the table (gray is 0, black 1)")
     print("\nNext: python attention.py dates --score general      python attention.py pairs")
     alignment = float(np.average([year, month, day], weights=[4, 2, 2]))
     print_result("dates", cfg, exact=exact, alignment=alignment, year=year, month=month, day=day,
@@ -1002,6 +1054,7 @@ class Pairs:
     data: str = ""          # UTF-8 file with lines source TAB target, the last tenth held out
     save: str = ""          # checkpoint file (.npz) to write at every line of progress
     load: str = ""          # checkpoint file to resume from
+    png: str = ""           # file to write two maps to
     seed: int = 0           # random seed
 
 
@@ -1102,6 +1155,8 @@ def run_pairs(cfg):
         load_checkpoint(cfg.load, meta, params, state, losses)
     if cfg.save:
         save_checkpoint(cfg.save, meta, params, state, losses, dry_run=True)
+    if cfg.png:
+        try_png(cfg.png)
     size, vocab = sum(p.size for p in params.values()), data["vocabs"][1]
     print(f"{data['note']}\nscore {cfg.score}, hidden {cfg.hidden}, lr {cfg.lr}, batch size "
           f"{cfg.batch_size}, {size} parameters\nchance level: loss {math.log(len(vocab)):.3f}")
@@ -1131,12 +1186,17 @@ def run_pairs(cfg):
     written = np.pad(written, ((0, 0), (0, T)), constant_values=PAD)[:, :T]
     exact = float((written == target).all(axis=1).mean())
     _, (w, *_) = translator_forward(params, source[:2], target[:2], decoder_of(cfg)[0])
+    maps = []
     for n in range(2):
         print("\nAttention weights. Columns: what is read; rows: the target; "
               "blank is 0, @ is 1")
         rows, columns = ([names[i] for i in ids[n] if i != PAD] for names, ids in zip(
             (vocab, data["vocabs"][0]), (target, source)))
-        draw_map(w[n, :len(rows), :len(columns)], rows, columns)
+        maps.append(w[n, :len(rows), :len(columns)])
+        draw_map(maps[n], rows, columns)
+    if cfg.png:
+        write_png(cfg.png, tile_images(map_images(maps), 1, 12))
+        print(f"{cfg.png}: these two maps (gray is 0, black 1)")
     print(f"\nheld-out loss {validation:.3f} nats per token; {right:.1%} of the tokens are the "
           f"likeliest\ngiven those before them; exact match: {exact:.1%} of {len(some)}")
     print("\nNext: python attention.py pairs --input-feeding      python nested_attention.py")
@@ -1278,9 +1338,11 @@ def read_flags(tasks, argv):
     a flag, its comment the help text."""
     def fail(message):
         task = argv[0] if argv and argv[0] in tasks else next(iter(tasks))
-        late = "--task" in message or not tasks.keys().isdisjoint(argv[1:])
-        hint = "; tasks are commands: python FILE TASK --flags" if late else ""
-        raise InputError(f"{message} (python FILE {task} --help lists the flags{hint})")
+        words = re.split("[ =]", " ".join(argv))        # --task names, --task=names
+        late = [word for word in words[1:] if word in tasks] + ["TASK"] * ("--task" in words)
+        program = f"python {Path(sys.argv[0]).name}"
+        hint = f"; tasks are commands: {program} {late[0]}" if late else ""
+        raise InputError(f"{message} ({program} {task} --help lists the flags{hint})")
 
     parser = argparse.ArgumentParser(description=__doc__ + MORE, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1339,6 +1401,7 @@ def pairs_fit(cfg):
     most = f"at most --batch-size {cfg.batch_size}"
     return [(cfg.hidden % 2 == 0, "--hidden", "an even number", cfg.hidden),
             (not over, "--save", "a file other than --data", cfg.save),
+            (not cfg.png or cfg.png not in (cfg.data, cfg.save), "--png", "another file", cfg.png),
             (cfg.threads <= cfg.batch_size, "--threads", most, cfg.threads)]
 
 

@@ -479,6 +479,7 @@ import io
 import json
 import lzma
 import re
+import struct
 import sys
 import tarfile
 import zlib
@@ -752,6 +753,7 @@ class Net:
     threads: int = 1        # micro-batches, each on a thread, with BatchNorm statistics of its own
     save: str = ""          # checkpoint file (.npz), written every 500 steps
     load: str = ""          # checkpoint file to resume from
+    png: str = ""           # file to write filters and confusion matrix to, in color
     seed: int = 0           # random seed
     image = (16, 16, 3)     # height, width, channels
 
@@ -1035,6 +1037,53 @@ def train_convnet(params, cfg, running, make_batch, **options):
         return train(params, cfg, running, make_batch, threaded, update, one_cycle_rate, **options)
 
 
+def write_png(path, image):
+    """Colors (H, W, 3) from 0 to 1 as a PNG file: a signature, then chunks of length, name, content
+    and checksum.   Raises InputError."""
+    H, W, _ = image.shape
+    rows = (255 * np.clip(image, 0, 1) + 0.5).astype(np.uint8).reshape(H, 3 * W)
+    rows = np.concatenate([np.zeros((H, 1), np.uint8), rows], axis=1)   # 0: an unfiltered row
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", W, H, 8, 2, 0, 0, 0)),
+              (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")]
+    raw = b"".join(struct.pack(">I", len(body)) + name + body
+                   + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks)
+    try:
+        Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + raw)
+    except OSError as error:
+        raise InputError(f"--png {path}: expected a file to write, found: {error}") from None
+
+
+def try_png(path):
+    """Raise InputError if no picture can be written to path: before the training, not after it."""
+    require(not os.path.isdir(path), f"--png {path}", "a file", "a folder")
+    write_png(f"{path}.{os.getpid()}", np.zeros((1, 1, 3)))
+    os.remove(f"{path}.{os.getpid()}")
+
+
+def tile_images(images, columns, scale):
+    """Images (N, H, W, C) of 1 or 3 channels in rows of `columns`, in white frames; every pixel
+    becomes a square of scale x scale.   -> one image (., ., 3)"""
+    images = np.repeat(images.repeat(scale, axis=1).repeat(scale, axis=2), 3 // images.shape[3], 3)
+    images = np.pad(images, ((0, -len(images) % columns), (4, 4), (4, 4), (0, 0)),
+                    constant_values=1)
+    rows = images.reshape(-1, columns, *images.shape[1:]).swapaxes(1, 2)  # (rows, H, columns, W, 3)
+    return rows.reshape(len(rows) * rows.shape[1], -1, 3)
+
+
+def write_net_png(path, W, outputs, labels):
+    """The filters W (3, 3, C, M) of the first layer, if there are any, and the confusion matrix."""
+    table = np.zeros((10, 10))
+    np.add.at(table, (labels, outputs), 1)
+    share = table / np.maximum(1, table.sum(axis=1, keepdims=True))
+    sheets = [tile_images(0.9 * (1 - share[None, :, :, None]), 1, 44)]
+    if W is not None:
+        W = W / (abs(W).max(axis=(0, 1, 2)) + 1e-9)     # -1 to 1 within each filter
+        sheets.insert(0, tile_images(0.5 + 0.5 * W.transpose(3, 0, 1, 2), 8, 16))
+    write_png(path, np.concatenate(sheets))
+    print(f"{path}: filters of the first layer; the confusion matrix (rows: the true class; "
+          "gray is 0, black 1)")
+
+
 def run_images(task, cfg, make_batch, data, prepare, names):
     """Train a net; show its filters and what is confused.   data: validation and test, each images
     and labels; prepare: images -> x.   -> metrics."""
@@ -1055,6 +1104,8 @@ def run_images(task, cfg, make_batch, data, prepare, names):
         logits = predict(params, prepare(images), cfg, running)
         return logits, float((logits.argmax(axis=1) == labels).mean())
     save(dry_run=True)
+    if cfg.png:
+        try_png(cfg.png)
     size = sum(p.size for p in params.values())
     print(f"{cfg.model} net, {cfg.channels} channels, norm {cfg.norm}, {size} parameters; "
           f"{cfg.optimizer}, lr {cfg.lr}, batches of {cfg.batch_size}, {cfg.threads} thread(s)")
@@ -1067,6 +1118,8 @@ def run_images(task, cfg, make_batch, data, prepare, names):
     if cfg.model != "linear":
         show_filters(params["stem1.a.W"])
     show_confusion(logits.argmax(axis=1), data["test"][1], names)
+    if cfg.png:
+        write_net_png(cfg.png, params.get("stem1.a.W"), logits.argmax(axis=1), data["test"][1])
     return dict(accuracy=accuracy, params=size, steps=len(losses))
 
 
@@ -1574,9 +1627,11 @@ def read_flags(tasks, argv):
     a flag, its comment the help text."""
     def fail(message):
         task = argv[0] if argv and argv[0] in tasks else next(iter(tasks))
-        late = "--task" in message or not tasks.keys().isdisjoint(argv[1:])
-        hint = "; tasks are commands: python FILE TASK --flags" if late else ""
-        raise InputError(f"{message} (python FILE {task} --help lists the flags{hint})")
+        words = re.split("[ =]", " ".join(argv))        # --task names, --task=names
+        late = [word for word in words[1:] if word in tasks] + ["TASK"] * ("--task" in words)
+        program = f"python {Path(sys.argv[0]).name}"
+        hint = f"; tasks are commands: {program} {late[0]}" if late else ""
+        raise InputError(f"{message} ({program} {task} --help lists the flags{hint})")
 
     parser = argparse.ArgumentParser(description=__doc__ + MORE, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1638,7 +1693,8 @@ def net_fits(cfg):
             (cfg.dropout < 1, "--dropout", "less than 1", cfg.dropout),
             (cfg.label_smoothing < 1, "--label-smoothing", "less than 1", cfg.label_smoothing),
             (cfg.warmup_fraction < 1, "--warmup-fraction", "less than 1", cfg.warmup_fraction),
-            (not same, "--save", "another file than --data", save)]
+            (not same, "--save", "another file than --data", save),
+            (not cfg.png or cfg.png not in (data, save), "--png", "another file", cfg.png)]
 
 
 CONSTRAINTS = {Config: lambda cfg: [(cfg.size % 8 == 0, "--size", "a multiple of 8", cfg.size)],

@@ -817,9 +817,7 @@ def pretrain(cfg, make_batch):
     params = init_images(cfg, rng)
     meta = dict(task=type(cfg).__name__, norm_pixels=cfg.norm_pixels, heads=cfg.heads)
     if cfg.png:
-        require(not os.path.isdir(cfg.png), f"--png {cfg.png}", "a file", "a folder")
-        write_png(f"{cfg.png}.{os.getpid()}", np.zeros((1, 1, 3)))      # before the work, not after
-        os.remove(f"{cfg.png}.{os.getpid()}")
+        try_png(cfg.png)
     if cfg.load:
         load_checkpoint(cfg.load, meta, params, state, losses)
     if cfg.save:
@@ -865,6 +863,23 @@ def write_png(path, image):
         raise InputError(f"--png {path}: expected a file to write, found: {error}") from None
 
 
+def try_png(path):
+    """Raise InputError if no picture can be written to path: before the training, not after it."""
+    require(not os.path.isdir(path), f"--png {path}", "a file", "a folder")
+    write_png(f"{path}.{os.getpid()}", np.zeros((1, 1, 3)))
+    os.remove(f"{path}.{os.getpid()}")
+
+
+def tile_images(images, columns, scale):
+    """Images (N, H, W, C) of 1 or 3 channels in rows of `columns`, in white frames; every pixel
+    becomes a square of scale x scale.   -> one image (., ., 3)"""
+    images = np.repeat(images.repeat(scale, axis=1).repeat(scale, axis=2), 3 // images.shape[3], 3)
+    images = np.pad(images, ((0, -len(images) % columns), (4, 4), (4, 4), (0, 0)),
+                    constant_values=1)
+    rows = images.reshape(-1, columns, *images.shape[1:]).swapaxes(1, 2)  # (rows, H, columns, W, 3)
+    return rows.reshape(len(rows) * rows.shape[1], -1, 3)
+
+
 def show_reconstructions(x, visible, filled, cfg):
     """Two images as text; with --png twelve in color.   x, filled (N, T, P)."""
     seen = np.full_like(x, np.nan)
@@ -880,11 +895,8 @@ def show_reconstructions(x, visible, filled, cfg):
     if cfg.png:
         gray = np.where(np.isnan(seen), (low + high) / 2, seen)
         columns = [to_images(a, cfg.patch_size, cfg.size) for a in (x, gray, filled)]
-        columns = [np.pad((a - low) / (high - low), ((0, 0), (1, 1), (1, 1), (0, 0)),
-                          constant_values=1) for a in columns]          # in white frames
-        sheet = np.concatenate(np.concatenate(columns, axis=2))         # (12 H, 3 W, C)
-        sheet = np.broadcast_to(sheet, (*sheet.shape[:2], 3))
-        write_png(cfg.png, sheet.repeat(4, axis=0).repeat(4, axis=1))
+        images = (np.stack(columns, axis=1) - low) / (high - low)       # (12, 3, H, W, C)
+        write_png(cfg.png, tile_images(images.reshape(-1, *images.shape[2:]), 6, 4))
         print(f"{cfg.png}: {len(x)} times original, visible patches (gray: masked), reconstruction")
 
 
@@ -1251,9 +1263,11 @@ def read_flags(tasks, argv):
     a flag, its comment the help text."""
     def fail(message):
         task = argv[0] if argv and argv[0] in tasks else next(iter(tasks))
-        late = "--task" in message or not tasks.keys().isdisjoint(argv[1:])
-        hint = "; tasks are commands: python FILE TASK --flags" if late else ""
-        raise InputError(f"{message} (python FILE {task} --help lists the flags{hint})")
+        words = re.split("[ =]", " ".join(argv))        # --task names, --task=names
+        late = [word for word in words[1:] if word in tasks] + ["TASK"] * ("--task" in words)
+        program = f"python {Path(sys.argv[0]).name}"
+        hint = f"; tasks are commands: {program} {late[0]}" if late else ""
+        raise InputError(f"{message} ({program} {task} --help lists the flags{hint})")
 
     parser = argparse.ArgumentParser(description=__doc__ + MORE, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

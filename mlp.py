@@ -317,6 +317,7 @@ import functools
 import gzip
 import inspect
 import re
+import struct
 import sys
 import zlib
 from pathlib import Path
@@ -466,6 +467,7 @@ class Net(Config):
     schedule: Literal["constant", "step", "cosine"] = "cosine"  # learning rate over the steps
     warmup: int = 50        # steps of linear warmup
     steps: int = 2000       # optimizer steps
+    png: str = ""           # file to write the picture to, in color
 
 
 @dataclass
@@ -680,9 +682,59 @@ def train_net(cfg):
     return params, running, losses, float(loss), float(right.mean())
 
 
+def write_png(path, image):
+    """Colors (H, W, 3) from 0 to 1 as a PNG file: a signature, then chunks of length, name, content
+    and checksum.   Raises InputError."""
+    H, W, _ = image.shape
+    rows = (255 * np.clip(image, 0, 1) + 0.5).astype(np.uint8).reshape(H, 3 * W)
+    rows = np.concatenate([np.zeros((H, 1), np.uint8), rows], axis=1)   # 0: an unfiltered row
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", W, H, 8, 2, 0, 0, 0)),
+              (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")]
+    raw = b"".join(struct.pack(">I", len(body)) + name + body
+                   + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks)
+    try:
+        Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + raw)
+    except OSError as error:
+        raise InputError(f"--png {path}: expected a file to write, found: {error}") from None
+
+
+def try_png(path):
+    """Raise InputError if no picture can be written to path: before the training, not after it."""
+    require(not os.path.isdir(path), f"--png {path}", "a file", "a folder")
+    write_png(f"{path}.{os.getpid()}", np.zeros((1, 1, 3)))
+    os.remove(f"{path}.{os.getpid()}")
+
+
+def tile_images(images, columns, scale):
+    """Images (N, H, W, C) of 1 or 3 channels in rows of `columns`, in white frames; every pixel
+    becomes a square of scale x scale.   -> one image (., ., 3)"""
+    images = np.repeat(images.repeat(scale, axis=1).repeat(scale, axis=2), 3 // images.shape[3], 3)
+    images = np.pad(images, ((0, -len(images) % columns), (4, 4), (4, 4), (0, 0)),
+                    constant_values=1)
+    rows = images.reshape(-1, columns, *images.shape[1:]).swapaxes(1, 2)  # (rows, H, columns, W, 3)
+    return rows.reshape(len(rows) * rows.shape[1], -1, 3)
+
+
+def color_regions(prob, points, labels, size=400):
+    """draw_regions in color: orange where prob is near 1, blue where it is near 0, a dark square
+    for every point.   -> (size, size, 3)"""
+    edge = 1.1 * np.abs(points).max()
+    x1, x2 = np.meshgrid(np.linspace(-edge, edge, size), np.linspace(edge, -edge, size))
+    p = prob(np.stack([x1.ravel(), x2.ravel()], axis=1)).reshape(size, size, 1)
+    blue, orange = np.array([0.45, 0.65, 0.95]), np.array([1.0, 0.7, 0.35])
+    image = (1 - p) * blue + p * orange
+    cols = ((1 + points[:, 0] / edge) / 2 * (size - 1)).round().astype(int)
+    rows = ((1 - points[:, 1] / edge) / 2 * (size - 1)).round().astype(int)
+    for row, col, label in zip(rows, cols, labels):
+        image[row - 3:row + 4, col - 3:col + 4] = 0.5 * (orange if label > 0 else blue)
+    return image
+
+
 def run_net(cfg):
     """Train a net with the choices of the configuration; draw every output in the plane."""
     start = time.perf_counter()
+    if cfg.png:
+        try_png(cfg.png)
     size = sum(p.size for p in init_net(cfg, np.random.default_rng(0)).values())
     print(f"{cfg.points}: hidden layers {cfg.hidden}, {cfg.activation}, init {cfg.init}, "
           f"norm {cfg.norm}, {cfg.optimizer}, lr {cfg.lr}, {size} parameters")
@@ -699,6 +751,10 @@ def run_net(cfg):
     print("The plane: dark where an output is near 1 (class x), blank where it is near 0 (class o)")
     side_by_side(titles, [draw_regions(output(k), x, labels[:, k], cols, rows)
                           for k in range(len(titles))])
+    if cfg.png:
+        regions = [color_regions(output(k), x, labels[:, k]) for k in range(len(titles))]
+        write_png(cfg.png, tile_images(np.stack(regions), 2 if len(regions) > 1 else 1, 1))
+        print(f"{cfg.png}: {', '.join(titles)}; orange is class x, blue is class o")
     print(f"test loss {loss:.3g}, {accuracy:.2%} right on "
           + ("2000 fresh points" if cfg.points == "spirals" else "the four corners"))
     print("\nNext: python mlp.py inits      python mlp.py optimizers      python vanilla_rnn.py")
@@ -1160,9 +1216,11 @@ def read_flags(tasks, argv):
     a flag, its comment the help text."""
     def fail(message):
         task = argv[0] if argv and argv[0] in tasks else next(iter(tasks))
-        late = "--task" in message or not tasks.keys().isdisjoint(argv[1:])
-        hint = "; tasks are commands: python FILE TASK --flags" if late else ""
-        raise InputError(f"{message} (python FILE {task} --help lists the flags{hint})")
+        words = re.split("[ =]", " ".join(argv))        # --task names, --task=names
+        late = [word for word in words[1:] if word in tasks] + ["TASK"] * ("--task" in words)
+        program = f"python {Path(sys.argv[0]).name}"
+        hint = f"; tasks are commands: {program} {late[0]}" if late else ""
+        raise InputError(f"{message} ({program} {task} --help lists the flags{hint})")
 
     parser = argparse.ArgumentParser(description=__doc__ + MORE, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

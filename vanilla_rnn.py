@@ -852,9 +852,11 @@ def read_flags(tasks, argv):
     a flag, its comment the help text."""
     def fail(message):
         task = argv[0] if argv and argv[0] in tasks else next(iter(tasks))
-        late = "--task" in message or not tasks.keys().isdisjoint(argv[1:])
-        hint = "; tasks are commands: python FILE TASK --flags" if late else ""
-        raise InputError(f"{message} (python FILE {task} --help lists the flags{hint})")
+        words = re.split("[ =]", " ".join(argv))        # --task names, --task=names
+        late = [word for word in words[1:] if word in tasks] + ["TASK"] * ("--task" in words)
+        program = f"python {Path(sys.argv[0]).name}"
+        hint = f"; tasks are commands: {program} {late[0]}" if late else ""
+        raise InputError(f"{message} ({program} {task} --help lists the flags{hint})")
 
     parser = argparse.ArgumentParser(description=__doc__ + MORE, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -51,6 +51,14 @@ def test_wrong_flag(name, flags, expected):
     is_refused(lesson(name, *flags), name, *expected)
 
 
+@pytest.mark.parametrize("name", NEW)
+def test_task_as_a_flag(name):
+    """Whoever types a task as a flag, or behind the flags, is told what to type."""
+    last = list(load(name).TASKS)[-1]
+    for flags in (["--task", last], [f"--task={last}"], ["--seed", "1", last]):
+        is_refused(lesson(name, *flags), name, f"tasks are commands: python {name} {last}")
+
+
 @pytest.mark.parametrize("name, task", pairs())
 def test_wrong_value_of_every_flag(name, task):
     """Refused where flags are read, whichever the flag; a default that was edited as well."""

@@ -2,10 +2,49 @@
 import re
 import tarfile
 import zlib
+from dataclasses import fields
 
 import numpy as np
 import pytest
-from lessons import cifar_archive, cifar_folder, is_refused, lesson, load, metrics
+from lessons import NEW, cifar_archive, cifar_folder, is_refused, lesson, load, metrics
+from tasks import FILE, FLOORS
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+def pixels(path):
+    """A PNG file, read chunk by chunk -> (H, W, 3); every checksum has to hold."""
+    raw, body, at = path.read_bytes(), b"", 8
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n"
+    while at < len(raw):
+        size, name = int.from_bytes(raw[at:at + 4], "big"), raw[at + 4:at + 8]
+        chunk = raw[at + 8:at + 8 + size]
+        assert zlib.crc32(name + chunk) == int.from_bytes(raw[at + 8 + size:at + 12 + size], "big")
+        if name == b"IHDR":
+            width, height = (int.from_bytes(chunk[k:k + 4], "big") for k in (0, 4))
+        body += chunk * (name == b"IDAT")
+        at += 12 + size
+    rows = np.frombuffer(zlib.decompress(body), np.uint8).reshape(height, 1 + 3 * width)
+    assert name == b"IEND" and not rows[:, 0].any()
+    return rows[:, 1:].reshape(height, width, 3)
+
+
+def drawing_tasks():
+    """(lesson, task) of every built-in task with --png."""
+    return [(name, task) for name in NEW for task, row in load(name).TASKS.items()
+            if "png" in {f.name for f in fields(row.config)} and FLOORS[name][task] != FILE]
+
+
+@pytest.mark.parametrize("name, task", drawing_tasks())
+def test_picture(name, task, tmp_path):
+    """There is something in it; a folder, or a place where nothing can be written, is refused."""
+    file = tmp_path / "a.png"
+    done = lesson(name, task, "--steps", "2", "--png", str(file))
+    assert metrics(done) and f"{file}: " in done.stdout
+    assert len(np.unique(pixels(file).reshape(-1, 3), axis=0)) > 2
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    for wrong in (tmp_path, tmp_path / "nowhere" / "a.png"):
+        is_refused(lesson(name, task, "--steps", "2", "--png", str(wrong)), "--png", str(wrong))
 
 
 # ---- attention.py --------------------------------------------------------------------------------
@@ -106,10 +145,7 @@ def test_mae_on_cifar(tmp_path):
     archive, png = cifar_archive(tmp_path), tmp_path / "a.png"
     done = lesson("mae.py", *common, "--data", archive, "--png", str(png), "--finetune")
     assert {"error", "finetuned"} <= metrics(done).keys()
-    raw = png.read_bytes()
-    width, height = (int.from_bytes(raw[k:k + 4], "big") for k in (16, 20))
-    assert raw[:8] == b"\x89PNG\r\n\x1a\n" and raw[12:16] == b"IHDR"
-    assert len(zlib.decompress(raw[raw.index(b"IDAT") + 4:-16])) == height * (1 + width * 3)
+    assert pixels(png).shape == (6 * (4 * 32 + 8), 6 * (4 * 32 + 8), 3)
 
 
 def test_cifar_files(tmp_path):
