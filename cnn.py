@@ -492,6 +492,7 @@ with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse f
     libc = ctypes.CDLL(None)                                    # makes a step up to 3 times faster
     libc.mallopt(-3, 1 << 30)
     libc.mallopt(-1, -1)
+    libc.mallopt(-8, 1)                                         # one pool for all threads
 
 
 # ---- convolution by its definition ---------------------------------------------------------------
@@ -555,15 +556,14 @@ def conv2d_forward(x, W, stride=1, padding=0, dilation=1, groups=1):
 
 
 def conv2d_backward(dout, cache):
-    """dW below; dpatches = dout W^T, and x gets the sum over all patches in which it stands."""
+    """dW below; dx[stride q + dilation p] += dout[q] W[p]^T, for one offset p after the other."""
     patches, filters, (k, _, c, _), shape, stride, padding, dilation = cache
-    groups, (N, H, width, M) = len(patches), dout.shape
+    groups, M = len(patches), dout.shape[3]
     drows = dout.reshape(-1, groups, M // groups).swapaxes(0, 1)    # (groups, N H' W', M / groups)
-    dpatches = (drows @ filters.swapaxes(1, 2)).reshape(groups, N, H, width, k * k, c)
-    dpatches = dpatches.transpose(4, 1, 2, 3, 0, 5)     # (k k, N, H', W', groups, c)
     dpadded = np.zeros(shape, dout.dtype)
-    for view, dpatch in zip(offset_views(dpadded, k, stride, dilation), dpatches):
-        view += dpatch.reshape(view.shape)
+    for n, view in enumerate(offset_views(dpadded, k, stride, dilation)):
+        W = filters[:, n * c:(n + 1) * c].swapaxes(1, 2)            # (groups, M / groups, c)
+        view += (drows @ W).swapaxes(0, 1).reshape(view.shape)
     dx = dpadded[:, padding:shape[1] - padding, padding:shape[2] - padding]
     return dx, conv2d_filter_gradient(dout, cache)
 

@@ -342,6 +342,7 @@ with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse f
     libc = ctypes.CDLL(None)                                    # makes a step up to 3 times faster
     libc.mallopt(-3, 1 << 30)
     libc.mallopt(-1, -1)
+    libc.mallopt(-8, 1)                                         # one pool for all threads
 
 
 # ---- longer gaps: python lstm.py long ------------------------------------------------------------
