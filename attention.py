@@ -15,8 +15,8 @@ Backward (the LSTM is derived in lstm.py):
     dWk = sum_ts v_s^T dn_ts        dv_s = sum_t dn_ts Wk^T, and sum_t w_ts dcontext_t
 
 The weights show what an output depends on only if the decoder must attend, and sharply. So its
-state starts at zero, not at the encoder's last state; and the first scores are large: the layers
-above can undo a blurred mean, so nothing else makes the weights sharp.
+state starts at zero, not at the encoder's last state. And the first scores are large: the layers
+above can decode a blurred mean as well, so the loss alone does not ask for sharp weights.
 
 Run    python attention.py      (reverse up to 10 letters; --help lists the other tasks)
 Papers: Bahdanau et al. 2015 (additive attention), Luong et al. 2015 (the vector a_t), Schuster and
@@ -487,10 +487,10 @@ Break it (what to change, and what comes of it; exact match and alignment of the
     python attention.py --score-init-scale 1    100 %, 92 %: blurred means are read as well
     bilstm_encoder_forward: back = 0 * back     87 %, 1 %: positions must be counted from the end,
                                                 which an LSTM from the left cannot do
-    attention_decoder_forward: joined of        0 %: only the context depends on the source
-        h, 0 * context
-    attention_decoder_backward: dh for dh + dq  99.5 %, 94 %: wrong, and it learns all the same; so
-    masked_softmax_backward: return w * dout    99.9 %, 83 %: check gradients, not the loss
+    attention_decoder_forward: [h, 0 * context] 0 %: only the context depends on the source
+    attention_decoder_backward: dh for dh + dq  99.5 %, 94 %: wrong, and it learns all the same
+    masked_softmax_backward: return w * dout    99.9 %, 83 %: the same; so check gradients, and not
+                                                only the loss
     python attention.py reverse --score dot --score-init-scale 1        99.9 %, 95 %
 
 Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
@@ -959,9 +959,11 @@ def run_dates(cfg):
         print(f"  {dates[0][0]:24s}{100 * right.mean():6.1f}"
               + "".join(f"{share:8.2f}" for share in shares))
     exact, (year, month, day) = float(np.mean(rights)), np.mean(table, axis=0).tolist()
-    print(f"exact match: {exact:.2%}. A date can be right where a share is low, as for the month in"
-          f"\n24.02.1980: {np.mean(near):.1%} of the attention is on the part or a character beside"
-          "\nit, and the encoder's states there have read the part as well")
+    row, column = np.unravel_index(np.argmin(table), np.shape(table))
+    print(f"exact match: {exact:.2%}. A date can be right where a share is low, like the "
+          f"{table[row][column]:.2f} in row {row + 1}:\nover all spellings, {np.mean(near):.1%} of "
+          "the attention is on the part or a character beside it, and\nthe encoder's states there "
+          "have read the part as well")
     for spelling in ("{weekday}, {d} {month} {year}", "{dd}.{mm}.{year}"):
         dates = draw_dates(rng, 1, True, [spelling])
         source, target = pad_pairs(dates, SPELLED_IDS, ISO_IDS)
@@ -1345,9 +1347,11 @@ def read_flags(tasks, argv):
         hint = f"; tasks are commands: {program} {late[0]}" if late else ""
         raise InputError(f"{message} ({program} {task} --help lists the flags{hint})")
 
-    parser = argparse.ArgumentParser(description=__doc__ + MORE, allow_abbrev=False,
+    usage = f"%(prog)s [TASK] [--flags]     without TASK: {next(iter(tasks))}"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__ + MORE, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, commands = fail, parser.add_subparsers(dest="task", metavar="task")
+    commands = parser.add_subparsers(dest="task", metavar="task", prog=parser.prog)
+    parser.error = fail
     for name, task in tasks.items():
         command = commands.add_parser(name, help=task.config.__doc__, allow_abbrev=False,
                                       description=task.config.__doc__)

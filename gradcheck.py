@@ -8,9 +8,8 @@ Both sides: one side, (f(x + h) - f(x)) / h, is off by about h f''/2; with both 
 h = 1e-5: what is left, h^2 f'''/6, and rounding, about 1e-16 |f| / h, are then about 1e-11, in
     float64. In float32 no h is good: so every lesson takes a dtype.
 Relative error: a slope of 1000 that is off by 0.001 is right, a slope of 0.001 is not.
-Random weights: an operation has many outputs, a slope belongs to one number. So f sums up outputs
-    times random numbers R, and R is the dout of backward. With R = 1 many a wrong backward passes:
-    the outputs of a softmax always sum to 1, which has slope 0.
+Random weights: a slope belongs to one number. So f sums up all outputs times random numbers R, and
+    R is the dout of backward. With R = 1 a softmax has slope 0: its outputs always sum to 1.
 
 Run    python gradcheck.py                   every lesson: each operation, then each task end to end
        python gradcheck.py my_mlp.py         a copy, finished or not: what is wrong, in which line
@@ -152,8 +151,7 @@ RUNNING = None, (np.arange(5.0), np.arange(1.0, 6.0))               # mean and v
 MASKS = (None, np.arange(7) <= np.arange(2, 7)[:, None],            # the past of 5 of 7 positions
          np.arange(7) < np.array([3, 7])[:, None, None, None])      # two sequences of 3 and 7
 
-CASES = {
-    "linear": "x 3 5, W 5 7, b 7",
+CASES = {"linear": "x 3 5, W 5 7, b 7",
     **dict.fromkeys(["relu", "sigmoid", "tanh", "gelu", "silu"], "x 3 5"),
     "swiglu": "gate 3 5, up 3 5", "embedding": "ids<7 3 5, E 7 6",
     "penalty": "W 3 5, l1=0.3, l2=0.7", "dropout": "x 3 5, keep<2 3 5, rate=0.3",
@@ -819,9 +817,9 @@ def called_by(module, d):
 
 # ---- the report ----------------------------------------------------------------------------------
 def say(word, text, lines=()):
-    """Print a finding (ok, FAIL, later: not there yet, note), and lines about it."""
+    """Print a finding (ok, FAIL, DIFF: other values, later: not there yet, note), lines on it."""
     for start, line in zip([f"  {word:5s} ", *[" " * 8] * len(lines)], [text, *lines]):
-        print(start + "\n        ".join(textwrap.wrap(line, 90, break_on_hyphens=False)))
+        print(start + "\n            ".join(textwrap.wrap(line, 86, break_on_hyphens=False)))
 
 def examined(module, names, wrong, draw, *args):
     """A draw that is right, or a Failure with hints on these functions."""
@@ -934,10 +932,13 @@ def notes(module, draws, attempt, called, good):
     lesson, mine, names = module.lesson, module.functions.keys() - FOUR, operations(module)
     different, agree = other_values(module, draws, good) if lesson else ({}, set())
     for text, *lines in different.values():
-        say("note", text, lines)
-    for name in mine:
-        for *_, ascent in three_steps(module, name)[:1]:
-            attempt(name, expect, ascent <= 0, f"{name} goes uphill: it adds the gradient")
+        say("DIFF", text, lines)
+    if agree:
+        alike = ", ".join(name for name in module.functions if name in agree)
+        say("ok", f"same values as in {lesson.name}: {alike}")
+    for name, ascent in [(n, a) for n in mine for *_, a in three_steps(module, n)[:1]]:
+        what = "goes uphill: it adds the gradient" if ascent > 0 else "yields nan: a root below 0?"
+        attempt(name, expect, ascent <= 0, f"{name} {what}")
     if not mine or len(mine & module.known) > len(mine) / 2:
         spine = names_in(lesson, "\n# ====")
         parts = [n[:-9] for n in spine if n.endswith("_backward")]
@@ -955,7 +956,7 @@ def notes(module, draws, attempt, called, good):
     told = [*reached(module, *told), *(reached(load(lesson), *told) if lesson else ())]
     rest = [name for name in module.functions if name not in told]
     if rest:
-        say("note", "nobody compares these; run the file to see: " + ", ".join(rest))
+        say("note", "nobody compares these; do both files print the same? " + ", ".join(rest))
     return len(different)
 
 def main(words):
@@ -982,10 +983,9 @@ def main(words):
         except Failure as error:
             total[1] += 1
             say("FAIL", str(error), error.tips)
-    passed, failed, differ = total.tolist()
-    also = f", {differ} differ{'s' * (differ == 1)} from the lesson" if differ else ""
-    print(f"{time.perf_counter() - start:.1f} s\n{passed} passed, {failed} failed{also}")
-    return 1 if failed else 0
+    also = f", {total[2]} differ{'s' * int(total[2] == 1)} from the lesson" if total[2] else ""
+    print(f"{time.perf_counter() - start:.1f} s\n{total[0]} passed, {total[1]} failed{also}")
+    return int(total[1] > 0)
 
 if __name__ == "__main__":
     if sys.stdout is sys.__stdout__:                    # a console, not a notebook

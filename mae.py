@@ -505,13 +505,13 @@ Break it (python mae.py probe --steps 1500; as it is: error 0.216, probe 30 % wi
                                                 its position, and all masked patches look alike
     --mask-ratio 0.25                           0.184, 30 %, 66 %: small gaps are easy to fill; of
     --mask-ratio 0.5                            0.190, 33 %, 64 %  16 patches, 4 are very few
-    --norm-pixels                               0.255, 33 %, 61 %: in even patches, what is left is
-                                                noise; on photographs it helps
+    --norm-pixels                               0.255, 33 %, 61 %: in patches of one color, what is
+                                                left is noise; on photographs it helps
     encoder_features: only tokens.mean          25 %, 48 %, and 16 % for the untrained encoder: a
                                                 mean forgets how much the patches differ
 
 Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
-    1. python mae.py probe --mask-ratio 0.5, 0.25, 0.9: which probe is best, and is its error, too?
+    1. python mae.py probe --mask-ratio 0.5, and with 0.25 and 0.9: which probe is best? Its error?
     2. Let the loss include the visible patches. What do error and probe become, and why?
     3. Derive and add a gate on every token: y = x sigmoid(x w + b) (gate_forward, gate_backward).
 
@@ -1270,9 +1270,11 @@ def read_flags(tasks, argv):
         hint = f"; tasks are commands: {program} {late[0]}" if late else ""
         raise InputError(f"{message} ({program} {task} --help lists the flags{hint})")
 
-    parser = argparse.ArgumentParser(description=__doc__ + MORE, allow_abbrev=False,
+    usage = f"%(prog)s [TASK] [--flags]     without TASK: {next(iter(tasks))}"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__ + MORE, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, commands = fail, parser.add_subparsers(dest="task", metavar="task")
+    commands = parser.add_subparsers(dest="task", metavar="task", prog=parser.prog)
+    parser.error = fail
     for name, task in tasks.items():
         command = commands.add_parser(name, help=task.config.__doc__, allow_abbrev=False,
                                       description=task.config.__doc__)

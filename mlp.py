@@ -1223,9 +1223,11 @@ def read_flags(tasks, argv):
         hint = f"; tasks are commands: {program} {late[0]}" if late else ""
         raise InputError(f"{message} ({program} {task} --help lists the flags{hint})")
 
-    parser = argparse.ArgumentParser(description=__doc__ + MORE, allow_abbrev=False,
+    usage = f"%(prog)s [TASK] [--flags]     without TASK: {next(iter(tasks))}"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__ + MORE, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, commands = fail, parser.add_subparsers(dest="task", metavar="task")
+    commands = parser.add_subparsers(dest="task", metavar="task", prog=parser.prog)
+    parser.error = fail
     for name, task in tasks.items():
         command = commands.add_parser(name, help=task.config.__doc__, allow_abbrev=False,
                                       description=task.config.__doc__)

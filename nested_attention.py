@@ -402,8 +402,8 @@ def main(cfg):
     few = dict(keys=min(4, cfg.keys), values=min(9, cfg.values), length=16, batch_size=256)
     key, value, junk, targets = make_batch(replace(cfg, **few), cfg.steps + 2)
     source = find_sources(key, junk, cfg.keys).T
-    print(f"\nRecall: every token gives a key a new value, except junk ({cfg.junk:.0%}, marked x). "
-          "The target\nis the value that the key had before. An example with few keys:")
+    print(f"\nRecall: token c7 gives key c the value 7, except junk ({cfg.junk:.0%}, marked x). The"
+          "\ntarget is the value that the key had before, - if none. An example with few keys:")
     print("tokens   " + "".join(f" {chr(97 + a % 26)}{b}{' x'[mark]} "
                                 for a, b, mark in zip(key[:, 0], value[:, 0], junk[:, 0])))
     print("targets  " + "".join(f"{b:3d}  " if b >= 0 else "  -  " for b in targets[:, 0]))
@@ -417,9 +417,8 @@ def main(cfg):
         print(f"chance level: loss {math.log(cfg.values):.3f}, accuracy {1 / cfg.values:.3f}")
         losses = train(params, part)
         loss, accuracy = evaluate_recall(params, part)
-        normal, of_junk = params.get("eta", (1, 1))
-        print(f"fresh sequences: loss {loss:.4g}, accuracy {accuracy:.3f}; step size "
-              f"{normal:.2f}, for junk {of_junk:.2f}")
+        step = "1" if rule == "hebb" else "{:.2f}, for junk {:.2f}".format(*params["eta"])
+        print(f"fresh sequences: loss {loss:.4g}, accuracy {accuracy:.3f}; step size {step}")
         (k, q, _, eta), _ = tokens_forward(params, key, value, junk)
         weights = attention_map(memory_forward, k, q, eta, ("hebb", "delta").index(rule))
         aligned = (np.abs(weights).argmax(axis=2) == source)[source >= 0].mean()
@@ -430,8 +429,9 @@ def main(cfg):
             break
     print("\nThe memory as attention, on the example. A row is a token at which the memory is read,"
           "\na column a token, each with its key; x marks junk. It is dark where the value of the"
-          "\ncolumn's token weighs much in the output. Right is the last column before the row's"
-          "\ntoken with its key and no x. In the title: how often the largest weight is there.")
+          "\ncolumn's token weighs much, plus or minus. The right one is the last column before the"
+          f"\nrow's token with its key and no x. In the title: how often, over {few['batch_size']} "
+          "sequences, the\nlargest weight is there.")
     side_by_side(titles, maps)
     print("\nNext: python nested_attention.py rules      python nested_attention.py identities")
     print_result("recall", cfg, **metrics, params=size, steps=len(losses),
@@ -442,7 +442,7 @@ def main(cfg):
 # ==== The rest adds to it: all inner rules, memories of several time scales, identities, flags. =
 
 MORE = """
-Break it (what to change, and what comes of it)
+Break it (what to change, and what becomes of the accuracy of delta, 100 % as it is)
     memory_backward: return 0 * dk, dq, 0 * dv, deta    delta 91 %: keys stay as they are. How to
         write a key is learned only through the memories after it
     memory_backward: drop MT @ (c * de) from dk         delta 100 %, though the gradient is wrong:
@@ -457,7 +457,8 @@ Break it (what to change, and what comes of it)
     python nested_attention.py rule --rule adam --beta1 0.9      59 %, for the same reason
     python nested_attention.py rule --keys 12 --steps 300        97 %, 85 % at 512 tokens, where
         --rule hebb --alpha token has 76 % and --rule hebb --eta fixed 26 %
-    cms_forward: wait = 1 + 0 * wait                    loss 1.06 for 0.83: gradients stay in G
+    cms_forward: wait = 1 + 0 * wait    (python nested_attention.py memories)    loss 1.06 for
+        0.83: gradients that are gathered in G while a memory waits stay there
 
 Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
     1. Learn the first memory, M0 (p, d), in place of 0. Its gradient is dM[0], summed over what?
@@ -789,8 +790,8 @@ def run_rules(cfg):
     print(*rows, sep="\n")
     print("\nThe memories as attention. A row is a token at which the memory is read, a column a"
           "\ntoken, each with its key; x marks junk. It is dark where the value of the column's"
-          "\ntoken weighs much in the output. Right is the last column before the row's token with"
-          "\nits key and no x. In the title: how often the largest weight is there.")
+          "\ntoken weighs much, plus or minus. The right one is the last column before the row's"
+          "\ntoken with its key and no x. In the title: how often the largest weight is there.")
     side_by_side(titles, maps)
     print("\nNext: python nested_attention.py rule --rule dgd"
           "      python nested_attention.py memories")
@@ -1210,9 +1211,11 @@ def read_flags(tasks, argv):
         hint = f"; tasks are commands: {program} {late[0]}" if late else ""
         raise InputError(f"{message} ({program} {task} --help lists the flags{hint})")
 
-    parser = argparse.ArgumentParser(description=__doc__ + MORE, allow_abbrev=False,
+    usage = f"%(prog)s [TASK] [--flags]     without TASK: {next(iter(tasks))}"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__ + MORE, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, commands = fail, parser.add_subparsers(dest="task", metavar="task")
+    commands = parser.add_subparsers(dest="task", metavar="task", prog=parser.prog)
+    parser.error = fail
     for name, task in tasks.items():
         command = commands.add_parser(name, help=task.config.__doc__, allow_abbrev=False,
                                       description=task.config.__doc__)

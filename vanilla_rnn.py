@@ -283,7 +283,7 @@ def main(cfg):
 
 MORE = """
 Break it (what to change, and what comes of it)
-    rnn_backward: dz = np.ones_like(h[1:])      mean squared error 1.7; always 0 has 0.28
+    rnn_backward: dz = np.ones_like(h[1:])      mean squared error 1.7; the output 0 has 0.28
     rnn_backward: dh = 0 * dz[t]                0.0029 instead of 0.0020, but 0.07 instead of 0.007
                                                 alone: no gradient goes back through time
     rnn_backward: h[1:] in place of h[:-1]      0.08: wrong, but it learns something, so check
@@ -859,9 +859,11 @@ def read_flags(tasks, argv):
         hint = f"; tasks are commands: {program} {late[0]}" if late else ""
         raise InputError(f"{message} ({program} {task} --help lists the flags{hint})")
 
-    parser = argparse.ArgumentParser(description=__doc__ + MORE, allow_abbrev=False,
+    usage = f"%(prog)s [TASK] [--flags]     without TASK: {next(iter(tasks))}"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__ + MORE, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, commands = fail, parser.add_subparsers(dest="task", metavar="task")
+    commands = parser.add_subparsers(dest="task", metavar="task", prog=parser.prog)
+    parser.error = fail
     for name, task in tasks.items():
         command = commands.add_parser(name, help=task.config.__doc__, allow_abbrev=False,
                                       description=task.config.__doc__)

@@ -71,10 +71,33 @@ FLOORS = {          # lesson: {task: {metric: at least (>=) or at most (<=)}}; o
         "inner": {"momentum_over_delta_repeated": "<= 0.7", "adam_over_delta_axes": "<= 0.6",
                   "adam_over_delta_rotated": ">= 0.8"},
         "identities": {"identity_error": "<= 1e-12"}},
+    "vae.py": {
+        "shapes": {"elbo": ">= -18.6", "ok": ">= 0.65", "templates": ">= 40"},
+        "autoencoder": {"vae_ok": ">= 0.6", "vae_templates": ">= 40", "fitted_ok": "<= 0.075"},
+        "bounds": {"vae_L_1": ">= -19.2", "vae_L_1000": ">= -18.2", "iwae_L_1000": ">= -18"},
+        "sweep": {"rate_10": "<= 0.01", "elbo_10": ">= -32.76"},
+        "interpolate": {}, "mnist": FILE},
     "translation.py": {
         "headlines": {"pointer_known": ">= 0.99", "pointer_unseen": ">= 0.99",
                       "no_pointer_known": ">= 0.95", "no_pointer_unseen": "<= 0.01"},
         "pairs": {"bleu": ">= 45"}},
+    "gan.py": {
+        "ring": {"modes": "<= 3", "distance": ">= 1"},
+        "game": {"modes": ">= 8", "quality": ">= 0.78", "distance": "<= 0.12"},
+        "shapes": {"plain_good": ">= 0.8", "plain_templates": "<= 26", "game_templates": ">= 37",
+                   "game_shapes": ">= 10"}},
+    "autodiff.py": {
+        "xor": {"accuracy": ">= 1", "loss": "<= 0.002", "second_error": "<= 1e-8"},
+        "tape": {"difference": "<= 1e-6", "slope_error": "<= 1e-6"},
+        "cost": {"difference": "<= 1e-10", "numeric_error": "<= 1e-4", "memory_freed": "<= 1.2",
+                 "memory_recomputed": "<= 0.6"}, "mnist": FILE},
+    "diffusion.py": {
+        "ring": {"modes": ">= 8", "near": ">= 0.9", "sw": "<= 0.05"},
+        "targets": {"noise_ddpm_modes": ">= 8", "v_ddpm_near": ">= 0.9", "noise_ddim_20_near": ">= 0.8"},
+        "shapes": {"ddpm_ok": ">= 0.85", "ddim_20_ok": ">= 0.68", "guided_1_accuracy": ">= 0.93"},
+        "codes": {"reconstructed_ok": ">= 0.99", "fitted_normal_ok": "<= 0.5"},
+        "latent": {"ddim_20_ok": ">= 0.9", "ddim_20_templates": ">= 40", "fitted_normal_ok": "<= 0.38"},
+        "mnist": FILE},
 }
 
 

@@ -128,12 +128,21 @@ REFUSED = {     # values that do not go together, or are out of range: command, 
         ("reverse --score foo", "--score foo"), ("pairs --hidden 7", "--hidden even"),
         ("pairs --threads 99", "--threads --batch-size"), ("pairs --data nowhere", "nowhere"),
         ("pairs --beam 0", "--beam 1"), ("pairs --load nowhere.npz", "--load nowhere.npz")],
+    "vae.py": [
+        ("shapes --latent 0", "--latent 1"), ("shapes --beta -1", "--beta more"),
+        ("sweep --beta 1", "--beta"), ("autoencoder --png nowhere/a.png", "--png nowhere"),
+        ("autoencoder --png .", "--png . file"), ("mnist --threads 101", "--threads --batch-size 100"),
+        ("mnist", "--data"), ("mnist --data nowhere", "nowhere train-images-idx3-ubyte.gz")],
     "translation.py": [
         ("headlines --dim 12", "--dim even --heads 4"), ("headlines --dropout 1", "--dropout below"),
         ("headlines --label-smoothing 1", "--label-smoothing below"), ("pairs --context 8", "--context 16"),
         ("pairs --threads 99", "--threads --batch-size"), ("pairs --data nowhere", "nowhere"),
         ("pairs --unit foo", "--unit foo"), ("pairs --beam 0", "--beam 1"),
         ("pairs --load nowhere.npz", "--load nowhere.npz")],
+    "gan.py": [
+        ("ring --beta1 1", "--beta1 below 1"), ("game --beta2 1.5", "--beta2 below 1"),
+        ("game --loss foo", "--loss foo"), ("shapes --constraint foo", "--constraint foo"),
+        ("shapes --critic-steps 0", "--critic-steps 1"), ("shapes --beta1 2", "--beta1 below 1")],
     "cnn.py": [
         ("shapes --size 12", "--size multiple 12"), ("net --crop 16", "--crop 16"),
         ("net --dropout 1", "--dropout"), ("net --label-smoothing 1", "--label-smoothing"),
@@ -153,6 +162,15 @@ REFUSED = {     # values that do not go together, or are out of range: command, 
         ("reverse --dim 30", "--dim --heads 4"), ("sort --dim 30", "--dim --heads 4"),
         ("text --threads 99", "--threads --batch-size"), ("text --data nowhere", "nowhere"),
         ("text --heads 3", "--dim --heads 3")],
+    "autodiff.py": [
+        ("xor --hidden 0", "--hidden 1"), ("tape --hidden -1", "--hidden"), ("cost --layers 0", "--layers 1"),
+        ("cost --repeats 0", "--repeats 1"), ("mnist --dim 0", "--dim"), ("mnist", "--data MNIST"),
+        ("mnist --data nowhere", "nowhere train-images-idx3-ubyte.gz")],
+    "diffusion.py": [
+        ("shapes --channels 12", "--channels multiple 12"), ("shapes --heads 5", "--heads divisor 5"),
+        ("shapes --no-label 1", "--no-label below"), ("latent --no-label 1", "--no-label below"),
+        ("targets --target foo", "--target foo"), ("mnist --no-label 1", "--no-label below"),
+        ("mnist", "--data MNIST"), ("mnist --data nowhere", "nowhere train-images-idx3-ubyte.gz")],
 }
 
 

@@ -182,7 +182,7 @@ def test_other_values(name, changes, words, tmp_path):
     source = home(name, *(function for function, *_ in changes))
     for change in changes:
         source = with_slip(source, *change)
-    says(report(tmp_path, source), ["note " + words[0], *words[1:]], 0)
+    says(report(tmp_path, source), ["DIFF " + words[0], *words[1:]], 0)
 
 
 def test_a_right_copy_is_quiet(tmp_path):
@@ -568,7 +568,7 @@ def test_wrong_shapes_of_parameters(name, right, wrong, words, tmp_path):
 def test_other_shapes_that_fit(tmp_path):
     source = with_slip(spine("transformer.py"), "init_params", '("1", D, 4 * D), ("2", 4 * D, D)',
                        '("1", D, 2 * D), ("2", 2 * D, D)')
-    says(report(tmp_path, source), ["note init_params, ", "other numbers", "2 * D", "4 * D"], 0)
+    says(report(tmp_path, source), ["DIFF init_params, ", "other numbers", "2 * D", "4 * D"], 0)
 
 
 def test_swapped_heads(tmp_path):
@@ -617,9 +617,9 @@ def test_the_check_of_a_whole_lesson_comes_first(tmp_path):
 
 
 @pytest.mark.parametrize("right, wrong, words", [
-    ("the cat,", "the bat,", ["note VERSES is not transformer.py's", "yours, line ", '"the bat,',
+    ("the cat,", "the bat,", ["DIFF VERSES is not transformer.py's", "yours, line ", '"the bat,',
                               "transformer.py, VERSES: ", '"the cat,', "1 differs from the lesson"]),
-    ("the cat,", "the zat,", ["note VERSES is not transformer.py's", '"the zat,']),     # another letter
+    ("the cat,", "the zat,", ["DIFF VERSES is not transformer.py's", '"the zat,']),     # another letter
     ("VERSES[n::-1]", "VERSES[n:0:-1]", ["is not transformer.py's", "transformer.py, RHYME: "]),
 ])
 def test_slip_in_a_table(right, wrong, words, tmp_path):
@@ -631,7 +631,7 @@ def test_slip_in_a_table(right, wrong, words, tmp_path):
 def test_lines_of_one_statement(tmp_path):
     """A slip in the second line of a statement is shown, not only the first line."""
     source = with_slip(spine("transformer.py"), "init_params", '"P": 0.02 *', '"P": 0.2 *')
-    says(report(tmp_path, source), ["note init_params", "yours, line ", '"P": 0.2 *', '"P": 0.02 *'], 0)
+    says(report(tmp_path, source), ["DIFF init_params", "yours, line ", '"P": 0.2 *', '"P": 0.02 *'], 0)
 
 
 def test_positions_beyond_the_batch(tmp_path):

@@ -166,3 +166,36 @@ def test_cifar_files(tmp_path):
         good = (folder / "test_batch.bin").read_bytes()
         is_refused(lesson(*task, str(cifar_folder(tmp_path, data_batch_2=good[:-9]))), "data_batch_2", "3073")
         cifar_folder(tmp_path, data_batch_2=good)
+
+
+# ---- autodiff.py ---------------------------------------------------------------------------------
+
+def test_graph(monkeypatch):
+    """Sizes are checked where a Node is made; no `if`; each Node once; slopes of what is not there are 0."""
+    a, calls = load("autodiff.py"), []
+    x, W = a.Node("input", "x", (4, 3)), a.Node("input", "W", (3, 2))
+    for wrong in (lambda: W @ x, lambda: x + W, lambda: a.reshape(x, (5, 3))):
+        with pytest.raises(ValueError):
+            wrong()
+    with pytest.raises(TypeError, match="no value"):
+        a.newton_sqrt(a.Node("input", "a", ()))
+    monkeypatch.setitem(a.COMPUTE, "exp", lambda x: calls.append(1) or np.exp(x))
+    y = a.exp(x)
+    calls.clear()
+    loss = a.total(y * y + y, None)
+    grads = a.Evaluator([*a.gradients(loss, [x, W]), loss])
+    calls.clear()
+    dx, dW, value = grads({"x": np.full((4, 3), 0.5), "W": np.ones((3, 2))})
+    assert len(calls) == 1 and np.allclose(dx, 2 * np.e + np.exp(0.5)) and dW.shape == (3, 2) and not dW.any()
+    assert np.allclose(value, 12 * (np.e + np.exp(0.5)))
+
+
+def test_ways_to_the_same_gradients():
+    a = load("autodiff.py")
+    cfg = a.Cost(layers=2, dim=8, batch_size=3)
+    params, batch = a.init_mnist(cfg, np.random.default_rng(0), np.float64), a.noise_batch(cfg, 1, np.float64)
+    right_loss, right = a.hand_loss_and_grads(params, batch, cfg)
+    for way, function in a.ways_of(params, batch).items():
+        loss, grads = function(params, batch, cfg)
+        assert abs(loss - right_loss) < 1e-13 and grads.keys() == right.keys(), way
+        assert all(np.abs(g - right[name]).max() < 1e-13 for name, g in grads.items()), way

@@ -358,6 +358,43 @@ for c in (0, 1, 2):
     OPERATIONS[f"momentum_memory c={c}"] = memory_case("eta", "alpha", "mu", c=c), torch_momentum_memory
     OPERATIONS[f"adam_memory c={c}"] = memory_case("eta", "alpha", c=c, beta1=0.3 * c, beta2=0.7), torch_adam_memory
 
+
+def gan_net(p, player, x, slope):
+    """A network of gan.py: two hidden layers of leaky ReLU."""
+    for i in (1, 2):
+        x = F.leaky_relu(F.linear(x, p[f"{player}_W{i}"].T, p.get(f"{player}_b{i}")), slope)
+    return F.linear(x, p[f"{player}_W3"].T, p.get(f"{player}_b3"))
+
+
+def input_gradient_case():
+    """Weights, and the slopes of leaky ReLU that they give for GAN_POINTS."""
+    W1, W2, W3 = normal(3, 6), normal(6, 6), normal(6, 1)
+    m1 = np.where(GAN_POINTS @ W1 > 0, 1, 0.2)
+    m2 = np.where(m1 * (GAN_POINTS @ W1) @ W2 > 0, 1, 0.2)
+    return dict(masks=(m1, m2), W1=W1, W2=W2, W3=W3)
+
+
+def torch_input_gradient(masks, *weights):
+    """dD/dx of the net with these weights, which autograd differentiates once more."""
+    x = torch.tensor(GAN_POINTS, requires_grad=True)
+    logits = gan_net({f"d_W{i}": W for i, W in enumerate(weights, 1)}, "d", x, 0.2)
+    return torch.autograd.grad(logits.sum(), x, create_graph=True)[0]
+
+
+GAN_POINTS = normal(5, 3)
+SQUARE = normal(3, 5)
+LOGITS = dict(logits=normal(3, 5), targets=rng.integers(0, 2, (3, 5)).astype(float))
+OPERATIONS |= {
+    "leaky_relu": (dict(x=normal(3, 5)), lambda x: F.leaky_relu(x, 0.2)),
+    "hinge": (LOGITS, lambda a, t: F.margin_ranking_loss(a, torch.zeros_like(a), 2 * t - 1, margin=1)),
+    "wasserstein": (LOGITS, lambda a, t: torch.where(t > 0, -a, a).mean()),
+    "minimax": (LOGITS, lambda a, t: -F.binary_cross_entropy_with_logits(a, 1 - t)),
+    "input_gradient": (input_gradient_case(), torch_input_gradient),
+    "gradient_penalty": (dict(g=normal(5, 3), target=0.7), lambda g, target: ((g.norm(dim=1) - target) ** 2).mean()),
+    "spectral_norm": (dict(W=SQUARE, vectors=(np.linalg.svd(SQUARE)[2][0], np.linalg.svd(SQUARE)[0][:, 0])),
+                      lambda W, vectors: W / torch.linalg.matrix_norm(W, 2)),
+}
+
 NO_GRADIENT = {"targets", "cos", "sin"}
 BACKWARD = {"alibi_attention": "causal_attention"}          # where it has not the name of forward
 
@@ -422,6 +459,53 @@ OPERATIONS |= {
                 torch_pointer),
     "copy_cross_entropy": (dict(z=normal(4, 9), right=np.eye(4, 9, dtype=bool) | (rng.random((4, 9)) < 0.3), V=5,
                                 label_smoothing=0.3), torch_copy_cross_entropy)}
+
+
+TORCH_NAMES = {"power": "pow", "broadcast": "broadcast_to"}
+LAST_AXIS = {"softmax": F.softmax, "log_softmax": F.log_softmax}
+
+
+def torch_operation(op, x, *args):
+    """An operation of autodiff.py."""
+    if op == "normalize":
+        return F.layer_norm(x, x.shape[-1:])
+    if op in LAST_AXIS:
+        return LAST_AXIS[op](x, dim=-1)
+    options = {"keepdim": True} if op in ("sum", "mean") else {}
+    return getattr(torch, TORCH_NAMES.get(op, op))(x, *args, **options)
+
+
+for op, *args in (
+        ("add", normal(3, 5), normal(3, 5)), ("mul", normal(3, 5), normal(3, 5)), ("div", normal(3, 5), normal(3, 5)),
+        ("power", normal(3, 5) ** 2, 1.5), ("sqrt", normal(3, 5) ** 2), ("exp", normal(3, 5)),
+        ("log", normal(3, 5) ** 2), ("relu", normal(3, 5)), ("matmul", normal(2, 3, 5), normal(2, 5, 4)),
+        ("transpose", normal(2, 3, 5), 0, 2), ("reshape", normal(3, 4), (2, 6)),
+        ("broadcast", normal(3, 1), (4, 3, 5)), ("sum", normal(3, 4, 5), (0, 2)), ("mean", normal(3, 4, 5), (0, 2)),
+        ("softmax", normal(2, 3, 5)), ("log_softmax", normal(2, 3, 5)), ("normalize", normal(2, 3, 5))):
+    OPERATIONS[f"operation {op}"] = dict(op=op) | {f"input {k}": x for k, x in enumerate(args)}, torch_operation
+
+
+D = torch.distributions
+
+
+def torch_log_weight(logits, z, log_var, e, targets):
+    log_x = D.Bernoulli(logits=logits).log_prob(targets[:, None]).sum(dim=2)
+    log_q = D.Normal(0.0, 1.0).log_prob(e) - log_var[:, None] / 2       # the density of z = mu + sigma e
+    return log_x + (D.Normal(0.0, 1.0).log_prob(z) - log_q).sum(dim=2)
+
+
+def torch_gaussian_kl(mu, log_var):
+    return D.kl_divergence(D.Normal(mu, (log_var / 2).exp()), D.Normal(0.0, 1.0)).sum(dim=1).mean()
+
+
+OPERATIONS |= {
+    "reparameterize": (dict(mu=normal(3, 5), log_var=normal(3, 5), e=normal(3, 5)),
+                       lambda mu, log_var, e: mu + (log_var / 2).exp() * e),
+    "gaussian_kl": (dict(mu=normal(3, 5), log_var=normal(3, 5)), torch_gaussian_kl),
+    "bernoulli": (dict(logits=normal(3, 5), targets=rng.integers(0, 2, (3, 5)).astype(float)),
+                  lambda z, t: F.binary_cross_entropy_with_logits(z, t, reduction="sum") / 3),
+    "log_weight": (dict(logits=normal(3, 2, 7), z=normal(3, 2, 5), log_var=normal(3, 5), e=normal(3, 2, 5),
+                        targets=rng.integers(0, 2, (3, 7)).astype(float)), torch_log_weight)}
 
 
 def tensor(value, gradient=True):
@@ -1121,6 +1205,232 @@ def classifier(p, batch, cfg):
     x, labels = batch
     z = blocks(p, encoded(p, x, cfg), cfg, side="enc").mean(dim=1)
     return F.cross_entropy(F.linear(z, p["Wy"].T, p["by"]), labels)
+
+
+# autodiff.py
+
+def xor_net(p, x):
+    return F.linear(F.relu(F.linear(x, p["W0"].T, p["b0"])), p["W1"].T, p["b1"])
+
+
+@model("autodiff", "spine")
+@model("autodiff", "tape")
+def autodiff_xor(p, batch, cfg):
+    return F.cross_entropy(xor_net(p, batch[0]), batch[1])
+
+
+@model("autodiff", "mnist", layers=2, dim=8, batch_size=3)
+@model("autodiff", "cost", layers=2, dim=8, batch_size=3)
+def autodiff_transformer(p, batch, cfg, residual=True):
+    x, targets = batch
+    x = F.linear(x, p["Wp"].T, p["bp"]) + p["P"]
+    for i in range(cfg.layers):
+        q = part(p, f"{i}.")
+        y = normalized(q, x, k="1")
+        y = F.linear(SCALED(y @ q["Wq"], y @ q["Wk"], y @ q["Wv"]), q["Wo"].T, q["bo"])
+        x = x + y if residual else y
+        y = normalized(q, x, k="2")
+        y = F.linear(F.relu(F.linear(y, q["W1"].T, q["b1"])), q["W2"].T, q["b2"])
+        x = x + y if residual else y
+    return F.cross_entropy(F.linear(normalized(p, x).mean(dim=1), p["Wy"].T, p["by"]), targets)
+
+
+@pytest.mark.skipif("autodiff" not in LESSONS, reason="not there yet")
+def test_autodiff_without_residual_connections():
+    _, params, batch, cfg = prepared("autodiff mnist")
+    module, p = lesson("autodiff"), tensor(params)
+    loss, grads = module.loss_and_grads(params, batch, cfg, module.plain_loss)
+    compare("autodiff mnist, plain", loss, grads,
+            autodiff_transformer(p, [tensor(a, False) for a in batch], cfg, residual=False), p)
+
+
+@pytest.mark.skipif("autodiff" not in LESSONS, reason="not there yet")
+@pytest.mark.parametrize("label", [label for label in OPERATIONS if label.split()[0] == "operation"])
+def test_second_derivative(label):
+    """Of the sum of R op(x)^3: gradients of the sum of the squares of its gradients."""
+    a, (case, function) = lesson("autodiff"), OPERATIONS[label]
+    op, *args = case.values()
+    R = np.random.default_rng(2).standard_normal(np.shape(a.COMPUTE[op](*args)))
+    arrays = {str(k): x for k, x in enumerate(args) if isinstance(x, np.ndarray)} | {"R": R}
+    nodes = {name: a.Node("input", name, x.shape) for name, x in arrays.items()}
+    variables = [nodes[name] for name in arrays if name != "R"]
+    loss = a.total(a.apply(op, *variables, *args[len(variables):]) ** 3 * nodes["R"], None)
+    squares = [a.reshape(a.total(g ** 2, None), ()) for g in a.gradients(loss, variables)]
+    total = functools.reduce(a.Node.__add__, squares)
+    ours = a.Evaluator(a.gradients(total, variables))(arrays)
+    tensors = [tensor(x) for x in args]
+    theirs = (function(op, *tensors) ** 3 * torch.tensor(R)).sum()
+    first = torch.autograd.grad(theirs, tensors[:len(variables)], create_graph=True)
+    second = torch.autograd.grad(sum((g ** 2).sum() for g in first), tensors[:len(variables)])
+    for k, (x, y) in enumerate(zip(ours, second, strict=True)):
+        differ(f"autodiff {label}, second derivative by input {k}", x, y)
+
+
+# gan.py
+
+@model("gan", "spine", hidden=6, batch_size=5)
+def gan(p, batch, cfg):
+    real, noise, rivals = batch
+    points = torch.cat([real, gan_net(rivals, "g", noise, 0)])
+    targets = torch.tensor([[1.0], [0.0]]).repeat_interleave(len(real), dim=0)
+    logits = gan_net(p, "d", points, 0.2), gan_net(rivals, "d", gan_net(p, "g", noise, 0), 0.2)
+    return 2 * nn.BCEWithLogitsLoss()(logits[0], targets) + F.softplus(-logits[1]).mean()
+
+
+def normalized_critic(p, rivals):
+    """d_W1, d_W2, d_W3 over v^T W u, the vectors by ten rounds of power iteration on the rivals."""
+    p = dict(p)
+    for name in ("d_W1", "d_W2", "d_W3"):
+        W, u = rivals[name], rivals[name][0]
+        for _ in range(10):
+            v = F.normalize(W @ u, dim=0)
+            u = F.normalize(W.T @ v, dim=0)
+        p[name] = p[name] / (v @ p[name] @ u)
+    return p
+
+
+@model("gan", "game", *options(
+    loss=("non-saturating", "minimax", "hinge", "wasserstein"),
+    constraint=("none", "clipping", "spectral", "penalty", "r1")), hidden=6, batch_size=5, strength=0.7)
+@model("gan", "shapes", hidden=6, batch_size=5)
+def gan_game(p, batch, cfg):
+    real, noise, mix, rivals = batch
+    if cfg.constraint == "spectral":
+        p, rivals = normalized_critic(p, rivals), normalized_critic(rivals, rivals)
+    fake = gan_net(rivals, "g", noise, 0)
+    a, b = gan_net(p, "d", real, 0.2), gan_net(p, "d", fake, 0.2)
+    c, d = gan_net(rivals, "d", real, 0.2), gan_net(rivals, "d", gan_net(p, "g", noise, 0), 0.2)
+    log = F.softplus(-a).mean() + F.softplus(b).mean()
+    gap = c.mean() - d.mean()
+    critic = {"hinge": F.relu(1 - a).mean() + F.relu(1 + b).mean(), "wasserstein": b.mean() - a.mean()}
+    generator = {"non-saturating": F.softplus(c).mean() + F.softplus(-d).mean(),
+                 "minimax": -F.softplus(-c).mean() - F.softplus(d).mean()}
+    loss = critic.get(cfg.loss, log) + generator.get(cfg.loss, gap)
+    if cfg.constraint in ("penalty", "r1"):
+        x, target = (mix * real + (1 - mix) * fake, 1) if cfg.constraint == "penalty" else (real, 0)
+        x = x.detach().requires_grad_()
+        slope = torch.autograd.grad(gan_net(p, "d", x, 0.2).sum(), x, create_graph=True)[0].norm(dim=1)
+        loss = loss + cfg.strength * ((slope - target) ** 2).mean()
+    return loss
+
+
+# ---- vae.py ----------------------------------------------------------------------------------------------------------
+
+def vae_coder(p, x, side):
+    for i in (1, 2):
+        x = F.linear(x, p[f"{side}.W{i}"].T, p[f"{side}.b{i}"]).tanh()
+    return F.linear(x, p[f"{side}.W3"].T, p[f"{side}.b3"])
+
+
+def vae_clouds(p, x):
+    mu, log_var = vae_coder(p, x, "enc").chunk(2, dim=1)
+    return D.Normal(mu, (log_var / 2).exp())
+
+
+@model("vae", "spine", dict(beta=1.0), dict(beta=0.3), latent=3, hidden=5, batch_size=4)
+@model("vae", "mnist", latent=3, hidden=5, batch_size=4)
+def vae(p, batch, cfg):
+    x, e = batch
+    q = vae_clouds(p, x)
+    log_p = D.Bernoulli(logits=vae_coder(p, q.loc + q.scale * e, "dec")).log_prob(x)
+    return (cfg.beta * D.kl_divergence(q, D.Normal(0.0, 1.0)).sum(dim=1) - log_p.sum(dim=1)).mean()
+
+
+@model("vae", "autoencoder", latent=3, hidden=5, batch_size=4)
+def autoencoder(p, batch, cfg):
+    x, _ = batch
+    return F.binary_cross_entropy_with_logits(vae_coder(p, vae_clouds(p, x).loc, "dec"), x, reduction="sum") / len(x)
+
+
+@model("vae", "bounds", dict(draws=1), dict(draws=6), latent=3, hidden=5, batch_size=4)
+def importance(p, batch, cfg):
+    x, e = batch
+    q = D.Normal(*(a[:, None] for a in (vae_clouds(p, x).loc, vae_clouds(p, x).scale)))
+    z = q.loc + q.scale * e
+    log_p = D.Bernoulli(logits=vae_coder(p, z, "dec")).log_prob(x[:, None]).sum(dim=2)
+    log_w = log_p + (D.Normal(0.0, 1.0).log_prob(z) - q.log_prob(z)).sum(dim=2)
+    return (math.log(cfg.draws) - log_w.logsumexp(dim=1)).mean()
+
+
+def conditioned(p, x, c):
+    """nn.SiLU of a linear layer on [x, c], layer by layer; a linear layer."""
+    last = len(p) // 2 - 1
+    for i in range(last):
+        x = F.silu(F.linear(torch.cat([x, c], dim=1), p[f"W{i}"].T, p[f"b{i}"]))
+    return F.linear(x, p[f"W{last}"].T, p[f"b{last}"])
+
+
+@model("diffusion", "spine", hidden=5, layers=2, frequencies=3, batch_size=4)
+@model("diffusion", "targets", *options(target=("noise", "v", "x0"), schedule=("cosine", "linear")), hidden=5, layers=2,
+       batch_size=4)
+def denoiser(p, batch, cfg):
+    x, c, target = batch
+    return nn.MSELoss()(conditioned(p, x, c), target)
+
+
+@model("diffusion", "latent", dict(target="v"), dict(target="x0"), hidden=5, coder=6, batch_size=4)
+def denoiser_of_codes(p, batch, cfg):
+    x, c, labels, target = batch
+    return nn.MSELoss()(conditioned(p, x, torch.cat([c, F.one_hot(labels, 11)], dim=1)), target)
+
+
+@model("diffusion", "codes", coder=5, code=3, batch_size=4)
+def codes(p, batch, cfg):
+    x, e = batch
+    mu, log_var = conditioned(part(p, "enc."), x, x[:, :0]).chunk(2, dim=1)
+    q, prior = torch.distributions.Normal(mu, (log_var / 2).exp()), torch.distributions.Normal(0.0, 1.0)
+    logits = conditioned(part(p, "dec."), q.loc + q.scale * e, x[:, :0])
+    nats = nn.BCEWithLogitsLoss(reduction="sum")(logits, x)
+    return (nats + cfg.beta * torch.distributions.kl_divergence(q, prior).sum()) / len(x)
+
+
+def unshuffled(x):
+    """nn.PixelUnshuffle(2), then the channels of a pixel before those of the next."""
+    return F.pixel_unshuffle(x, 2).unflatten(1, (-1, 4)).transpose(1, 2).flatten(1, 2)
+
+
+def shuffled(x):
+    """The inverse of unshuffled."""
+    return F.pixel_shuffle(x.unflatten(1, (4, -1)).transpose(1, 2).flatten(1, 2), 2)
+
+
+def normed(p, x, k="", groups=4):
+    """nn.GroupNorm."""
+    return call(nn.GroupNorm(groups, x.shape[1]), {"weight": p[f"gamma{k}"], "bias": p[f"beta{k}"]}, x)
+
+
+def convolved(W, x):
+    """F.conv2d that keeps the size."""
+    return F.conv2d(x, W.permute(3, 2, 0, 1), padding=len(W) // 2)
+
+
+def timed_block(p, x, c):
+    """GroupNorm, SiLU, convolution, twice, the time between them; and x past them."""
+    y = convolved(p["W1"], F.silu(normed(p, x, 1))) + F.linear(c, p["V"].T, p["b"])[:, :, None, None]
+    return x + convolved(p["W2"], F.silu(normed(p, y, 2)))
+
+
+def attended(p, x, memory, heads):
+    """Queries from the pixels of x (N, C, H, W) after GroupNorm, keys and values from memory (N, K, D)."""
+    q = F.linear(normed(p, x).flatten(2).mT, p["Wq"].T, p["bq"])
+    k, v = F.linear(memory, p["Wkv"].T, p["bkv"]).chunk(2, dim=2)
+    y = SCALED(*(a.unflatten(2, (heads, -1)).transpose(1, 2) for a in (q, k, v))).transpose(1, 2).flatten(2)
+    return x + F.linear(y, p["Wo"].T, p["bo"]).mT.reshape(x.shape)
+
+
+@model("diffusion", "shapes", dict(target="noise"), dict(target="v"), channels=8, heads=2, frequencies=3, batch_size=3)
+def unet(p, batch, cfg):
+    x, c, labels, target = batch
+    c = F.silu(conditioned(part(p, "time."), c, c[:, :0]))
+    y = convolved(p["in.W"], unshuffled(x.reshape(-1, 1, 8, 8)))
+    skip = timed_block(part(p, "res1."), y, c)
+    y = timed_block(part(p, "res2."), convolved(p["down.W"], unshuffled(skip)), c)
+    y = attended(part(p, "self."), y, y.flatten(2).mT, cfg.heads)
+    y = attended(part(p, "cross."), y, F.embedding(labels, p["E"].flatten(1)).reshape(len(x), 4, -1), cfg.heads)
+    y = shuffled(convolved(p["up.W"], timed_block(part(p, "res3."), y, c)))
+    y = timed_block(part(p, "res4."), convolved(p["merge.W"], torch.cat([y, skip], dim=1)), c)
+    y = shuffled(convolved(p["out.W"], F.silu(normed(part(p, "out."), y))))
+    return nn.MSELoss()(y.flatten(1), target)
 
 
 @pytest.mark.parametrize("label", [label for label, (stem, *_) in MODELS.items() if stem in LESSONS])

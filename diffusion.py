@@ -1,0 +1,1567 @@
+"""diffusion.py: destroy data in small steps of noise, and learn one step back.
+
+No net can turn noise into data at once. A small part of the noise is easy to remove, so add noise
+in T small steps, and learn to undo one of them. The target is known, since we added the noise
+ourselves: it is a regression, with no opponent and no likelihood. Starting from nothing but noise,
+T steps back lead to a new sample.
+
+Forward, with noise e ~ N(0, I) and abar_t, which falls from abar_0 = 1 to abar_T, nearly 0
+    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) e       all t steps of noise in one
+    loss = mean (net(x_t, t) - e)^2                   t and e are drawn anew for every example
+Backward: dnet = 2 (net - e) / size, then the layers; with s = sigmoid(a)
+    y = a s       da = dy (s + a s (1 - s))           SiLU
+    y = [x, c]    dx = the first columns of dy        c, features of t, are data
+Sampling, from x_T ~ N(0, I); one step from t to t' = t - 1
+    x_0 = (x_t - sqrt(1 - abar_t) net) / sqrt(abar_t), clipped to the range of the data
+    x_t' = sqrt(abar_t') x_0 + sqrt(1 - abar_t' - s^2) e + s (new noise)       e from this x_0, x_t
+
+Run    python diffusion.py      (a ring of eight Gaussians; python diffusion.py --help lists more)
+
+Papers: Sohl-Dickstein et al. 2015, Ho et al. 2020 (DDPM), Nichol and Dhariwal 2021 (cosine).
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["numpy"]
+# ///
+
+import math
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass, fields
+
+for library in ("OPENBLAS", "MKL", "OMP"):  # the matrices are small: one BLAS thread is fastest
+    os.environ.setdefault(library + "_NUM_THREADS", "1")
+import numpy as np
+
+
+@dataclass
+class Config:
+    """Draw new points of a ring of eight Gaussians."""
+    timesteps: int = 100    # noise levels T
+    hidden: int = 96        # units per hidden layer
+    layers: int = 3         # hidden layers
+    frequencies: int = 8    # features of t are this many sines, and as many cosines
+    batch_size: int = 256   # points per step
+    steps: int = 4000       # optimizer steps
+    lr: float = 0.006       # peak learning rate
+    warmup: int = 100       # steps of linear warmup
+    seed: int = 0           # random seed
+
+
+# ---- layers: N rows, D inputs, M outputs ---------------------------------------------------------
+
+def linear_forward(x, W, b):
+    """y = x W + b.   x (N, D), W (D, M), b (M,) -> y (N, M)."""
+    return x @ W + b, (x, W)
+
+
+def linear_backward(dout, cache):
+    """dx = dout W^T, dW = x^T dout, db = sum_n dout: b is added to every row."""
+    x, W = cache
+    return dout @ W.T, x.T @ dout, dout.sum(axis=0)
+
+
+def sigmoid(z):
+    """1 / (1 + e^-z), computed as (1 + tanh(z / 2)) / 2, which cannot overflow."""
+    return 0.5 + 0.5 * np.tanh(0.5 * z)
+
+
+def silu_forward(x):
+    """y = x s(x), s the sigmoid (Elfwing et al. 2017)."""
+    s = sigmoid(x)
+    return x * s, (x, s)
+
+
+def silu_backward(dout, cache):
+    """dx = dout (s + x s (1 - s)): the product rule."""
+    x, s = cache
+    return dout * (s + x * s * (1 - s))
+
+
+def mse_forward(y, targets):
+    """mean((y - targets)^2).   y, targets (N, M) -> scalar."""
+    return ((y - targets) ** 2).mean(), (y, targets)
+
+
+def mse_backward(dout, cache):
+    """dy = 2 (y - targets) / size."""
+    y, targets = cache
+    return (y - targets) * (2 * dout / y.size)
+
+
+# ---- data: eight Gaussians, and noise ------------------------------------------------------------
+
+ANGLES = np.arange(8) * np.pi / 4
+
+
+MODES = 2 * np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1)      # (8, 2): a ring of radius 2
+
+
+def draw_ring(rng, n):
+    """Points of eight Gaussians with standard deviation 0.1 around MODES.   -> (n, 2)."""
+    return MODES[rng.integers(0, 8, n)] + 0.1 * rng.standard_normal((n, 2))
+
+
+def mode_shares(points):
+    """The share of all points that lie within 0.3, three standard deviations, of each mode.
+    points (N, 2) -> (8,)."""
+    distance = np.hypot(*(points[:, None] - MODES).T)               # (8, N)
+    return (distance < 0.3).mean(axis=1)
+
+
+def sliced_wasserstein(a, b):
+    """How far apart two samples are: project both on lines in 64 directions, sort the projections;
+    the mean distance of two with the same rank.   a, b (N, 2) -> number."""
+    angle = np.pi * np.arange(64) / 64
+    lines = np.stack([np.cos(angle), np.sin(angle)])                # (2, 64)
+    return float(np.abs(np.sort(a @ lines, axis=0) - np.sort(b @ lines, axis=0)).mean())
+
+
+SCALE = 0.5             # of the ring, which then fits into -1.25 to 1.25
+
+
+def cosine_schedule(T):
+    """abar_t = (1 - beta_1) ... (1 - beta_t), the share of the data in the variance of x_t, falls
+    like cos^2; beta is at most 0.999.   -> (T + 1,), abar_0 = 1."""
+    f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
+    beta = np.minimum(1 - f[1:] / f[:-1], 0.999)
+    return np.concatenate([[1.0], np.cumprod(1 - beta)])
+
+
+def add_noise(x0, noise, abar):
+    """sqrt(abar) x_0 + sqrt(1 - abar) noise.   x0, noise (N, D), abar (N, 1)."""
+    return np.sqrt(abar) * x0 + np.sqrt(1 - abar) * noise
+
+
+def time_features(t, cfg):
+    """sin and cos of 1000 t / T, at frequencies from 1 to almost 1 / 1000.   t (N,) -> (N, 2 K)."""
+    K = cfg.frequencies
+    angles = 1000 * t[:, None] / cfg.timesteps * 1000.0 ** (-np.arange(K) / K)      # (N, K)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def make_batch(cfg, step, dtype=np.float32):
+    """New points at every step, each at a time of its own.   -> x_t (N, 2), features of t (N, 2 K),
+    the noise in x_t (N, 2)."""
+    rng = np.random.default_rng((cfg.seed, step))
+    x0 = SCALE * draw_ring(rng, cfg.batch_size)
+    t = rng.integers(1, cfg.timesteps + 1, cfg.batch_size)
+    noise = rng.standard_normal(x0.shape)
+    x = add_noise(x0, noise, cosine_schedule(cfg.timesteps)[t, None])
+    return x.astype(dtype), time_features(t, cfg).astype(dtype), noise.astype(dtype)
+
+
+# ---- model: hidden layers that all see the time --------------------------------------------------
+
+def init_dense(sizes, features, rng, dtype):
+    """W0, b0, W1, b1, ...; W (D + C, M), where C features come in beside D numbers; the last W (D,
+    M). Standard deviation sqrt(2 / inputs) (He et al. 2015)."""
+    params, last = {}, len(sizes) - 2
+    for i, (D, M) in enumerate(zip(sizes, sizes[1:])):
+        inputs = D + features * (i < last)
+        params[f"W{i}"] = rng.standard_normal((inputs, M)) * (2 / inputs) ** 0.5
+        params[f"b{i}"] = np.zeros(M)
+    return {name: value.astype(dtype) for name, value in params.items()}
+
+
+def init_params(cfg, rng, dtype=np.float32):
+    """The denoiser of points in the plane."""
+    return init_dense([2] + [cfg.hidden] * cfg.layers + [2], 2 * cfg.frequencies, rng, dtype)
+
+
+def dense_forward(params, x, c):
+    """x = silu([x, c] W + b), layer by layer; a linear layer at the end.   x (N, D), c (N, C): more
+    inputs of every hidden layer, here the time -> (N, D)."""
+    caches = []
+    last = len(params) // 2 - 1
+    for i in range(last):
+        both = np.concatenate([x, c], axis=1)           # (N, D + C)
+        x, linear = linear_forward(both, params[f"W{i}"], params[f"b{i}"])
+        x, silu = silu_forward(x)
+        caches.append((linear, silu))
+    y, out = linear_forward(x, params[f"W{last}"], params[f"b{last}"])
+    return y, (caches, out, c.shape[1])
+
+
+def dense_backward(dout, cache):
+    """dense_forward from bottom to top -> dx, gradients under the keys of params."""
+    (caches, out, C), grads = cache, {}
+    last = len(caches)
+    dx, grads[f"W{last}"], grads[f"b{last}"] = linear_backward(dout, out)
+    for i in reversed(range(last)):
+        linear, silu = caches[i]
+        dx = silu_backward(dx, silu)
+        dx, grads[f"W{i}"], grads[f"b{i}"] = linear_backward(dx, linear)
+        dx = dx[:, :dx.shape[1] - C]                    # c is data
+    return dx, grads
+
+
+def loss_and_grads(params, batch, cfg):
+    """One forward and one backward pass -> loss, gradients under the keys of params."""
+    x, c, noise = batch
+    y, cache = dense_forward(params, x, c)
+    loss, loss_cache = mse_forward(y, noise)
+    _, grads = dense_backward(mse_backward(1.0, loss_cache), cache)
+    return loss, grads
+
+
+# ---- optimizer and training ----------------------------------------------------------------------
+
+def adam_update(params, grads, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
+    """m, v: moving averages of g and g^2, divided by 1 - beta^t to correct for their start at 0;
+    w <- w - lr m / (sqrt(v) + eps)."""
+    t = state["t"] = state.get("t", 0) + 1
+    for name, g in grads.items():
+        m = state["m " + name] = beta1 * state.get("m " + name, 0) + (1 - beta1) * g
+        v = state["v " + name] = beta2 * state.get("v " + name, 0) + (1 - beta2) * g * g
+        m = m / (1 - beta1 ** t)
+        v = v / (1 - beta2 ** t)
+        params[name] -= lr * m / (np.sqrt(v) + eps)
+
+
+def learning_rate(step, cfg):
+    """Linear warmup times half a cosine, from step 1 on; the last step is small, not 0."""
+    warmup = min(1, step / max(1, cfg.warmup))
+    return cfg.lr * warmup * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / cfg.steps))
+
+
+def check_finite(loss, params=None):
+    """Raise FloatingPointError unless the loss and all parameters are finite, and below 1e10."""
+    if not all(np.abs(value).max() < 1e10 for value in (loss, *(params or {}).values())):
+        raise FloatingPointError(f"training diverged (loss {loss:.4g}); try a smaller --lr")
+
+
+def progress(steps, losses, note=lambda: ""):
+    """for step in progress(steps, losses): ... losses.append(loss).   Prints ten lines, or one per
+    minute: the mean loss since the line before, note(), the time left. Ctrl-C ends the loop after
+    the step at hand, a second Ctrl-C the program. A loss that is not finite raises an error."""
+    stopped = []
+
+    def stop(*signal_and_frame):
+        stopped.append(True)
+        signal.signal(signal.SIGINT, previous)          # the next Ctrl-C ends the program
+    main_thread = threading.current_thread() is threading.main_thread()
+    previous = main_thread and signal.signal(signal.SIGINT, stop)
+    start = printed = time.perf_counter()
+    first = before = len(losses)
+    try:
+        for step in range(first + 1, steps + 1):
+            yield step
+            check_finite(losses[-1])
+            now = time.perf_counter()
+            due = step % math.ceil(steps / 10) == 0 or step == steps or now > printed + 60
+            if due or stopped:
+                mean = sum(losses[before:]) / (step - before)
+                left = (now - start) / (step - first) * (steps - step)
+                print(f"step {step:6d}/{steps}  mean loss {mean:#.4g}{note()}  |  "
+                      f"{now - start:.1f} s  ({left:.0f} s left)", flush=True)
+                printed, before = now, step
+            if stopped:
+                print(f"stopped after step {step}; this is what has been learned so far")
+                break
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGINT, previous)
+
+
+def train(params, cfg, make_batch=make_batch, loss_and_grads=loss_and_grads):
+    """Train params in place -> losses. The later parts of the file pass their own functions."""
+    state, losses = {}, []
+    for step in progress(cfg.steps, losses):
+        loss, grads = loss_and_grads(params, make_batch(cfg, step), cfg)
+        adam_update(params, grads, state, learning_rate(step, cfg))
+        losses.append(float(loss))
+    check_finite(losses[-1], params)
+    return losses
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+def predict_x0(params, x, t, abar, cfg):
+    """What the net makes of x at time t, as clean data in the range of the data.   x (N, 2)."""
+    c = time_features(np.full(len(x), t), cfg).astype(x.dtype)
+    noise, _ = dense_forward(params, x, c)
+    x0 = (x - (1 - abar[t]) ** 0.5 * noise) / abar[t] ** 0.5
+    return np.clip(x0, -1.25, 1.25)
+
+
+def denoise(predict, x, times, abar, rng, eta=1.0):
+    """From noise x at times[0] to data at times[-1] = 0; predict(x, t) estimates x_0. With eta = 1
+    (DDPM) new noise replaces a part of the old in every step.   x (N, D), abar a list -> list of x,
+    one for each time."""
+    path = [x]
+    for t, later in zip(times, times[1:]):
+        x0 = predict(x, t)
+        noise = (x - abar[t] ** 0.5 * x0) / (1 - abar[t]) ** 0.5        # what x_0 leaves of x
+        s2 = eta ** 2 * (1 - abar[later]) / (1 - abar[t]) * (1 - abar[t] / abar[later])
+        new = rng.standard_normal(x.shape).astype(x.dtype)
+        x = abar[later] ** 0.5 * x0 + (1 - abar[later] - s2) ** 0.5 * noise + s2 ** 0.5 * new
+        path.append(x)
+    return path
+
+
+# ---- demo ----------------------------------------------------------------------------------------
+
+def shade(values):
+    """Numbers from 0 to 1 -> characters from blank (0) to @ (1), in an array of the same shape."""
+    shades = np.array(list(" .:-=+*#%@"))
+    return shades[(np.clip(values, 0, 1) * 9.99).astype(int)]
+
+
+def side_by_side(titles, pictures, gap="   "):
+    """Print several pictures, each a list of lines, next to each other under their titles."""
+    columns = [[title, *lines] for title, lines in zip(titles, pictures)]
+    widths = [max(map(len, column)) for column in columns]
+    for row in zip(*columns):
+        print(gap.join(map(str.ljust, row, widths)).rstrip())
+
+
+def draw_density(points, edge=2.6, cols=40, rows=20):
+    """Points in the plane, from -edge to edge: blank where there are none, @ where most are.
+    points (N, 2) -> list of lines."""
+    square = [(-edge, edge), (-edge, edge)]
+    counts, _, _ = np.histogram2d(points[:, 1], points[:, 0], (rows, cols), square)
+    picture = shade((counts[::-1] / max(1, counts.max())) ** 0.5)   # the first line is the top
+    return ["".join(line) for line in picture]
+
+
+def print_result(task, cfg, **metrics):
+    """The last line of a run, for comparing runs: task, changed fields and seed, metrics."""
+    changed = {f.name: getattr(cfg, f.name) for f in fields(cfg)
+               if f.name == "seed" or getattr(cfg, f.name) != f.default}
+    line = f"result: task={task}"
+    for name, value in {**changed, **metrics}.items():
+        text = f"{value:#.4g}" if isinstance(value, float) else str(value)
+        line += f" {name}={text.replace(' ', '_')}"
+    print(line)
+
+
+def main(cfg):
+    """Learn to remove noise; start from noise and draw how eight modes come out of it."""
+    start = time.perf_counter()
+    params = init_params(cfg, np.random.default_rng(cfg.seed))
+    size = sum(p.size for p in params.values())
+    print(f"Eight Gaussians on a ring, {cfg.timesteps} noise levels: net of {cfg.layers} x "
+          f"{cfg.hidden} units, {size} parameters")
+    print("chance level: loss 1.000, noise predicted as 0")
+    losses = train(params, cfg)
+    rng = np.random.default_rng((cfg.seed, 10 ** 6))
+    x = rng.standard_normal((4000, 2)).astype(np.float32)
+    abar = cosine_schedule(cfg.timesteps).tolist()
+    times = range(cfg.timesteps, -1, -1)
+    path = denoise(lambda x, t: predict_x0(params, x, t, abar, cfg), x, times, abar, rng)
+    points, real = path[-1] / SCALE, draw_ring(rng, 4000)
+    distance, shares = sliced_wasserstein(points, real), mode_shares(points)
+    check_finite(distance, params)
+    print("4000 points on their way from noise to data; blank is no point, @ is most points:")
+    for row in (1.0, 0.5, 0.3), (0.2, 0.1, 0.0):
+        shown = [round(share * cfg.timesteps) for share in row]
+        titles = [f"t = {t}" for t in shown]
+        pictures = [draw_density(path[-1 - t] / SCALE, cols=30, rows=15) for t in shown]
+        side_by_side(titles, pictures)
+    modes, floor = int((shares >= 1 / 80).sum()), sliced_wasserstein(draw_ring(rng, 4000), real)
+    print(f"{modes} of 8 modes covered; {shares.sum():.1%} of the points are within three standard "
+          f"deviations of a mode\n(real points: {mode_shares(real).sum():.1%}); sliced Wasserstein "
+          f"distance to real points {distance:.3f} (of two real samples: {floor:.3f})")
+    print("\nNext: python diffusion.py targets      python diffusion.py shapes")
+    print_result("ring", cfg, modes=modes, near=float(shares.sum()), sw=distance, params=size,
+                 steps=len(losses), seconds=time.perf_counter() - start)
+
+
+# ==== A complete program ends here. Typing along? End it with  main(Config())  and run it. ====
+# ==== The rest adds to it: targets, fewer steps; a U-Net, guidance; latents; digits; flags. =====
+
+MORE = """
+Tasks
+    python diffusion.py targets          noise, v or x_0 as the target; few steps (DDIM)
+    python diffusion.py shapes           a U-Net draws shapes by label; guidance
+    python diffusion.py shapes --target x0
+    python diffusion.py codes            an autoencoder, and
+    python diffusion.py latent           diffusion on its codes
+    python diffusion.py mnist --data mnist --png digits.png
+
+Break it
+    dense_forward: 0 * c in place of c         the time is unknown
+
+Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
+    1. python diffusion.py --timesteps 10, 30, 300: what do modes, near and sw become, and why?
+    2. python diffusion.py shapes --no-label 0.5, then 0.02: what do w = 0 and w = 3 lose?
+    3. Derive and add a gate on every token: y = x sigmoid(x w + b) (gate_forward, gate_backward).
+
+Data
+    mnist: python mlp.py --help says where to get it
+
+Papers of these parts: Ronneberger et al. 2015 (U-Net), Heusel et al. 2017 (Frechet distance), Wu
+and He 2018 (GroupNorm), Song et al. 2021 (DDIM), Ho and Salimans 2022 (guidance), Salimans and Ho
+2022 (v), Rombach et al. 2022 (latent diffusion, cross-attention).
+"""
+
+import argparse
+import contextlib
+import ctypes
+import functools
+import gzip
+import inspect
+import re
+import struct
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse freed memory, which
+    libc = ctypes.CDLL(None)                                    # makes a step up to 3 times faster
+    libc.mallopt(-3, 1 << 30)
+    libc.mallopt(-1, -1)
+    libc.mallopt(-8, 1)                                         # one pool for all threads
+
+
+# ---- targets, schedules, fewer steps: python diffusion.py targets --------------------------------
+# Given x_t, any of x_0, the noise e and v = sqrt(abar) e - sqrt(1 - abar) x_0 yields the others. So
+# a net may learn any of them; which is best depends on the data. Sampling may skip noise levels:
+# with eta = 0 no new noise is added, and few long steps are enough (Song et al. 2021, DDIM).
+
+@dataclass
+class Targets(Config):
+    """The ring: three targets in turn, and sampling in fewer steps."""
+    target: Literal["noise", "v", "x0"] = "noise"  # what the net outputs
+    compare: bool = True    # train with all targets in turn; else with --target only
+    schedule: Literal["cosine", "linear"] = "cosine"  # noise levels
+
+
+def linear_schedule(T):
+    """beta from 1e-4 to 0.02, both times 1000 / T (Ho et al. 2020).   -> (T + 1,), abar_0 = 1."""
+    beta = np.linspace(1e-4, 0.02, T) * 1000 / T
+    return np.concatenate([[1.0], np.cumprod(1 - np.minimum(beta, 0.999))])
+
+
+SCHEDULES = {"cosine": cosine_schedule, "linear": linear_schedule}
+
+
+def target_of(x0, noise, abar, target):
+    """What the net is to output."""
+    v = np.sqrt(abar) * noise - np.sqrt(1 - abar) * x0
+    return {"noise": noise, "v": v, "x0": x0}[target]
+
+
+def x0_of(x, y, abar, target):
+    """x_0, if the net outputs y for x_t = x; abar a number."""
+    a, b = abar ** 0.5, (1 - abar) ** 0.5
+    return {"noise": (x - b * y) / a, "v": a * x - b * y, "x0": y}[target]
+
+
+def noisy_batch(x0, cfg, rng, dtype):
+    """x0 (N, D) -> x_t (N, D), features of t (N, 2 K), what the net is to output (N, D)."""
+    t = rng.integers(1, cfg.timesteps + 1, len(x0))
+    abar = SCHEDULES[cfg.schedule](cfg.timesteps)[t, None]
+    noise = rng.standard_normal(x0.shape)
+    target = target_of(x0, noise, abar, cfg.target)
+    return [a.astype(dtype) for a in (add_noise(x0, noise, abar), time_features(t, cfg), target)]
+
+
+def ddim_times(T, count):
+    """count times, evenly spaced, from T to 1, the first and the last level; then 0."""
+    return [*np.linspace(T, 1, min(count, T)).round().astype(int).tolist(), 0]
+
+
+def predictor(net, labels, cfg, w=0.0, limit=1.0):
+    """predict(x, t) for denoise, by net(x, c, labels). Guidance w (Ho and Salimans 2022) moves the
+    output away from that for the label "none": y + w (y - y_none)."""
+    abar = SCHEDULES[cfg.schedule](cfg.timesteps).tolist()
+
+    def predict(x, t):
+        c = time_features(np.full(len(x), t), cfg).astype(x.dtype)
+        y = net(x, c, labels)
+        if w:
+            y = y + w * (y - net(x, c, np.full_like(labels, NONE)))
+        return np.clip(x0_of(x, y, abar[t], cfg.target), -limit, limit)
+    return predict
+
+
+def draw_samples(net, labels, dim, cfg, count, eta=0.0, w=0.0, limit=1.0):
+    """Samples for these labels in count steps.   labels (N,) -> path of x (N, dim)."""
+    rng = np.random.default_rng((cfg.seed, 10 ** 6))
+    abar = SCHEDULES[cfg.schedule](cfg.timesteps).tolist()
+    x = rng.standard_normal((len(labels), dim)).astype(np.float32)
+    times = ddim_times(cfg.timesteps, count)
+    return denoise(predictor(net, labels, cfg, w, limit), x, times, abar, rng, eta)
+
+
+def ring_batch(cfg, step, dtype=np.float32):
+    """-> x_t (N, 2), features of t (N, 2 K), what the net is to output (N, 2)."""
+    rng = np.random.default_rng((cfg.seed, step))
+    return noisy_batch(SCALE * draw_ring(rng, cfg.batch_size), cfg, rng, dtype)
+
+
+def draw_paths(path, cols=44, rows=17):
+    """The way of three points through the plane: a, b and c in capitals where they end.
+    path: list of x (N, 2), N at least 3 -> list of lines."""
+    picture = np.full((rows, cols), " ")
+    for x in path:
+        last = x is path[-1]
+        at = np.clip((x[:3] * [1, -1] / 4 + 0.5), 0, 0.999) * [cols, rows]     # from -2 to 2
+        for (col, row), name in zip(at.astype(int), "ABC" if last else "abc"):
+            picture[row, col] = name
+    return ["".join(line) for line in picture]
+
+
+def chance_level(make_batch, cfg):
+    """The loss of a net that outputs 0: the mean square of the targets."""
+    *_, target = make_batch(replace(cfg, batch_size=4000), cfg.steps + 1)
+    return float((target ** 2).mean())
+
+
+def run_targets(cfg):
+    """Learn each target; count good points by the number of steps; draw paths of both samplers."""
+    start, metrics, pictures = time.perf_counter(), {}, []
+    counts = {"ddpm": (cfg.timesteps, 1.0), "ddim_50": (50, 0.0), "ddim_20": (20, 0.0),
+              "ddim_10": (10, 0.0), "ddim_5": (5, 0.0)}
+    real = draw_ring(np.random.default_rng((cfg.seed, 10 ** 7)), 4000)
+    for target in ("noise", "v", "x0") if cfg.compare else (cfg.target,):
+        own = replace(cfg, target=target)
+        params = init_params(own, np.random.default_rng(cfg.seed))
+        size = sum(p.size for p in params.values())
+        print(f"\nEight Gaussians on a ring, target {target}: net of {cfg.layers} x {cfg.hidden} "
+              f"units, {size} parameters")
+        print(f"chance level: loss {chance_level(ring_batch, own):.3f}, all outputs 0")
+        losses = train(params, own, ring_batch)
+        print("4000 samples: modes covered, share near a mode, sliced Wasserstein distance (sw)")
+        for name, (count, eta) in counts.items():
+            path = draw_samples(lambda x, c, labels: dense_forward(params, x, c)[0],
+                                np.zeros(4000, int), 2, own, count, eta, limit=1.25)
+            pictures.append(draw_paths(path))           # of the first target are shown
+            shares = mode_shares(path[-1] / SCALE)
+            distance = sliced_wasserstein(path[-1] / SCALE, real)
+            found = dict(modes=int((shares >= 1 / 80).sum()), near=float(shares.sum()), sw=distance)
+            metrics.update({f"{target}_{key}": v for key, v in print_row(name, found).items()})
+        if len(losses) < cfg.steps:
+            break
+    print("\nPaths of three points a, b, c from noise to data (capitals); columns, rows: -2 to 2")
+    side_by_side(["DDPM, new noise in every step", "DDIM, no new noise"], pictures[:2])
+    print("\nNext: python diffusion.py targets --schedule linear      python diffusion.py shapes")
+    print_result("targets", cfg, **metrics, params=size, steps=len(losses),
+                 seconds=time.perf_counter() - start)
+
+
+# ---- images: convolution, GroupNorm, attention ---------------------------------------------------
+# The layers of cnn.py and transformer.py.
+
+def conv_forward(x, W):
+    """y[q] = sum_p x[q + p] W[p]; zeros around x, k // 2 deep, keep the size; k is odd.
+    x (N, H, W, C), W (k, k, C, M) -> (N, H, W, M)."""
+    k, _, C, M = W.shape
+    edge = (k // 2, k // 2)
+    padded = np.pad(x, ((0, 0), edge, edge, (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (k, k), axis=(1, 2))
+    patches = windows.transpose(0, 1, 2, 4, 5, 3).reshape(-1, k * k * C)        # im2col
+    y = patches @ W.reshape(-1, M)                      # (N H W, M)
+    return y.reshape(*x.shape[:3], M), (patches, W)
+
+
+def conv_backward(dout, cache):
+    """dW = patches^T dout. dx is dout, convolved with W rotated by 180 degrees, C and M swapped."""
+    patches, W = cache
+    dW = patches.T @ dout.reshape(-1, dout.shape[3])
+    dx, _ = conv_forward(dout, W[::-1, ::-1].swapaxes(2, 3))
+    return dx, dW.reshape(W.shape)
+
+
+def groupnorm_forward(x, gamma, beta, groups, eps=1e-5):
+    """y = gamma xhat + beta, xhat = (x - mean) / sqrt(var + eps), mean and var of each image over
+    all pixels of a group of channels: no batch is needed (Wu and He 2018).   x (N, H, W, C)."""
+    N, H, W, C = x.shape
+    xg = x.reshape(N, H * W, groups, C // groups)
+    mean, var = xg.mean(axis=(1, 3), keepdims=True), xg.var(axis=(1, 3), keepdims=True)
+    inv_std = (var + eps) ** -0.5
+    xhat = (xg - mean) * inv_std
+    return gamma * xhat.reshape(x.shape) + beta, (xhat, gamma, inv_std)
+
+
+def groupnorm_backward(dout, cache):
+    """g = gamma dout, dx = (g - mean(g) - xhat mean(g xhat)) / std, with means over a group;
+    dgamma = sum dout xhat, dbeta = sum dout."""
+    xhat, gamma, inv_std = cache
+    g = (gamma * dout).reshape(xhat.shape)
+    mean_g = g.mean(axis=(1, 3), keepdims=True)
+    mean_g_xhat = (g * xhat).mean(axis=(1, 3), keepdims=True)
+    dx = (g - mean_g - xhat * mean_g_xhat) * inv_std
+    dgamma = (dout * xhat.reshape(dout.shape)).sum(axis=(0, 1, 2))
+    return dx.reshape(dout.shape), dgamma, dout.sum(axis=(0, 1, 2))
+
+
+def embedding_forward(ids, E):
+    """Row ids of E.   ids (...) integers, E (V, D) -> (..., D)."""
+    return E[ids], (ids, E.shape)
+
+
+def embedding_backward(dout, cache):
+    """Row v of dE is the sum of dout over all positions whose id is v."""
+    ids, shape = cache
+    dE = np.zeros(shape, dout.dtype)
+    np.add.at(dE, ids, dout)                            # unlike dE[ids] += dout, adds repeated ids
+    return dE
+
+
+def attention_forward(q, k, v, mask=True):
+    """out = p v, p = softmax(q k^T / sqrt(d)) over the positions where mask is True.
+    q (B, H, T, d), k, v (B, H, S, d), mask fit for (B, H, T, S) -> out (B, H, T, d)."""
+    scores = q @ k.swapaxes(2, 3) * q.shape[3] ** -0.5  # (B, H, T, S)
+    scores = np.where(mask, scores, -1e9)
+    p = np.exp(scores - scores.max(axis=3, keepdims=True))
+    p /= p.sum(axis=3, keepdims=True)
+    return p @ v, (q, k, v, p)
+
+
+def attention_backward(dout, cache):
+    """As causal_attention_backward: where the mask has made p 0, ds is 0."""
+    q, k, v, p = cache
+    dv = p.swapaxes(2, 3) @ dout
+    dp = dout @ v.swapaxes(2, 3)
+    ds = p * (dp - (p * dp).sum(axis=3, keepdims=True))
+    ds *= q.shape[3] ** -0.5
+    return ds @ k, ds.swapaxes(2, 3) @ q, dv
+
+
+def multihead_forward(x, p, heads, B, mask, memory):
+    """Attention, queries from x (B T, D), keys and values from memory (B S, D).   -> (B T, D)."""
+    D = x.shape[1]
+    q, q_cache = linear_forward(x, p["Wq"], p["bq"])
+    kv, kv_cache = linear_forward(memory, p["Wkv"], p["bkv"])       # (B S, 2 D)
+    q = q.reshape(B, -1, heads, D // heads).swapaxes(1, 2)          # (B, H, T, d)
+    kv = kv.reshape(B, -1, 2, heads, D // heads)                    # (B, S, 2, H, d)
+    k, v = kv.transpose(2, 0, 3, 1, 4)                              # (B, H, S, d) each
+    y, attention = attention_forward(q, k, v, mask)
+    y, out = linear_forward(y.swapaxes(1, 2).reshape(x.shape), p["Wo"], p["bo"])
+    return y, (q_cache, kv_cache, attention, out, q.shape)
+
+
+def multihead_backward(dout, cache):
+    """multihead_forward from bottom to top.   -> dx, gradients, dmemory."""
+    q_cache, kv_cache, attention, out, (B, H, T, d) = cache
+    g = {}
+    dy, g["Wo"], g["bo"] = linear_backward(dout, out)
+    dy = dy.reshape(B, T, H, d).swapaxes(1, 2)
+    dq, dk, dv = attention_backward(dy, attention)
+    dq = dq.swapaxes(1, 2).reshape(B * T, H * d)
+    dkv = np.stack([dk, dv]).transpose(1, 3, 0, 2, 4).reshape(-1, 2 * H * d)
+    dx, g["Wq"], g["bq"] = linear_backward(dq, q_cache)
+    dmemory, g["Wkv"], g["bkv"] = linear_backward(dkv, kv_cache)
+    return dx, g, dmemory
+
+
+def space_to_depth(x):
+    """2 x 2 pixels as one of 4 C channels.   (N, H, W, C) -> (N, H / 2, W / 2, 4 C). It only moves
+    numbers, so its backward is depth_to_space."""
+    N, H, W, C = x.shape
+    return x.reshape(N, H // 2, 2, W // 2, 2, C).swapaxes(2, 3).reshape(N, H // 2, W // 2, 4 * C)
+
+
+def depth_to_space(x):
+    """The inverse of space_to_depth."""
+    N, H, W, C = x.shape
+    return x.reshape(N, H, W, 2, 2, C // 4).swapaxes(2, 3).reshape(N, 2 * H, 2 * W, C // 4)
+
+
+# ---- U-Net: python diffusion.py shapes -----------------------------------------------------------
+#     x -> in -> res1 ------------- skip -------------> merge -> res4 -> out
+#                  down -> res2 -> self -> cross -> res3 -> up
+# In res blocks the time is added; self lets distant pixels exchange what they hold; cross lets them
+# read the tokens of the label. Label 10 is "none", for guidance.
+
+GROUPS, TOKENS, NONE = 4, 4, 10
+
+
+@dataclass
+class Shapes:
+    """Ten shapes at four positions, 8 x 8 pixels, drawn by label."""
+    target: Literal["noise", "v", "x0"] = "noise"  # what the net outputs
+    schedule: Literal["cosine", "linear"] = "cosine"  # noise levels
+    timesteps: int = 100    # noise levels T
+    frequencies: int = 16   # features of t are this many sines, and as many cosines
+    channels: int = 32      # channels at 4 x 4; half as many again at 2 x 2
+    heads: int = 4          # attention heads
+    no_label: float = 0.15  # share of the training images whose label is "none"
+    batch_size: int = 32    # images per step
+    steps: int = 900        # optimizer steps
+    lr: float = 0.006       # peak learning rate
+    warmup: int = 50        # steps of linear warmup
+    png: str = ""           # file to write a hundred samples to
+    seed: int = 0           # random seed
+
+
+SHAPES = "disc ring square frame triangle diamond plus cross lines bars".split()
+
+
+def draw_templates():
+    """Ten shapes at 2 x 2 positions: 40 images of 8 x 8 pixels, of which any two differ in at least
+    4 pixels.   -> (40, 64), 1 is ink; rows 4 k to 4 k + 3 show SHAPES[k]."""
+    k = np.arange(40)
+    center = 3 + np.stack([k // 2 % 2, k % 2])[:, :, None]      # (2, 40, 1)
+    y, x = (np.arange(8) - center) / 3.2                # (40, 8) each; the shape is within 1
+    y, x = np.broadcast_arrays(y[:, :, None], x[:, None, :])    # (40, 8, 8)
+    ax, ay, r = abs(x), abs(y), np.hypot(x, y)
+    far, near = np.maximum(ax, ay), np.minimum(ax, ay)
+    inside = [r < 1,                                    # disc
+              (0.6 < r) & (r < 1),                      # ring
+              far < 0.85,                               # square
+              (0.45 < far) & (far < 0.85),              # frame
+              (y < 0.75) & (ax < (y + 1) * 0.55),       # triangle
+              ax + ay < 1.05,                           # diamond
+              (near < 0.25) & (far < 1),                # plus
+              (abs(ax - ay) < 0.3) & (far < 0.8),       # cross
+              (abs(ay - 0.55) < 0.22) & (ax < 0.9),     # lines
+              (abs(ax - 0.55) < 0.22) & (ay < 0.9)]     # bars
+    return np.choose(k[:, None, None] // 4, inside).reshape(40, 64).astype(float)
+
+
+TEMPLATES = draw_templates()
+
+
+def nearest_template(images):
+    """images (N, 64), ink where above 0.5 -> index of the nearest template (N,), the number of
+    pixels that differ from it (N,)."""
+    wrong = ((images > 0.5)[:, None] != (TEMPLATES > 0.5)).sum(axis=2)      # (N, 40)
+    return wrong.argmin(axis=1), wrong.min(axis=1)
+
+
+def quality(images):
+    """images (N, 64) -> share with at most 2 wrong pixels, share with none, number of templates
+    hit: those that at least every 400th image shows with at most 6 wrong pixels."""
+    index, wrong = nearest_template(images)
+    hits = np.bincount(index[wrong <= 6], minlength=40) / len(images)
+    return float((wrong <= 2).mean()), float((wrong == 0).mean()), int((hits >= 1 / 400).sum())
+
+
+def draw_row(images, gap="  "):
+    """Images (n, 64) from 0 to 1, side by side, one character per pixel: . is 0, @ is 1."""
+    light = shade(0.11 + 0.89 * np.clip(images, 0, 1)).reshape(-1, 8, 8)    # 0.11 is not blank
+    for line in light.swapaxes(0, 1):                   # (n, 8)
+        print(gap.join("".join(pixels) for pixels in line))
+
+
+def part(params, prefix):
+    """The parameters whose names begin with prefix, without it."""
+    return {name.removeprefix(prefix): w for name, w in params.items() if name.startswith(prefix)}
+
+
+def prefixed(params, prefix):
+    """The inverse of part."""
+    return {prefix + name: w for name, w in params.items()}
+
+
+def shapes_batch(cfg, step, dtype=np.float32):
+    """Images from -1 to 1, each at a time of its own.   -> x_t (N, 64), features of t (N, 2 K),
+    labels (N,), what the net is to output (N, 64)."""
+    rng = np.random.default_rng((cfg.seed, step))
+    index = rng.integers(0, 40, cfg.batch_size)
+    labels = np.where(rng.random(cfg.batch_size) < cfg.no_label, NONE, index // 4)
+    x, c, target = noisy_batch(2 * TEMPLATES[index] - 1, cfg, rng, dtype)
+    return x, c, labels, target
+
+
+def init_unet(cfg, rng, dtype=np.float32):
+    """The U-Net of images of one channel. The last layer of every branch begins at 0."""
+    C, M, E, D = cfg.channels, 3 * cfg.channels // 2, 2 * cfg.channels, 32
+    shapes = {"in.W": (3, 3, 4, C), "down.W": (1, 1, 4 * C, M), "up.W": (3, 3, M, 4 * C),
+              "merge.W": (3, 3, 2 * C, C), "self.Wq": (M, M), "self.Wkv": (M, 2 * M),
+              "cross.Wq": (M, M), "cross.Wkv": (D, 2 * M)}
+    zero = {"out.W": (3, 3, C, 4), "self.Wo": (M, M), "cross.Wo": (M, M)}
+    norms = {"out.": C, "self.": M, "cross.": M}
+    for name, n in (("res1.", C), ("res2.", M), ("res3.", M), ("res4.", C)):
+        shapes.update({name + "W1": (3, 3, n, n), name + "V": (E, n)})
+        zero[name + "W2"] = 3, 3, n, n
+        norms.update({name + "1": n, name + "2": n})
+    params = {"E": rng.standard_normal((NONE + 1, TOKENS, D))}
+    for name, shape in {**shapes, **zero}.items():
+        scale = (1 / math.prod(shape[:-1])) ** 0.5 if name in shapes else 0.0
+        params[name] = scale * rng.standard_normal(shape)
+        if len(shape) == 2:
+            params[name.replace("W", "b").replace("V", "b")] = np.zeros(shape[1])
+    for name, n in norms.items():
+        prefix, k = name.split(".")
+        params[f"{prefix}.gamma{k}"], params[f"{prefix}.beta{k}"] = np.ones(n), np.zeros(n)
+    params = {name: value.astype(dtype) for name, value in params.items()}
+    return params | prefixed(init_dense([2 * cfg.frequencies, E, E], 0, rng, dtype), "time.")
+
+
+def resblock_forward(x, p, c):
+    """x + f(x): twice GroupNorm, SiLU, convolution; between them the time is added to every pixel.
+    x (N, H, W, C), c (N, E)."""
+    y, norm1 = groupnorm_forward(x, p["gamma1"], p["beta1"], GROUPS)
+    y, silu1 = silu_forward(y)
+    y, conv1 = conv_forward(y, p["W1"])
+    shift, time_cache = linear_forward(c, p["V"], p["b"])           # (N, C)
+    y, norm2 = groupnorm_forward(y + shift[:, None, None], p["gamma2"], p["beta2"], GROUPS)
+    y, silu2 = silu_forward(y)
+    y, conv2 = conv_forward(y, p["W2"])
+    return x + y, (norm1, silu1, conv1, time_cache, norm2, silu2, conv2)
+
+
+def resblock_backward(dout, cache):
+    """resblock_forward from bottom to top -> dx, gradients, dc."""
+    norm1, silu1, conv1, time_cache, norm2, silu2, conv2 = cache
+    g = {}
+    dy, g["W2"] = conv_backward(dout, conv2)
+    dy = silu_backward(dy, silu2)
+    dy, g["gamma2"], g["beta2"] = groupnorm_backward(dy, norm2)
+    dc, g["V"], g["b"] = linear_backward(dy.sum(axis=(1, 2)), time_cache)       # one for all pixels
+    dy, g["W1"] = conv_backward(dy, conv1)
+    dy = silu_backward(dy, silu1)
+    dy, g["gamma1"], g["beta1"] = groupnorm_backward(dy, norm1)
+    return dout + dy, g, dc
+
+
+def attend_forward(x, p, heads, memory):
+    """x + attention of pixels, after GroupNorm, to memory.   x (N, H, W, C), memory (N K, D)."""
+    y, norm = groupnorm_forward(x, p["gamma"], p["beta"], GROUPS)
+    y = y.reshape(-1, x.shape[3])                       # (N H W, C)
+    y, attention = multihead_forward(y, p, heads, len(x), True, memory)
+    return x + y.reshape(x.shape), (norm, attention)
+
+
+def attend_backward(dout, cache):
+    """attend_forward from bottom to top -> dx, gradients, dmemory."""
+    norm, attention = cache
+    dy, g, dmemory = multihead_backward(dout.reshape(-1, dout.shape[3]), attention)
+    dy, g["gamma"], g["beta"] = groupnorm_backward(dy.reshape(dout.shape), norm)
+    return dout + dy, g, dmemory
+
+
+def unet_forward(params, x, c, labels, heads):
+    """x (N, P) images of one channel, c (N, 2 K) features of t, labels (N,) -> (N, P)."""
+    p, k = functools.partial(part, params), {}
+    N, side = len(x), math.isqrt(x.shape[1])
+    c, k["time"] = dense_forward(p("time."), c, c[:, :0])
+    c, k["silu"] = silu_forward(c)
+    tokens, k["tokens"] = embedding_forward(labels, params["E"])    # (N, TOKENS, D)
+    x = space_to_depth(x.reshape(N, side, side, 1))
+    x, k["in"] = conv_forward(x, params["in.W"])
+    skip, k["res1"] = resblock_forward(x, p("res1."), c)
+    x, k["down"] = conv_forward(space_to_depth(skip), params["down.W"])
+    x, k["res2"] = resblock_forward(x, p("res2."), c)
+    x, k["self"] = attend_forward(x, p("self."), heads, x.reshape(-1, x.shape[3]))
+    x, k["cross"] = attend_forward(x, p("cross."), heads, tokens.reshape(N * TOKENS, -1))
+    x, k["res3"] = resblock_forward(x, p("res3."), c)
+    x, k["up"] = conv_forward(x, params["up.W"])
+    x = np.concatenate([depth_to_space(x), skip], axis=3)
+    x, k["merge"] = conv_forward(x, params["merge.W"])
+    x, k["res4"] = resblock_forward(x, p("res4."), c)
+    x, k["norm"] = groupnorm_forward(x, params["out.gamma"], params["out.beta"], GROUPS)
+    x, k["silu_out"] = silu_forward(x)
+    x, k["out"] = conv_forward(x, params["out.W"])
+    return depth_to_space(x).reshape(N, -1), k
+
+
+def unet_backward(dout, k):
+    """unet_forward from bottom to top -> gradients under the keys of params. The time and the skip
+    are used more than once, so their gradients add."""
+    g, N, side = {}, len(dout), math.isqrt(dout.shape[1])
+    dx = space_to_depth(dout.reshape(N, side, side, 1))
+    dx, g["out.W"] = conv_backward(dx, k["out"])
+    dx = silu_backward(dx, k["silu_out"])
+    dx, g["out.gamma"], g["out.beta"] = groupnorm_backward(dx, k["norm"])
+    dx, res4, dc4 = resblock_backward(dx, k["res4"])
+    dx, g["merge.W"] = conv_backward(dx, k["merge"])
+    dx, dskip = np.split(dx, 2, axis=3)
+    dx, g["up.W"] = conv_backward(space_to_depth(dx), k["up"])
+    dx, res3, dc3 = resblock_backward(dx, k["res3"])
+    dx, cross, dtokens = attend_backward(dx, k["cross"])
+    dx, own, dpixels = attend_backward(dx, k["self"])
+    dx, res2, dc2 = resblock_backward(dx + dpixels.reshape(dx.shape), k["res2"])
+    dx, g["down.W"] = conv_backward(dx, k["down"])
+    dx, res1, dc1 = resblock_backward(depth_to_space(dx) + dskip, k["res1"])
+    _, g["in.W"] = conv_backward(dx, k["in"])
+    g["E"] = embedding_backward(dtokens.reshape(N, TOKENS, -1), k["tokens"])
+    _, time_grads = dense_backward(silu_backward(dc1 + dc2 + dc3 + dc4, k["silu"]), k["time"])
+    parts = {"res1.": res1, "res2.": res2, "res3.": res3, "res4.": res4, "self.": own,
+             "cross.": cross, "time.": time_grads}
+    for prefix, grads in parts.items():
+        g.update(prefixed(grads, prefix))
+    return g
+
+
+def unet_loss_and_grads(params, batch, cfg):
+    """One forward and one backward pass -> loss, gradients under the keys of params."""
+    x, c, labels, target = batch
+    y, cache = unet_forward(params, x, c, labels, cfg.heads)
+    loss, loss_cache = mse_forward(y, target)
+    return loss, unet_backward(mse_backward(1.0, loss_cache), cache)
+
+
+SHAPES_LEGEND = ("{} samples: share with at most two wrong pixels (ok), with none (exact), of the "
+                 "asked shape\n(accuracy); entropy of the four positions; templates hit, of 40")
+
+
+def count_shapes(images, labels):
+    """What can be counted, as there are only 40 templates; entropy: of the four positions, mean
+    over the labels, at most log 4 = 1.386.   images (N, 64), labels (N,) -> metrics."""
+    index, _ = nearest_template(images > 0)
+    ok, exact, templates = quality(images > 0)
+    right = index // 4 == labels
+    n = np.bincount(index[right], minlength=40).reshape(10, 4)
+    p = n / np.maximum(1, n.sum(axis=1, keepdims=True))
+    entropy = -(p * np.log(np.maximum(p, 1e-9))).sum(axis=1).mean()
+    return dict(ok=ok, exact=exact, accuracy=float(right.mean()), entropy=float(entropy),
+                templates=templates)
+
+
+SAMPLERS = {            # steps (0: all), eta, guidance w
+    "ddpm": (0, 1.0, 0.0), "ddim_50": (50, 0.0, 0.0), "ddim_20": (20, 0.0, 0.0),
+    "ddim_10": (10, 0.0, 0.0), "ddim_5": (5, 0.0, 0.0), "guided_half": (20, 0.0, 0.5),
+    "guided_1": (20, 0.0, 1.0), "guided_3": (20, 0.0, 3.0)}
+
+
+def compare_samplers(samples, labels, evaluate, samplers=SAMPLERS):
+    """A line for each sampler: metrics and seconds. samples(labels, steps, eta, w) -> images.
+    -> metrics, images of all samplers."""
+    metrics, images = {}, {}
+    for name, setting in samplers.items():
+        start = time.perf_counter()
+        images[name] = samples(labels, *setting)
+        seconds = time.perf_counter() - start
+        metrics.update(print_row(name, evaluate(images[name], labels), f" |  {seconds:.1f} s "))
+    return metrics, images
+
+
+def print_row(name, metrics, end=""):
+    """A line of a table -> metrics, their names begun with name."""
+    texts = [f"  {key} {value:<6.4g}" for key, value in metrics.items()]
+    print(f"    {name:14s}" + "".join(texts) + end)
+    return {f"{name}_{key}": value for key, value in metrics.items() if key != "exact"}
+
+
+def run_shapes(cfg):
+    """Learn to draw shapes; compare samplers and guidance; draw how a shape comes out of noise."""
+    start = time.perf_counter()
+    params = init_unet(cfg, np.random.default_rng(cfg.seed))
+    size = sum(p.size for p in params.values())
+    print(f"Ten shapes at four positions, 8 x 8 pixels, target {cfg.target}, {cfg.timesteps} noise "
+          f"levels:\nU-Net with {cfg.channels} channels, {size} parameters")
+    print(f"chance level: loss {chance_level(shapes_batch, cfg):.3f}, all outputs 0")
+    losses = train(params, cfg, shapes_batch, unet_loss_and_grads)
+
+    def net(x, c, labels):
+        return unet_forward(params, x, c, labels, cfg.heads)[0]
+
+    def samples(labels, count, eta, w):
+        return draw_samples(net, labels, 64, cfg, count or cfg.timesteps, eta, w)[-1]
+    labels = np.arange(200) % 10
+    print(SHAPES_LEGEND.format(200))
+    metrics, images = compare_samplers(samples, labels, count_shapes)
+    show_denoising(net, cfg)
+    show_guidance(images)
+    save_samples(cfg.png, images["guided_1"])
+    print("\nNext: python diffusion.py shapes --target x0      python diffusion.py latent")
+    print_result("shapes", cfg, **metrics, params=size, steps=len(losses),
+                 seconds=time.perf_counter() - start)
+
+
+def show_denoising(net, cfg, label=4):
+    """One image at eight times, and what the net makes of each."""
+    labels, T = np.array([label]), cfg.timesteps
+    path = draw_samples(net, labels, 64, cfg, T, eta=1.0)
+    shown = [round(T * share) for share in (1, 0.8, 0.6, 0.45, 0.3, 0.2, 0.1, 0.02)]
+    x = np.concatenate([path[T - t] for t in shown])
+    x0 = [predictor(net, labels, cfg)(path[T - t], t) for t in shown]
+    print(f"A {SHAPES[label]} out of noise, ink is @; columns: t =", *shown)
+    draw_row((x + 1) / 2)
+    print("The x_0 that the net estimates from each of them:")
+    draw_row((np.concatenate(x0) + 1) / 2)
+
+
+def show_guidance(images, label=4, n=8):
+    """n images of one label for each guidance, the same noise in each column."""
+    for name in ("ddim_20", "guided_1", "guided_3"):
+        x = images[name][label::10][:n]
+        index, wrong = nearest_template(x > 0)
+        marks = [f"{'exact' if w == 0 else str(w) + ' wrong':8s}" if k // 4 == label else "other   "
+                 for k, w in zip(index, wrong)]
+        print(f"{name}, {SHAPES[label]}, ink is @; columns: samples, in all rows of one noise")
+        draw_row((x + 1) / 2)
+        print("  ".join(marks).rstrip())
+
+
+def write_png(path, image):
+    """Colors (H, W, 3) from 0 to 1 as a PNG file: a signature, then chunks of length, name, content
+    and checksum.   Raises InputError."""
+    H, W, _ = image.shape
+    rows = (255 * np.clip(image, 0, 1) + 0.5).astype(np.uint8).reshape(H, 3 * W)
+    rows = np.concatenate([np.zeros((H, 1), np.uint8), rows], axis=1)   # 0: an unfiltered row
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", W, H, 8, 2, 0, 0, 0)),
+              (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")]
+    raw = b"".join(struct.pack(">I", len(body)) + name + body
+                   + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks)
+    try:
+        Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + raw)
+    except OSError as error:
+        raise InputError(f"--png {path}: expected a file to write, found: {error}") from None
+
+
+def save_samples(path, images):
+    """With a path the first hundred images (n, P) from -1 to 1, ten to a row, as a PNG file."""
+    if path:
+        side = math.isqrt(images.shape[1])
+        rows = min(10, len(images) // 10)
+        squares = (images[:10 * rows].reshape(rows, 10, side, side) + 1) / 2
+        squares = np.pad(squares, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=1)     # frames
+        sheet = squares.swapaxes(1, 2).reshape(rows * (side + 2), -1)
+        write_png(path, np.repeat(sheet.repeat(4, axis=0).repeat(4, axis=1)[:, :, None], 3, axis=2))
+        print(f"{path}: {10 * rows} samples, a column per label")
+
+
+# ---- latent diffusion: python diffusion.py latent ------------------------------------------------
+# An autoencoder (vae.py) turns images into codes of few numbers; diffusion works on codes, which
+# costs little (Rombach et al. 2022). A small beta leaves the codes free: their distribution is
+# learned, instead of being forced to N(0, I).
+
+def reparameterize_forward(mu, log_var, e):
+    """z = mu + sigma e, sigma = exp(log_var / 2): if e is a draw from N(0, I), z is one from N(mu,
+    sigma^2).   (N, D) each."""
+    sigma = np.exp(0.5 * log_var)
+    return mu + sigma * e, (sigma, e)
+
+
+def reparameterize_backward(dout, cache):
+    """dmu = dz, dlog_var = dz e sigma / 2, de = dz sigma."""
+    sigma, e = cache
+    return dout, 0.5 * dout * e * sigma, dout * sigma
+
+
+def gaussian_kl_forward(mu, log_var):
+    """KL divergence of N(mu, sigma^2) from N(0, I) in nats, summed over D, mean over N: mean_n
+    sum_d (mu^2 + sigma^2 - 1 - log_var) / 2.   (N, D) each -> scalar."""
+    var = np.exp(log_var)
+    kl = 0.5 * (mu * mu + var - 1 - log_var)            # (N, D)
+    return kl.sum(axis=1).mean(), (mu, var)
+
+
+def gaussian_kl_backward(dout, cache):
+    """dmu = mu / N, dlog_var = (sigma^2 - 1) / (2 N)."""
+    mu, var = cache
+    dout = dout / len(mu)
+    return dout * mu, 0.5 * dout * (var - 1)
+
+
+def bernoulli_forward(logits, targets):
+    """-log p(targets) in nats if pixel p is 1 with probability sigmoid(logits), summed over the
+    pixels, mean over the images: mean_n sum_p log(1 + e^a) - t a.   (N, P) each -> scalar."""
+    nats = np.maximum(logits, 0) + np.log(1 + np.exp(-abs(logits))) - targets * logits
+    return nats.sum(axis=1).mean(), (logits, targets)
+
+
+def bernoulli_backward(dout, cache):
+    """dlogits = (sigmoid(logits) - targets) / N."""
+    logits, targets = cache
+    return (sigmoid(logits) - targets) * (dout / len(logits))
+
+
+@dataclass
+class Codes:
+    """The autoencoder alone: shapes as codes of six numbers."""
+    code: int = 6           # numbers per code
+    coder: int = 128        # units per hidden layer of the encoder and of the decoder
+    beta: float = 0.01      # weight of the KL divergence from N(0, I)
+    batch_size: int = 128   # images per step
+    steps: int = 3000       # optimizer steps
+    lr: float = 0.006       # peak learning rate
+    warmup: int = 50        # steps of linear warmup
+    seed: int = 0           # random seed
+
+
+@dataclass
+class Latent(Codes):
+    """Shapes by label: diffusion on the codes of an autoencoder."""
+    steps: int = 3000       # optimizer steps, of the autoencoder and of the denoiser
+    target: Literal["noise", "v", "x0"] = "v"  # what the denoiser outputs
+    schedule: Literal["cosine", "linear"] = "cosine"  # noise levels
+    timesteps: int = 100    # noise levels T
+    frequencies: int = 16   # features of t are this many sines, and as many cosines
+    hidden: int = 128       # units per hidden layer of the denoiser
+    layers: int = 3         # hidden layers of the denoiser
+    no_label: float = 0.15  # share of the training images whose label is "none"
+    png: str = ""           # file to write a hundred samples to
+
+
+def training_images(cfg):
+    """The training images (n, P), from 0 to 1, and labels (n,) of a task."""
+    return digits(cfg.data, "train") if hasattr(cfg, "data") else (TEMPLATES, np.arange(40) // 4)
+
+
+def init_vae(cfg, rng, dtype=np.float32):
+    """Encoder "enc." and decoder "dec.", each with two hidden layers."""
+    pixels, H = training_images(cfg)[0].shape[1], cfg.coder
+    return {**prefixed(init_dense([pixels, H, H, 2 * cfg.code], 0, rng, dtype), "enc."),
+            **prefixed(init_dense([cfg.code, H, H, pixels], 0, rng, dtype), "dec.")}
+
+
+def vae_batch(cfg, step, dtype=np.float32):
+    """-> images (N, P) from 0 to 1, noise for the codes (N, D)."""
+    rng = np.random.default_rng((cfg.seed, step))
+    images, _ = training_images(cfg)
+    x = images[rng.integers(0, len(images), cfg.batch_size)]
+    return x.astype(dtype), rng.standard_normal((cfg.batch_size, cfg.code)).astype(dtype)
+
+
+def vae_loss_and_grads(params, batch, cfg):
+    """-log p(x|z) + beta KL as in vae.py -> loss, gradients under the keys of params."""
+    x, e = batch
+    nothing = x[:, :0]
+    y, encoder = dense_forward(part(params, "enc."), x, nothing)
+    mu, log_var = np.split(y, 2, axis=1)
+    z, draw = reparameterize_forward(mu, log_var, e)
+    logits, decoder = dense_forward(part(params, "dec."), z, nothing)
+    nats, bernoulli = bernoulli_forward(logits, x)
+    rate, kl = gaussian_kl_forward(mu, log_var)
+    dz, dec = dense_backward(bernoulli_backward(1.0, bernoulli), decoder)
+    dmu, dlog_var, _ = reparameterize_backward(dz, draw)
+    dmu_kl, dlog_var_kl = gaussian_kl_backward(cfg.beta, kl)
+    dy = np.concatenate([dmu + dmu_kl, dlog_var + dlog_var_kl], axis=1)
+    _, enc = dense_backward(dy, encoder)
+    return nats + cfg.beta * rate, {**prefixed(enc, "enc."), **prefixed(dec, "dec.")}
+
+
+def to_codes(params, images):
+    """images (n, P) -> mean and standard deviation of their codes (n, D)."""
+    x = images.astype(np.float32)
+    mu, log_var = np.split(dense_forward(part(params, "enc."), x, x[:, :0])[0], 2, axis=1)
+    return mu, np.exp(0.5 * log_var)
+
+
+def from_codes(params, z):
+    """z (n, D) -> images (n, P) from 0 to 1."""
+    z = z.astype(np.float32)
+    return sigmoid(dense_forward(part(params, "dec."), z, z[:, :0])[0])
+
+
+def init_latent(cfg, rng, dtype=np.float32):
+    """The denoiser of codes."""
+    sizes = [cfg.code] + [cfg.hidden] * cfg.layers + [cfg.code]
+    return init_dense(sizes, 2 * cfg.frequencies + NONE + 1, rng, dtype)
+
+
+def latent_batch(cfg, step, dtype=np.float32, codes=None):
+    """Codes, each at a time of its own; without codes those of an untrained autoencoder.   -> the
+    arrays of shapes_batch."""
+    rng = np.random.default_rng((cfg.seed, step))
+    images, labels = training_images(cfg)
+    codes = codes or scaled_codes(init_vae(cfg, np.random.default_rng(0)), images)
+    rows = rng.integers(0, len(images), cfg.batch_size)
+    labels = np.where(rng.random(cfg.batch_size) < cfg.no_label, NONE, labels[rows])
+    z = codes.mu[rows] + codes.sigma[rows] * rng.standard_normal((cfg.batch_size, cfg.code))
+    x, c, target = noisy_batch(z, cfg, rng, dtype)
+    return x, c, labels, target
+
+
+def with_label(c, labels):
+    """Features of t (N, 2 K), and a 1 in the column of the label.   -> (N, 2 K + 11)."""
+    return np.concatenate([c, np.eye(NONE + 1, dtype=c.dtype)[labels]], axis=1)
+
+
+def latent_loss_and_grads(params, batch, cfg):
+    """One forward and one backward pass -> loss, gradients under the keys of params."""
+    x, c, labels, target = batch
+    return loss_and_grads(params, (x, with_label(c, labels), target), cfg)
+
+
+def train_coder(cfg, vae):
+    """Train the autoencoder in place; show what it makes of training images.   -> losses."""
+    images, _ = training_images(cfg)
+    size = sum(p.size for p in vae.values())
+    print(f"{len(images)} images of {images.shape[1]} pixels as codes of {cfg.code} numbers: "
+          f"autoencoder of {cfg.coder} units per layer, {size} parameters")
+    mean = images.mean(axis=0, keepdims=True).clip(0.01, 0.99)
+    chance, _ = bernoulli_forward(np.log(mean / (1 - mean)), mean)
+    print(f"chance level: loss {chance:.3f}, every pixel at its mean")
+    return train(vae, cfg, vae_batch, vae_loss_and_grads)
+
+
+class Scaled(NamedTuple):
+    """Codes of all training images with mean 0 and variance 1: z = shift + scale (mu + sigma e)."""
+    mu: object
+    sigma: object
+    shift: object
+    scale: object
+
+
+def scaled_codes(vae, images):
+    """images (n, P) -> Scaled."""
+    mu, sigma = to_codes(vae, images)
+    shift, scale = mu.mean(axis=0), np.sqrt(mu.var(axis=0) + (sigma ** 2).mean(axis=0))
+    return Scaled((mu - shift) / scale, sigma / scale, shift, scale)
+
+
+def show_coder(cfg, vae, evaluate, n):
+    """Metrics of reconstructions, of n draws from N(0, I) and from a Gaussian fitted to the codes.
+    -> Scaled, metrics."""
+    rng = np.random.default_rng((cfg.seed, 10 ** 6))
+    images, labels = training_images(cfg)
+    codes, rows, metrics = scaled_codes(vae, images), rng.integers(0, len(images), n), {}
+    covariance = np.cov(codes.mu.T) + np.diag((codes.sigma ** 2).mean(axis=0))
+    fitted = rng.multivariate_normal(np.zeros(cfg.code), covariance, n)
+    draws = {"reconstructed": codes.shift + codes.scale * codes.mu[rows],
+             "normal": rng.standard_normal((n, cfg.code)),
+             "fitted_normal": codes.shift + codes.scale * fitted}
+    for name, z in draws.items():
+        found = evaluate(2 * from_codes(vae, z) - 1, labels[rows])
+        metrics.update(print_row(name, found))
+    return codes, metrics
+
+
+def run_codes(cfg):
+    """The autoencoder alone, and what its codes are worth without diffusion."""
+    start, vae = time.perf_counter(), init_vae(cfg, np.random.default_rng(cfg.seed))
+    losses = train_coder(cfg, vae)
+    print(SHAPES_LEGEND.format(600))
+    _, metrics = show_coder(cfg, vae, count_shapes, 600)
+    print("Eight draws from N(0, I), decoded; columns: draws, ink is @")
+    draw_row(from_codes(vae, np.random.default_rng(cfg.seed).standard_normal((8, cfg.code))))
+    print("\nNext: python diffusion.py codes --beta 1      python diffusion.py latent")
+    print_result("codes", cfg, **metrics, steps=len(losses), seconds=time.perf_counter() - start)
+
+
+def train_latents(cfg, evaluate, n, legend):
+    """Autoencoder, then denoiser; samples of both.   -> metrics, images of all samplers, losses."""
+    vae = init_vae(cfg, np.random.default_rng(cfg.seed))
+    losses = train_coder(cfg, vae)
+    if len(losses) < cfg.steps:
+        return {}, {}, losses
+    print(legend)
+    codes, metrics = show_coder(cfg, vae, evaluate, n)
+    params = init_latent(cfg, np.random.default_rng(cfg.seed))
+    make_batch = functools.partial(latent_batch, codes=codes)
+    print(f"\nDiffusion of the codes, target {cfg.target}, {cfg.timesteps} noise levels: net of "
+          f"{cfg.layers} x {cfg.hidden} units, {sum(p.size for p in params.values())} parameters")
+    print(f"chance level: loss {chance_level(make_batch, cfg):.3f}, all outputs 0")
+    losses = train(params, cfg, make_batch, latent_loss_and_grads)
+
+    def net(x, c, labels):
+        return dense_forward(params, x, with_label(c, labels))[0]
+
+    def samples(labels, count, eta, w):
+        z = draw_samples(net, labels, cfg.code, cfg, count or cfg.timesteps, eta, w, limit=4.0)[-1]
+        return 2 * from_codes(vae, codes.shift + codes.scale * z) - 1
+    more, images = compare_samplers(samples, np.arange(n) % 10, evaluate)
+    return {**metrics, **more}, images, losses
+
+
+def run_latent(cfg):
+    """Learn codes of shapes, then to draw codes; count what they decode to."""
+    start = time.perf_counter()
+    metrics, images, losses = train_latents(cfg, count_shapes, 600, SHAPES_LEGEND.format(600))
+    if images:
+        show_guidance(images)
+        save_samples(cfg.png, images["guided_1"])
+    print("\nNext: python diffusion.py latent --beta 1      python diffusion.py mnist --data mnist")
+    print_result("latent", cfg, **metrics, steps=len(losses), seconds=time.perf_counter() - start)
+
+
+# ---- handwritten digits: python diffusion.py mnist --data mnist ----------------------------------
+# Nothing can be counted here. A judge, a net trained to read digits, is asked instead: is a sample
+# read as the digit asked for (accuracy)? How far are the judge's features of samples from those of
+# test images (Frechet distance of two Gaussians fitted to them; Heusel et al. 2017)? How much do
+# they vary within a class? Such distances compare for one judge and one number of samples only.
+
+@dataclass
+class Mnist(Latent):
+    """Handwritten digits by label: diffusion on the codes of an autoencoder."""
+    code: int = 24          # numbers per code
+    coder: int = 400        # units per hidden layer of the encoder and of the decoder
+    beta: float = 0.3       # weight of the KL divergence from N(0, I)
+    timesteps: int = 400    # noise levels T
+    hidden: int = 512       # units per hidden layer of the denoiser
+    layers: int = 4         # hidden layers of the denoiser
+    batch_size: int = 256   # images per step
+    lr: float = 0.002       # peak learning rate
+    steps: int = 2500       # optimizer steps, of each of three trainings
+    data: str = ""          # folder with the four files of MNIST
+
+
+def read_idx(path):
+    """An IDX file of bytes, gzipped or not: 0 0 8 ndim, sizes as big-endian uint32, the bytes.
+    -> array of uint8.   Raises InputError."""
+    try:
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: expected a whole gzip file, found: {error}") from None
+    known = raw[:3] == b"\0\0\x08" and len(raw) > 3 and len(raw) >= 4 + 4 * raw[3]
+    require(known, path, "an IDX file of bytes (0 0 8) with its sizes, gzip or not", raw[:8])
+    sizes = np.frombuffer(raw[4:4 + 4 * raw[3]], ">u4").tolist()
+    body = np.frombuffer(raw[4 + 4 * raw[3]:], np.uint8)
+    expected = f"{' x '.join(map(str, sizes))} bytes after the header"
+    require(len(body) == math.prod(sizes), path, expected, len(body))
+    return body.reshape(sizes)
+
+
+@functools.lru_cache
+def load_mnist(folder):
+    """The four files of MNIST, or of a data set in its format, gzipped or not.   -> dict: train,
+    validation (the last 5,000 training images, or a tenth of fewer), test; each images (N, 784)
+    with mean 0 and variance 1, labels (N,).   Without a folder noise, for gradient checks.
+    Raises InputError."""
+    if not folder:
+        noise = np.random.default_rng(0).standard_normal((1000, 784)).astype(np.float32)
+        return dict.fromkeys(("train", "validation", "test"), (noise, np.arange(1000) % 10))
+    flag, parts = f"--data {folder}", {}
+    for prefix in ("train", "t10k"):
+        for kind, ndim in (("images", 3), ("labels", 1)):       # mirrors name them .idx3-ubyte, too
+            paths = sorted(Path(folder).glob(f"{prefix}-{kind}?idx{ndim}-ubyte*"))
+            expected = f"a folder with {prefix}-{kind}-idx{ndim}-ubyte.gz"
+            require(paths, flag, expected, "no such file")
+            parts[kind] = read_idx(paths[0])
+        images, labels = parts["images"], parts["labels"]
+        require(images.shape[1:] == (28, 28) and labels.shape == images.shape[:1], flag,
+                f"{prefix}: images of 28 x 28 pixels and as many labels",
+                (images.shape, labels.shape))
+        require(len(images) >= 20, flag, f"{prefix}: 20 images or more", len(images))
+        require(labels.max() < 10, flag, f"{prefix}: labels from 0 to 9",
+                f"labels from {labels.min()} to {labels.max()}")
+        x = images.reshape(len(images), 784) * np.float32(1 / 255)
+        parts[prefix] = (x - np.float32(0.1307)) * np.float32(1 / 0.3081), labels.astype(int)
+    x, y = parts["train"]
+    n = min(5000, len(x) // 10)
+    return {"train": (x[:-n], y[:-n]), "validation": (x[-n:], y[-n:]), "test": parts["t10k"]}
+
+
+@functools.lru_cache
+def digits(folder, split):
+    """-> images (n, 784) from 0 to 1, labels (n,)."""
+    x, labels = load_mnist(folder)[split]
+    return np.clip(x * np.float32(0.3081) + np.float32(0.1307), 0, 1), labels
+
+
+def softmax_cross_entropy_forward(logits, targets):
+    """-mean_n log softmax(logits)[n, targets_n].   logits (N, V), targets (N,) ids -> scalar."""
+    logits = logits - logits.max(axis=1, keepdims=True)     # the same softmax, without overflow
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    loss = -log_p[np.arange(len(targets)), targets].mean()
+    return loss, (log_p, targets)
+
+
+def softmax_cross_entropy_backward(dout, cache):
+    """dlogits = (p - onehot(targets)) / N: log p_t changes with logit k by (k == t) - p_k."""
+    log_p, targets = cache
+    dlogits = np.exp(log_p)
+    dlogits[np.arange(len(targets)), targets] -= 1
+    return dlogits * (dout / len(targets))
+
+
+def init_judge(cfg, rng, dtype=np.float32):
+    """A net that reads digits; its last hidden layer holds the 64 features."""
+    return init_dense([784, 512, 64, 10], 0, rng, dtype)
+
+
+def judge_batch(cfg, step, dtype=np.float32):
+    """-> images (N, 784) from 0 to 1, labels (N,)."""
+    images, labels = digits(cfg.data, "train")
+    rows = np.random.default_rng((cfg.seed, step)).integers(0, len(images), cfg.batch_size)
+    return images[rows].astype(dtype), labels[rows]
+
+
+def judge_loss_and_grads(params, batch, cfg):
+    """One forward and one backward pass -> loss, gradients under the keys of params."""
+    x, labels = batch
+    logits, cache = dense_forward(params, x, x[:, :0])
+    loss, loss_cache = softmax_cross_entropy_forward(logits, labels)
+    _, grads = dense_backward(softmax_cross_entropy_backward(1.0, loss_cache), cache)
+    return loss, grads
+
+
+def judged(judge, images):
+    """images (n, 784) from 0 to 1 -> classes (n,), features (n, 64)."""
+    logits, (_, (features, _), _) = dense_forward(judge, images, images[:, :0])
+    return logits.argmax(axis=1), features.astype(float)
+
+
+def frechet_distance(a, b):
+    """|mean_a - mean_b|^2 + trace(A + B - 2 sqrt(A B)), A and B the covariances.   a, b (n, F)."""
+    A, B = np.cov(a.T), np.cov(b.T)
+    values, U = np.linalg.eigh(A)
+    root = U * np.sqrt(np.maximum(values, 0)) @ U.T     # sqrt(A B) and root B root have one trace
+    overlap = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ B @ root), 0)).sum()
+    distance = ((a.mean(axis=0) - b.mean(axis=0)) ** 2).sum()
+    return max(0.0, float(distance + np.trace(A) + np.trace(B) - 2 * overlap))
+
+
+def judge_digits(judge, real, images, labels):
+    """Metrics of images (n, 784) from -1 to 1 that should show labels; real: features (m, 64)."""
+    classes, features = judged(judge, (images + 1) / 2)
+    within = [features[labels == k].var(axis=0).sum() for k in np.unique(labels)]
+    return dict(accuracy=float((classes == labels).mean()),
+                frechet=frechet_distance(features, real), variance=float(np.mean(within)))
+
+
+def run_mnist(cfg):
+    """Train a judge, an autoencoder, a denoiser; show samples, and what the judge makes of them."""
+    require(cfg.data, "--data", "the folder of MNIST (--help says where to get it)", cfg.data)
+    start, metrics, images = time.perf_counter(), {}, {}
+    judge = init_judge(cfg, np.random.default_rng(cfg.seed))
+    size = sum(p.size for p in judge.values())
+    print(f"A judge of digits: layers of 512 and 64 units, {size} parameters")
+    print("chance level: loss 2.303")
+    losses = train(judge, cfg, judge_batch, judge_loss_and_grads)
+    x, labels = digits(cfg.data, "test")
+    _, real = judged(judge, x[:5000])
+    evaluate = functools.partial(judge_digits, judge, real)
+    if len(losses) == cfg.steps:
+        n = min(2000, len(x))
+        legend = (f"{n} samples: share read as asked for (accuracy); Frechet distance to "
+                  f"{len(real)} test\nimages, variance within a class, in 64 features of the judge")
+        print(legend)
+        metrics.update(print_row("test", evaluate(2 * x[-n:] - 1, labels[-n:])))
+        more, images, losses = train_latents(cfg, evaluate, n, legend)
+        metrics.update(more)
+    if images:
+        print("Samples of 0 to 9 with guidance 1; blank is 0, @ is 1:")
+        for row in images["guided_1"][:10].reshape(2, 5, 28, 28):
+            for lines in shade((row.swapaxes(0, 1)[::3, :, ::2] + 1) / 2):      # (5, 14)
+                print("  ".join("".join(line) for line in lines).rstrip())
+        save_samples(cfg.png, images["guided_1"])
+    print("\nNext: python diffusion.py mnist --data mnist --beta 1      python diffusion.py shapes")
+    print_result("mnist", cfg, **metrics, steps=len(losses), seconds=time.perf_counter() - start)
+
+
+# ---- flags and errors: the same in every lesson --------------------------------------------------
+
+class InputError(ValueError):
+    """A flag, value or file that cannot be used: the program ends with one line, exit status 2."""
+
+
+def require(ok, what, expected, found):
+    """Raise InputError unless ok."""
+    if not ok:
+        raise InputError(f"{what}: expected {expected}, found {found!r}")
+
+
+class Task(NamedTuple):
+    """What a command runs; gradcheck.py drives the same functions."""
+    config: type
+    init_params: object
+    make_batch: object
+    loss_and_grads: object
+    main: object
+
+
+MAY_BE_ZERO = ("seed", "warmup", "top_k", "crop", "window", "fuse", "patch")    # other int: >= 1
+
+
+ABOVE_ZERO = ("lr", "temperature")                                              # other float: >= 0
+
+
+def check(cfg):
+    """Raise InputError unless every value has the type of its field, is one of its choices, is
+    finite and in range, and CONSTRAINTS of this kind of Config hold."""
+    for f in fields(cfg):
+        flag, value = "--" + f.name.replace("_", "-"), getattr(cfg, f.name)
+        if get_args(f.type):
+            choices = get_args(f.type)
+            require(value in choices, flag, " or ".join(map(str, choices)), value)
+        elif f.type in (str, bool):
+            require(isinstance(value, f.type), flag, f.type.__name__, value)
+        elif f.type is int:
+            least = 0 if f.name in MAY_BE_ZERO else 1
+            require(type(value) is int, flag, "a whole number", value)
+            require(least <= value < 2 ** 31, flag, f"{least} or more, below 2^31", value)
+        else:
+            require(type(value) in (int, float), flag, "a number", value)
+            above = value > 0 if f.name in ABOVE_ZERO else value >= 0
+            least = "above 0" if f.name in ABOVE_ZERO else "0 or more"
+            require(above and value < math.inf, flag, f"a number {least}, and finite", value)
+    for ok, what, expected, found in CONSTRAINTS.get(type(cfg), lambda cfg: [])(cfg):
+        require(ok, what, expected, found)
+
+
+def read_flags(tasks, argv):
+    """-> the name of the task that argv begins with (else of the first), its Config: every field is
+    a flag, its comment the help text."""
+    def fail(message):
+        task = argv[0] if argv and argv[0] in tasks else next(iter(tasks))
+        words = re.split("[ =]", " ".join(argv))        # --task names, --task=names
+        late = [word for word in words[1:] if word in tasks] + ["TASK"] * ("--task" in words)
+        program = f"python {Path(sys.argv[0]).name}"
+        hint = f"; tasks are commands: {program} {late[0]}" if late else ""
+        raise InputError(f"{message} ({program} {task} --help lists the flags{hint})")
+
+    usage = f"%(prog)s [TASK] [--flags]     without TASK: {next(iter(tasks))}"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__ + MORE, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="task", metavar="task", prog=parser.prog)
+    parser.error = fail
+    for name, task in tasks.items():
+        command = commands.add_parser(name, help=task.config.__doc__, allow_abbrev=False,
+                                      description=task.config.__doc__)
+        command.error, comments = fail, {}
+        with contextlib.suppress(OSError, TypeError):   # no source text in a notebook cell
+            for c in reversed(task.config.__mro__[:-1]) if {"-h", "--help"} & set(argv) else ():
+                comments.update(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(c), re.M))
+        for f in fields(task.config):
+            kind = dict(type=f.type, metavar=f.name.upper())
+            if f.type is bool:
+                kind = dict(action=argparse.BooleanOptionalAction)
+            elif get_args(f.type):
+                kind = dict(choices=get_args(f.type))
+            text = f"{comments.get(f.name, '')} (default: {f.default!r})".replace("%", "%%")
+            flag = "--" + f.name.replace("_", "-")
+            command.add_argument(flag, default=f.default, help=text, **kind)
+    named = argv and (argv[0] in ("-h", "--help") or not argv[0].startswith("-"))
+    flags = vars(parser.parse_args(argv if named else [next(iter(tasks)), *argv]))
+    name = flags.pop("task")
+    cfg = tasks[name].config(**flags)
+    check(cfg)
+    return name, cfg
+
+
+def run(tasks):
+    """Run what the command line asks for; user errors end in one line, without a traceback."""
+    if sys.stdout and sys.stdout is sys.__stdout__:     # a console, not a notebook
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+        with contextlib.suppress(AttributeError, ValueError):   # Windows; not the main thread
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends it quietly
+    np.seterr(over="ignore", invalid="ignore")          # divergence: see progress and check_finite
+    pasted = "ipykernel" in sys.argv[0]                 # into a notebook cell: argv is not ours
+    try:
+        name, cfg = read_flags(tasks, [] if pasted else sys.argv[1:])
+        tasks[name].main(cfg)
+    except (InputError, FloatingPointError, MemoryError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def share_fits(cfg):
+    """The constraints on a share of labels."""
+    return [(cfg.no_label < 1, "--no-label", "a share below 1", cfg.no_label)]
+
+
+def unet_fits(cfg):
+    """The constraints on the U-Net."""
+    M = 3 * cfg.channels // 2
+    return [*share_fits(cfg),
+            (cfg.channels % 8 == 0, "--channels", "a multiple of 8", cfg.channels),
+            (M % cfg.heads == 0, "--heads", f"a divisor of {M}", cfg.heads)]
+
+
+CONSTRAINTS = {Shapes: unet_fits, Latent: share_fits, Mnist: share_fits}
+
+GRADCHECK = {
+    "conv": ["x 2 5 6 3, W 3 3 3 7", "x 2 7 6 3, W 5 5 3 4"],
+    "groupnorm": "x 2 5 3 6, gamma 6, beta 6, groups=3",
+    "attention": "q 2 3 5 6, k 2 3 7 6, v 2 3 7 6, mask=True",
+    "reparameterize": "mu 5 4, log_var 5 4, e 5 4",
+    "gaussian_kl": "mu 5 4, log_var 5 4",
+    "bernoulli": "logits 5 4, targets 5 4"}
+
+TASKS = {"ring": Task(Config, init_params, make_batch, loss_and_grads, main),
+         "targets": Task(Targets, init_params, ring_batch, loss_and_grads, run_targets),
+         "shapes": Task(Shapes, init_unet, shapes_batch, unet_loss_and_grads, run_shapes),
+         "codes": Task(Codes, init_vae, vae_batch, vae_loss_and_grads, run_codes),
+         "latent": Task(Latent, init_latent, latent_batch, latent_loss_and_grads, run_latent),
+         "mnist": Task(Mnist, init_latent, latent_batch, latent_loss_and_grads, run_mnist)}
+
+if __name__ == "__main__":
+    run(TASKS)
