@@ -371,8 +371,21 @@ def main(cfg):
 # ==== The rest adds to it: other losses, constraints on the slope of D; images of shapes; flags. ==
 
 MORE = """
-Break it
-    python gan.py --critic-steps 1 --steps 3000     more modes, but not with every seed
+Break it (the ring, seed 0: modes covered, share of points near one, distance to real points. As it
+          is 1, 0.98, 1.55, and one mode with each of seeds 0 to 4)
+    python gan.py --noise-dim 8                     2, 0.97, 1.29
+    python gan.py --noise-dim 2                     8, 0.92, 0.25: not every game collapses
+    python gan.py --critic-steps 1 --steps 3000     3, 0.91, 1.22: a weaker D
+    python gan.py game                              8, 0.84, 0.05, and eight with each seed; gap
+                                                    and dist fall together, as no loss above does
+    python gan.py game --lr 0.0005                  0, 0.08, 0.34: too slow
+    python gan.py game --loss hinge                 8, 0.85, 0.06: the slope of D matters more than
+    python gan.py game --loss non-saturating --constraint r1        8, 0.83, 0.04: the loss
+    python gan.py game --loss minimax --constraint none             3, 0.28, 0.95
+    python gan.py game --loss hinge --constraint spectral           2, 0.07, 0.55: smeared
+    python gan.py game --constraint none --steps 2000               0, 0.00, 3.41: G is driven off
+    python gan.py game --constraint clipping --strength 0.3 --beta1 0 --critic-steps 5 \\
+        --lr 0.001 --steps 7500                     2, 0.09, 0.29: smeared over the whole square
 
 Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
     1. python gan.py --noise-dim 2, then 8, for five seeds: how many modes are covered, and why?
@@ -520,22 +533,19 @@ class Game(Config):
     strength: float = 0.1   # weight of the penalty; with clipping the largest weight
 
 
-SLOPES = {"none": None, "clipping": None, "spectral": None, "penalty": 1.0,
-          "r1": 0.0}                                    # |dD/dx| that the penalty asks for, if any
+SLOPES = {"none": None, "clipping": None, "spectral": None, "penalty": 1.0, "r1": 0.0}  # targets
 
 
 def game_batch(cfg, step, dtype=np.float32, rivals=None):
-    """-> real points, noise, a number from 0 to 1 for each pair of a real and a generated point,
-    rivals."""
+    """make_batch with a number from 0 to 1 per row, between real and generated, before rivals."""
     real, noise, rivals = make_batch(cfg, step, dtype, rivals)
     mix = np.random.default_rng((cfg.seed, step, 1)).random((cfg.batch_size, 1)).astype(dtype)
     return real, noise, mix, rivals
 
 
 def normalize_weights(params, rivals):
-    """Spectral norm: divide each W of D by its largest singular value. The rivals give the singular
-    vectors: in training they are params, and the vectors count as constants.
-    -> all parameters, caches by name."""
+    """Each W of D over its largest singular value, whose vectors are constants, from the rivals (in
+    training these are params).   -> all parameters, caches by name."""
     params, caches = dict(params), {}
     for name in ("d_W1", "d_W2", "d_W3"):
         vectors = singular_vectors(rivals[name])
@@ -624,11 +634,12 @@ def run_game(cfg):
     start = time.perf_counter()
     params = init_params(cfg, np.random.default_rng(cfg.seed))
     real = draw_ring(np.random.default_rng((cfg.seed, 10 ** 6 + 2)), 1000)
-    print(f"Eight Gaussians on a ring: loss {cfg.loss}, constraint {cfg.constraint}")
-    print(f"chance level: loss {guessing_loss(cfg):.3f}, D outputs 0. The loss is that of D plus "
-          "that of G, and no measure of success\nmodes: the share of the points on each of the "
-          "eight, in tenths; a dot is below 1/80\ndist: distance to real points; gap: mean output "
-          "of D on real points minus that on generated ones")
+    size = sum(p.size for p in params.values())
+    print(f"Eight Gaussians: loss {cfg.loss}, constraint {cfg.constraint}, {size} parameters")
+    print(f"chance level: loss {guessing_loss(cfg):.3f}, D outputs 0 (the sum of both losses, "
+          "which is no measure of success)\nmodes: the share of the points on each of the eight, "
+          "in tenths; a dot is below 1/80\ndist: distance to real points; gap: mean output of D on "
+          "real points minus on generated ones")
 
     def critic():
         return normalize_weights(params, params)[0] if cfg.constraint == "spectral" else params
@@ -650,8 +661,8 @@ def run_game(cfg):
           f"dD/dx {slope:.3f}:")
     print(*lines, sep="\n")
     print("Next: python gan.py shapes      python gan.py game --constraint clipping --strength 0.3")
-    print_result("game", cfg, **metrics, gap=gap(points), slope=slope, steps=len(losses),
-                 seconds=time.perf_counter() - start)
+    print_result("game", cfg, **metrics, gap=gap(points), slope=slope, params=size,
+                 steps=len(losses), seconds=time.perf_counter() - start)
 
 
 # ---- images of shapes: python gan.py shapes ------------------------------------------------------
@@ -725,12 +736,6 @@ def shapes_batch(cfg, step, dtype=np.float32, rivals=None):
     return real, noise, mix, rivals or init_shapes(cfg, np.random.default_rng(cfg.seed), dtype)
 
 
-def template_shares(images):
-    """The share of the images (N, 64) that show each template with at most 6 wrong pixels."""
-    index, wrong = nearest_template(images)
-    return np.bincount(index[wrong <= 6], minlength=40) / len(images)
-
-
 def draw_row(images, gap="  "):
     """Images (n, 64) from 0 to 1, side by side, one character per pixel: . is 0, @ is 1."""
     light = shade(0.11 + 0.89 * np.clip(images, 0, 1)).reshape(-1, 8, 8)    # 0.11 is not blank
@@ -755,7 +760,8 @@ def run_shapes(cfg):
         images = generated(params, cfg, 4000)
         check_finite(images, params)
         good, exact, templates = quality(images > 0)
-        shares = bars[name] = template_shares(images > 0)
+        index, wrong = nearest_template(images > 0)
+        shares = bars[name] = np.bincount(index[wrong <= 6], minlength=40) / len(images)
         shapes = int((shares.reshape(10, 4).max(axis=1) >= 1 / 400).sum())
         print(f"Of 4000 images {good:.0%} have at most 2 wrong pixels, {exact:.0%} none. They show "
               f"{templates} of 40 templates,\n{shapes} of 10 shapes. The first ten, @ is ink:")
@@ -770,7 +776,8 @@ def run_shapes(cfg):
     for name, shares in bars.items():
         print(f"{name:7s}" + " ".join("".join(four) for four in shade(20 * shares).reshape(10, 4)))
     print("Next: python gan.py shapes --constraint r1 --loss hinge      python diffusion.py")
-    print_result("shapes", cfg, **metrics, steps=len(losses), seconds=time.perf_counter() - start)
+    print_result("shapes", cfg, **metrics, params=size, steps=len(losses),
+                 seconds=time.perf_counter() - start)
 
 
 # ---- flags and errors: the same in every lesson --------------------------------------------------

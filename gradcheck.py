@@ -933,9 +933,6 @@ def notes(module, draws, attempt, called, good):
     different, agree = other_values(module, draws, good) if lesson else ({}, set())
     for text, *lines in different.values():
         say("DIFF", text, lines)
-    if agree:
-        alike = ", ".join(name for name in module.functions if name in agree)
-        say("ok", f"same values as in {lesson.name}: {alike}")
     for name, ascent in [(n, a) for n in mine for *_, a in three_steps(module, n)[:1]]:
         what = "goes uphill: it adds the gradient" if ascent > 0 else "yields nan: a root below 0?"
         attempt(name, expect, ascent <= 0, f"{name} {what}")
@@ -947,6 +944,9 @@ def notes(module, draws, attempt, called, good):
         absent = [re.match(r"(?:[^:]+: )?(.+?) (?:is not|cannot)", n)[1] for n in module.absent]
         rest = absent + [n for n in spine[last:] + spine if n not in vars(module)]
         then = f"next: {rest[0]}" if rest else "the spine is complete"
+        alike = [name for name in module.functions if name in agree - {"loss_and_grads"}]
+        if alike:
+            say("ok", f"same values as in {lesson.name}: {', '.join(alike)}")
         say("note" if names else "later",
             f"{len(done)} of {len(parts)} operations of the spine of {lesson.name}; {then}")
     other = any(name.endswith("_forward") or name.isupper() for name in different)

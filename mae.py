@@ -1123,7 +1123,7 @@ def run_images(cfg):
     metrics = compare_probes(params, cfg)
     if cfg.finetune and len(losses) == cfg.steps:
         metrics.update(finetune(params, cfg))
-    print("\nNext: python mae.py finetune      python transformer.py mnist --data mnist")
+    print("\nNext: python mae.py finetune      python vae.py")
     print_result(type(cfg).__name__.lower(), cfg, error=error, mean_patch_error=mean_error,
                  **metrics, params=size, steps=len(losses), seconds=time.perf_counter() - start)
 

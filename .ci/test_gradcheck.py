@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = sorted(p for p in ROOT.glob("*.py") if p.name != "gradcheck.py")
 ENDS = "\n# ==== A complete program ends here."
-UNSEEN = "nobody compares these; run the file to see:"
+UNSEEN = "nobody compares these; do both files print the same?"
 
 
 def check(path, *flags, **options):
