@@ -436,7 +436,7 @@ Tasks (seconds and minutes on two cores)
     python cnn.py net --model resnet --norm group       any net, on the shapes; 20 s
     python cnn.py gradients                             layer by layer, with and without BatchNorm
     python cnn.py lr-sweep                              a hundredfold range of learning rates; 25 s
-    python cnn.py lr-sweep --data cifar-10-binary.tar.gz                            on photographs
+    python cnn.py lr-sweep --lr 0.02 --data cifar-10-binary.tar.gz                  on photographs
     python cnn.py resnet18                              ResNet-18, as it was published; 20 s
     python cnn.py mnist --data mnist                                            99.3 %, 3 minutes
     python cnn.py cifar --data cifar-10-binary.tar.gz --save plain.npz              the plain net
@@ -1439,7 +1439,8 @@ def run_cifar(cfg):
     start, data = time.perf_counter(), split_cifar(cfg.data)
     metrics = run_images("cifar", cfg, cifar_batch, data, cifar_images, CIFAR)
     print(f"test accuracy {metrics['accuracy']:.2%}")
-    print("\nNext: python cnn.py lr-sweep --data cifar-10-binary.tar.gz      python transformer.py")
+    print("\nNext: python cnn.py lr-sweep --lr 0.02 --data cifar-10-binary.tar.gz      "
+          "python transformer.py")
     print_result("cifar", cfg, **metrics, seconds=time.perf_counter() - start)
 
 
@@ -1452,7 +1453,7 @@ class LrSweep:
     batch_size: int = 128   # images per step
     steps: int = 160        # optimizer steps per training, on shapes
     epochs: int = 3         # passes over the training images per training, with --data
-    lr: float = 0.02        # learning rate in the middle of the range
+    lr: float = 0.03        # learning rate in the middle of the range
     threads: int = 2        # micro-batches, each on a thread, with BatchNorm statistics of its own
     data: str = ""          # cifar-10-binary.tar.gz or its folder; none: ten shapes
     seed: int = 0           # random seed
