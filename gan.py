@@ -596,7 +596,7 @@ def game_loss_and_grads(params, batch, cfg):
     return loss + 2 * g_loss, {**grads, **generator_backward(dfake, generator)}
 
 
-def clipped_update(limit):
+def adam_and_clipping(limit):
     """Adam, then every parameter of D is moved into [-limit, limit]."""
     def update(params, grads, state, lr, beta1, beta2):
         adam_update(params, grads, state, lr, beta1, beta2)
@@ -608,7 +608,7 @@ def clipped_update(limit):
 
 def train_game(params, cfg, batch, note):
     """train with the losses and the constraint of the configuration."""
-    update = clipped_update(cfg.strength) if cfg.constraint == "clipping" else adam_update
+    update = adam_and_clipping(cfg.strength) if cfg.constraint == "clipping" else adam_update
     return train(params, cfg, batch, game_loss_and_grads, update, note)
 
 
