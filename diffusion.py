@@ -944,14 +944,14 @@ def compare_samplers(samples, labels, evaluate, samplers=SAMPLERS):
         start = time.perf_counter()
         images[name] = samples(labels, *setting)
         seconds = time.perf_counter() - start
-        metrics.update(print_row(name, evaluate(images[name], labels), f" |  {seconds:.1f} s "))
+        metrics.update(print_row(name, evaluate(images[name], labels), f"{seconds:6.1f} s"))
     return metrics, images
 
 
 def print_row(name, metrics, end=""):
     """A line of a table -> metrics, their names begun with name."""
-    texts = [f"  {key} {value:<6.4g}" for key, value in metrics.items()]
-    print(f"    {name:14s}" + "".join(texts) + end)
+    texts = [f" {key} {value:<7.4g}" for key, value in metrics.items()]
+    print(f"  {name:13s}" + "".join(texts) + end)
     return {f"{name}_{key}": value for key, value in metrics.items() if key != "exact"}
 
 

@@ -682,7 +682,8 @@ def run_bounds(cfg):
         params, losses = fit(title, cfg, *functions)
         log_w = np.stack([log_weights(params, x, i, 1000, cfg.seed) for i in range(len(x))])
         check_finite(float(log_w.mean()), params)
-        print(f"Bounds on log p(x) of {len(x)} new images, nats; a # is 0.1 above {exact - 4:.2f}")
+        print(f"Rows: bounds on log p(x) of {len(x)} new images, in nats; a # is 0.1 above "
+              f"{exact - 4:.2f}")
         rows = {f"L_{K}": float(log_mean_exp(log_w.reshape(len(x), -1, K)).mean())
                 for K in (1, 10, 100, 1000)}
         for bound, value in {**rows, "exact": exact}.items():
