@@ -542,7 +542,7 @@ def run_targets(cfg):
     counts = {"ddpm": (cfg.timesteps, 1.0), "ddim_50": (50, 0.0), "ddim_20": (20, 0.0),
               "ddim_10": (10, 0.0), "ddim_5": (5, 0.0)}
     real = draw_ring(np.random.default_rng((cfg.seed, 10 ** 7)), 4000)
-    for target in ("noise", "v", "x0") if cfg.compare else (cfg.target,):
+    for target in dict.fromkeys([cfg.target, *["noise", "v", "x0"] * cfg.compare]):
         own = replace(cfg, target=target)
         params = init_params(own, np.random.default_rng(cfg.seed))
         size = sum(p.size for p in params.values())
@@ -944,7 +944,7 @@ def compare_samplers(samples, labels, evaluate, samplers=SAMPLERS):
         start = time.perf_counter()
         images[name] = samples(labels, *setting)
         seconds = time.perf_counter() - start
-        metrics.update(print_row(name, evaluate(images[name], labels), f"{seconds:6.1f} s"))
+        metrics.update(print_row(name, evaluate(images[name], labels), f" | {seconds:.1f} s"))
     return metrics, images
 
 

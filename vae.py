@@ -726,11 +726,13 @@ def run_sweep(cfg):
         ok, _, hit = quality(decode_images(params, rng.standard_normal((4000, cfg.latent))))
         lines.append(f"{beta:5g}{-rate - distortion:9.2f}{active:7d}{ok:7.0%}{hit:6d}/40   "
                      + "=" * round(rate) + "#" * round(distortion))
-        metrics.update({f"elbo_{beta:g}": -rate - distortion, f"rate_{beta:g}": rate})
+        name = f"{beta:g}".replace(".", "_")
+        metrics.update({f"elbo_{name}": -rate - distortion, f"rate_{name}": rate})
         if len(losses) < cfg.steps:
             break
     print("\nColumns: ELBO; active latent numbers; samples with at most 2 wrong pixels; templates "
-          f"hit;\nrate (=) and distortion (#), one per nat. The exact log p(x) is {exact:.2f}")
+          "hit;\na = is a nat of rate, a # is a nat of distortion. The exact log p(x) is "
+          f"{exact:.2f}")
     print(" beta     ELBO active     ok  templates", *lines, sep="\n")
     print("\nNext: python vae.py --beta 0.1      python vae.py bounds")
     print_result("sweep", cfg, exact=exact, chance=chance, **metrics, steps=len(losses),

@@ -102,7 +102,7 @@ def is_refused(done, *words, status=2):
 
 def without_times(text):
     """The lines of an output, without what differs between two equal runs."""
-    times = r"\| +[\d.]+ s .*|[.\d]+ ms|\S*speedup=\S+|\S*seconds=\S+|\S+_per_s=\S+"
+    times = r"\| +[\d.]+ s\b.*|[.\d]+ ms|\S*speedup=\S+|\S*seconds=\S+|\S+_per_s=\S+"
     return [re.sub(times, "", line) for line in text.splitlines()]
 
 
