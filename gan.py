@@ -371,23 +371,23 @@ def main(cfg):
 # ==== The rest adds to it: other losses, constraints on the slope of D; images of shapes; flags. ==
 
 MORE = """
-Break it (the ring, seed 0: modes covered, share of points near one, distance to real points. As it
-          is 1, 0.98, 1.55, and one mode with each of seeds 0 to 4)
-    python gan.py --noise-dim 8                     2, 0.97, 1.29 (seed 1: 6, 0.89, 0.24)
-    python gan.py --noise-dim 2                     8, 0.92, 0.25: not every game collapses
-    python gan.py --critic-steps 1 --steps 3000     3, 0.91, 1.22: a weaker D
-    python gan.py game                              8, 0.84, 0.05, and eight with each seed; gap
-                                                    and dist fall together, as no loss above does
-    python gan.py game --lr 0.0005                  0, 0.08, 0.34: too slow
-    python gan.py game --loss hinge                 8, 0.85, 0.06: the slope of D matters more than
-    python gan.py game --loss non-saturating --constraint r1        8, 0.83, 0.04: the loss
-    python gan.py game --loss minimax --constraint none             3, 0.28, 0.95
-    python gan.py game --loss hinge --constraint spectral           2, 0.07, 0.55: smeared
-    python gan.py game --constraint none --steps 2000               0, 0.00, 3.41: G is driven off
+Break it (the ring, seeds 0 to 4: modes covered, share of points near one, distance to real points)
+    python gan.py                       1, 0.92 to 0.98, 1.51 to 1.55: as it is
+    python gan.py --noise-dim 8         2 to 6, 0.86 to 0.97, 0.24 to 1.29
+    python gan.py --noise-dim 2         7 or 8, 0.91 to 0.96, 0.07 to 0.33: no collapse
+    python gan.py game                  8, 0.84 to 0.87, 0.05 to 0.06; gap and dist fall together
+    python gan.py game --lr 0.0005      0 or 1, 0.06 to 0.08, 0.34 to 0.38: too slow
+    python gan.py game --loss hinge     8, 0.68 to 0.85, 0.05 to 0.10
+    python gan.py game --loss non-saturating --constraint r1        8, 0.80 to 0.89, 0.04 to 0.05:
+                                        the slope of D matters more than the loss
+    python gan.py game --loss hinge --constraint spectral           0 to 2, 0.05 to 0.07, 0.43 to
+                                        0.76: smeared
+    python gan.py game --constraint none --steps 2000               0 to 2, 0.00 to 0.08, 1.19 to
+                                        3.85: G is driven off
     python gan.py game --constraint clipping --strength 0.3 --beta1 0 --critic-steps 5 \\
-        --lr 0.001 --steps 7500                     2, 0.09, 0.29: smeared over the whole square
-    python gan.py shapes                            88 to 94 % good, 8 to 18 templates; with the
-                                                    penalty 47 to 51 %, all 40 (seeds 0 to 4)
+        --lr 0.001 --steps 7500         0 to 2, 0.07 to 0.09, 0.29 to 0.33: smeared over the square
+    python gan.py shapes                88 to 94 % good, 8 to 18 templates; with the penalty 47 to
+                                        51 %, all 40
 
 Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
     1. python gan.py --noise-dim 2, then 8, for five seeds: how many modes are covered, and why?
@@ -596,75 +596,62 @@ def game_loss_and_grads(params, batch, cfg):
     return loss + 2 * g_loss, {**grads, **generator_backward(dfake, generator)}
 
 
-def adam_and_clipping(limit):
-    """Adam, then every parameter of D is moved into [-limit, limit]."""
-    def update(params, grads, state, lr, beta1, beta2):
-        adam_update(params, grads, state, lr, beta1, beta2)
-        for name in grads:
-            if name[0] == "d":
-                params[name] = np.clip(params[name], -limit, limit)
-    return update
-
-
-def train_game(params, cfg, batch, note):
-    """train with the losses and the constraint of the configuration."""
-    update = adam_and_clipping(cfg.strength) if cfg.constraint == "clipping" else adam_update
-    return train(params, cfg, batch, game_loss_and_grads, update, note)
-
-
-def guessing_loss(cfg):
-    """The sum of the losses of both players if D outputs 0 for every point."""
+def play(cfg, title, note, init=init_params, batch=game_batch):
+    """Train with the losses and the constraint of the configuration; with clipping, every parameter
+    of D is moved into [-strength, strength] after a step.   -> params, 4000 points of G, losses."""
+    params = init(cfg, np.random.default_rng(cfg.seed))
     (d_forward, _), (g_forward, _) = GAMES[cfg.loss]
-    logits, targets, slope = np.zeros(2), np.array([1, 0]), SLOPES[cfg.constraint] or 0.0
-    losses = d_forward(logits, targets)[0] + g_forward(logits, 1 - targets)[0]
-    return 2 * losses + cfg.strength * slope ** 2
+    logits, targets, slope = np.zeros(2), np.array([1, 0]), SLOPES[cfg.constraint] or 0
+    guess = 2 * (d_forward(logits, targets)[0] + g_forward(logits, 1 - targets)[0])
+    print(f"\n{title}: loss {cfg.loss}, constraint {cfg.constraint}, "
+          f"{sum(p.size for p in params.values())} parameters\nchance level: loss "
+          f"{guess + cfg.strength * slope ** 2:.3f}, D outputs 0 (the sum of both losses)")
+
+    def update(params, grads, *state):
+        adam_update(params, grads, *state)
+        for name in grads:
+            if cfg.constraint == "clipping" and name[0] == "d":
+                params[name] = np.clip(params[name], -cfg.strength, cfg.strength)
+    losses = train(params, cfg, batch, game_loss_and_grads, update, lambda: note(params))
+    points = generated(params, cfg, 4000)
+    check_finite(points, params)
+    return params, points, losses
 
 
 def draw_critic(critic, edge=2.6, cols=40, rows=20):
-    """The output of D in the plane, blank where lowest, @ where highest -> list of lines, the mean
-    length of dD/dx."""
+    """Draw the output of D in the plane.   -> mean length of dD/dx."""
     x1, x2 = np.meshgrid(np.linspace(-edge, edge, cols), np.linspace(edge, -edge, rows))
     logits, cache = discriminator_forward(critic, np.stack([x1.ravel(), x2.ravel()], axis=1))
     slopes, _ = discriminator_backward(np.ones_like(logits), cache)
+    slope = float(np.hypot(*slopes.T).mean())
+    print("Output of D in the same square, blank where lowest, @ where highest; mean length of "
+          f"dD/dx {slope:.3f}:")
     height = (logits - logits.min()) / (np.ptp(logits) + 1e-12)
-    lines = ["".join(line) for line in shade(height.reshape(rows, cols))]
-    return lines, float(np.hypot(*slopes.T).mean())
+    print("\n".join("".join(line) for line in shade(height.reshape(rows, cols))))
+    return slope
 
 
 def run_game(cfg):
     """Play the game of the configuration on the ring; draw what G and D have learned."""
     start = time.perf_counter()
-    params = init_params(cfg, np.random.default_rng(cfg.seed))
     real = draw_ring(np.random.default_rng((cfg.seed, 10 ** 6 + 2)), 1000)
-    size = sum(p.size for p in params.values())
-    print(f"Eight Gaussians: loss {cfg.loss}, constraint {cfg.constraint}, {size} parameters")
-    print(f"chance level: loss {guessing_loss(cfg):.3f}, D outputs 0 (the sum of both losses, "
-          "which is no measure of success)\nmodes: the share of the points on each of the eight, "
-          "in tenths; a dot is below 1/80\ndist: distance to real points; gap: mean output of D on "
-          "real points minus on generated ones")
+    print("modes: the share of the points on each of the eight, in tenths; a dot is below 1/80\n"
+          "dist: distance to real points; gap: mean output of D on real points minus on generated")
 
-    def critic():
+    def critic(params):
         return normalize_weights(params, params)[0] if cfg.constraint == "spectral" else params
 
-    def gap(points):
-        outputs = [discriminator_forward(critic(), x)[0].mean() for x in (real, points)]
-        return float(outputs[0] - outputs[1])
-
-    def note():
+    def note(params):
         points = generated(params, cfg, 1000)
+        on_real, on_made = (discriminator_forward(critic(params), x)[0] for x in (real, points))
         return (f"  modes {mode_digits(points)}  dist {sliced_wasserstein(points, real):.2f}  "
-                f"gap {gap(points):.2f}")
-    losses = train_game(params, cfg, game_batch, note)
-    points = generated(params, cfg, 4000)
-    check_finite(points, params)
+                f"gap {on_real.mean() - on_made.mean():.2f}")
+    params, points, losses = play(cfg, "Eight Gaussians", note)
     metrics = show_ring(points, cfg)
-    lines, slope = draw_critic(critic())
-    print("Output of D in the same square, blank where lowest, @ where highest; mean length of "
-          f"dD/dx {slope:.3f}:")
-    print(*lines, sep="\n")
+    slope = draw_critic(critic(params))
     print("Next: python gan.py shapes      python gan.py game --constraint clipping --strength 0.3")
-    print_result("game", cfg, **metrics, gap=gap(points), slope=slope, params=size,
-                 steps=len(losses), seconds=time.perf_counter() - start)
+    print_result("game", cfg, **metrics, slope=slope, steps=len(losses),
+                 params=sum(p.size for p in params.values()), seconds=time.perf_counter() - start)
 
 
 # ---- images of shapes: python gan.py shapes ------------------------------------------------------
@@ -750,36 +737,29 @@ def run_shapes(cfg):
     start, metrics, bars = time.perf_counter(), {}, {}
     plain = replace(cfg, loss="non-saturating", constraint="none")
     for name, game in {"plain": plain, "game": cfg}.items():
-        params = init_shapes(cfg, np.random.default_rng(cfg.seed))
-        size = sum(p.size for p in params.values())
-        print(f"\nTen shapes at four positions, 8 x 8 pixels: loss {game.loss}, constraint "
-              f"{game.constraint}, {size} parameters\nchance level: loss {guessing_loss(game):.3f}")
-
-        def note():
-            good, _, templates = quality(generated(params, cfg, 1000) > 0)
+        def note(params, game=game):
+            good, _, templates = quality(generated(params, game, 1000) > 0)
             return f"  good {good:.0%}, {templates} templates"
-        losses = train_game(params, game, shapes_batch, note)
-        images = generated(params, cfg, 4000)
-        check_finite(images, params)
+        params, images, losses = play(game, "Ten shapes at four positions, 8 x 8 pixels", note,
+                                      init_shapes, shapes_batch)
         good, exact, templates = quality(images > 0)
         index, wrong = nearest_template(images > 0)
         shares = bars[name] = np.bincount(index[wrong <= 6], minlength=40) / len(images)
         shapes = int((shares.reshape(10, 4).max(axis=1) >= 1 / 400).sum())
-        print(f"Of 4000 images {good:.0%} have at most 2 wrong pixels, {exact:.0%} none. They show "
-              f"{templates} of 40 templates,\n{shapes} of 10 shapes. The first ten, @ is ink:")
+        print(f"{good:.0%} of 4000 images have at most 2 wrong pixels, {exact:.0%} none. In all\n"
+              f"{templates} of 40 templates, {shapes} of 10 shapes occur. The first ten, @ is ink:")
         draw_row(images[:10] / 2 + 0.5)
         metrics.update({f"{name}_good": good, f"{name}_exact": exact,
                         f"{name}_templates": templates, f"{name}_shapes": shapes})
         if len(losses) < cfg.steps:                     # Ctrl-C
             break
     print("\nShare of each template, four positions for each shape; blank is none, + is 1/40 as in "
-          "the data:")
-    print(" " * 7 + " ".join(shape[:4].ljust(4) for shape in SHAPES))
+          "the data:\n" + " " * 7 + " ".join(shape[:4].ljust(4) for shape in SHAPES))
     for name, shares in bars.items():
         print(f"{name:7s}" + " ".join("".join(four) for four in shade(20 * shares).reshape(10, 4)))
     print("Next: python gan.py shapes --constraint r1 --loss hinge      python diffusion.py")
-    print_result("shapes", cfg, **metrics, params=size, steps=len(losses),
-                 seconds=time.perf_counter() - start)
+    print_result("shapes", cfg, **metrics, params=sum(p.size for p in params.values()),
+                 steps=len(losses), seconds=time.perf_counter() - start)
 
 
 # ---- flags and errors: the same in every lesson --------------------------------------------------
@@ -890,30 +870,18 @@ def run(tasks):
 
 def averages_move(cfg):
     """The constraints on --beta1 and --beta2."""
-    for name in ("beta1", "beta2"):
-        value = getattr(cfg, name)
-        yield value < 1, f"--{name}", "a number below 1", value
+    return [(cfg.beta1 < 1, "--beta1", "a number below 1", cfg.beta1),
+            (cfg.beta2 < 1, "--beta2", "a number below 1", cfg.beta2)]
 
 
-CONSTRAINTS = dict.fromkeys((Config, Game, Shapes), averages_move)
+CONSTRAINTS = {Config: averages_move, Game: averages_move, Shapes: averages_move}
 
-
-def input_gradient_case(rng):
-    """Inputs of input_gradient_forward, for gradcheck.py."""
-    masks = tuple(np.where(rng.random((3, 6)) < 0.5, 0.2, 1) for _ in range(2))
-    W1, W2, W3 = (rng.standard_normal(shape) for shape in ((5, 6), (6, 6), (6, 1)))
-    return dict(masks=masks, W1=W1, W2=W2, W3=W3)
-
-
-def spectral_norm_case(rng):
-    """Inputs of spectral_norm_forward, for gradcheck.py."""
-    vectors = rng.standard_normal(5), rng.standard_normal(3)
-    return dict(W=rng.standard_normal((3, 5)), vectors=vectors)
-
-
-GRADCHECK = {**dict.fromkeys(("hinge", "wasserstein", "minimax"), "logits 3 5, targets<2 3 5"),
-             "gradient_penalty": "g 5 3, target=0.7", "input_gradient": input_gradient_case,
-             "spectral_norm": spectral_norm_case}
+GRADCHECK = {
+    **dict.fromkeys(("hinge", "wasserstein", "minimax"), "logits 3 5, targets<2 3 5"),
+    "gradient_penalty": "g 5 3, target=0.7",
+    "input_gradient": "masks<2 2 3 6, W1 5 6, W2 6 6, W3 6 1",
+    "spectral_norm": lambda rng: dict(W=rng.standard_normal((3, 5)), vectors=(
+        rng.standard_normal(5), rng.standard_normal(3)))}
 
 TASKS = {"ring": Task(Config, init_params, make_batch, loss_and_grads, main),
          "game": Task(Game, init_params, game_batch, game_loss_and_grads, run_game),

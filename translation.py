@@ -487,7 +487,7 @@ Data: any UTF-8 lines SOURCE TAB TARGET. Multi30k, German to English, has a file
     https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/$s.$l.gz
     gunzip -f $s.$l.gz; done; paste $s.de $s.en > $s.tsv; done
     python translation.py pairs --data train.tsv --validation val.tsv --test test_2016_flickr.tsv \\
-        --layers 3 --dim 192 --batch-size 64 --steps 3500 --lr 0.002 --warmup 300 --save m30.npz
+        --layers 3 --dim 192 --batch-size 64 --steps 6000 --lr 0.002 --warmup 300 --save m30.npz
 Headlines of Reuters-21578 (unpack reuters21578.tar.gz, then run the lines that stand below):
     https://archive.ics.uci.edu/ml/machine-learning-databases/reuters21578-mld/reuters21578.tar.gz
     python translation.py pairs --data reuters-headlines.tsv --pointer --lower --layers 2 \\

@@ -189,7 +189,7 @@ def sentence_pairs(n=200):
 
 def data_for(task, folder):
     """A file or folder that --data of a task of this name reads -> its path."""
-    if task == "mnist":
+    if task in ("mnist", "pixels"):
         return mnist_folder(folder / "mnist")
     if task in ("cifar", "lr-sweep"):
         return cifar_archive(folder)

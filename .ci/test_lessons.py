@@ -168,6 +168,60 @@ def test_cifar_files(tmp_path):
         cifar_folder(tmp_path, data_batch_2=good)
 
 
+# ---- lora.py -------------------------------------------------------------------------------------
+
+def small_adapter():
+    """A network and an adapter that changes it."""
+    m = load("lora.py")
+    cfg = m.Config(dim=8, heads=2, digits=3, rank=3, alpha=2.1)
+    params = m.init_params(cfg, np.random.default_rng(0), np.float64)
+    adapter = m.init_adapter(cfg, np.random.default_rng(1), np.float64)
+    return m, cfg, params, adapter
+
+
+def test_adapter():
+    """B = 0 changes nothing and gives A no gradient; merged it is the same; A = B = 0 stays there."""
+    m, cfg, params, adapter = small_adapter()
+    batch = m.adapter_batch(cfg, 1, np.float64, params)
+    before, _ = m.layer_gpt_forward(params, batch[0], cfg)
+    on, _ = m.layer_gpt_forward({**params, **adapter}, batch[0], cfg, m.adapted(cfg))
+    assert np.array_equal(before, on)
+    _, grads = m.adapter_loss_and_grads(adapter, batch, cfg)
+    assert not any(grads[name].any() for name in grads if ".A" in name)
+    assert all(grads[name].any() for name in grads if ".B" in name)
+    _, grads = m.adapter_loss_and_grads({name: 0 * a for name, a in adapter.items()}, batch, cfg)
+    assert not any(g.any() for g in grads.values())
+    adapter = {name: a + 0.3 * np.random.default_rng(2).standard_normal(a.shape) for name, a in adapter.items()}
+    on, _ = m.layer_gpt_forward({**params, **adapter}, batch[0], cfg, m.adapted(cfg))
+    whole, _ = m.layer_gpt_forward(m.merged(params, adapter, cfg), batch[0], cfg)
+    assert np.abs(on - whole).max() < 1e-12 < np.abs(on - before).max()
+
+
+def test_e4m3():
+    """The 253 finite numbers of the format, from their bits; what lies between goes to the nearest."""
+    m = load("lora.py")
+    codes = [(s, e, f) for s in (1, -1) for e in range(16) for f in range(8) if (e, f) != (15, 7)]
+    values = np.unique([s * (f / 8 * 2.0 ** -6 if e == 0 else (1 + f / 8) * 2.0 ** (e - 7)) for s, e, f in codes])
+    assert len(values) == 253 and values.max() == 448 and np.array_equal(m.e4m3(values), values)
+    x = np.random.default_rng(0).standard_normal(5000) * np.exp(np.linspace(-12, 7, 5000))
+    nearest = np.abs(x[:, None] - values).min(axis=1)
+    assert np.allclose(np.abs(m.e4m3(x) - x), nearest, rtol=0, atol=1e-12)
+
+
+def test_same_function():
+    """Outliers, and smoothing them, change no output; the rounding has 2 Q + 1 levels per column."""
+    m, cfg, params, _ = small_adapter()
+    for changed in (m.plant(params, cfg, 400), m.smooth(m.plant(params, cfg, 400), cfg)):
+        ours, theirs = (m.try_job(p, cfg, "sort")[2] for p in (params, changed))
+        assert np.abs(ours - theirs).max() < 1e-10
+    W = np.random.default_rng(0).uniform(-1, 1, (500, 3))
+    for bits, levels in ((2, 3), (3, 7), (4, 15)):
+        Wq = m.quantize(W, bits, axis=0)
+        t = np.abs(W).max(axis=0) / (levels // 2)
+        assert [len(np.unique(column)) for column in Wq.T] == 3 * [levels]
+        assert (np.abs(Wq - W) <= t / 2 + 1e-9).all() and np.allclose(Wq / t, np.round(Wq / t))
+
+
 # ---- autodiff.py ---------------------------------------------------------------------------------
 
 def test_graph(monkeypatch):
@@ -192,10 +246,10 @@ def test_graph(monkeypatch):
 
 def test_ways_to_the_same_gradients():
     a = load("autodiff.py")
-    cfg = a.Cost(layers=2, dim=8, batch_size=3)
-    params, batch = a.init_mnist(cfg, np.random.default_rng(0), np.float64), a.noise_batch(cfg, 1, np.float64)
+    cfg = a.Tape(layers=2, dim=8, batch_size=3)
+    params, batch = a.init_mnist(cfg, np.random.default_rng(0), np.float64), a.mnist_batch(cfg, 1, np.float64)
     right_loss, right = a.hand_loss_and_grads(params, batch, cfg)
-    for way, function in a.ways_of(params, batch).items():
+    for way, function in a.WAYS.items():
         loss, grads = function(params, batch, cfg)
         assert abs(loss - right_loss) < 1e-13 and grads.keys() == right.keys(), way
         assert all(np.abs(g - right[name]).max() < 1e-13 for name, g in grads.items()), way

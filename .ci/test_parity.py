@@ -309,6 +309,13 @@ OPERATIONS = {
                 lambda W, l1, l2: l1 * W.abs().sum() + l2 / 2 * W.pow(2).sum()),
     "causal_attention": (qkv(), lambda q, k, v: SCALED(q, k, v, is_causal=True)),
     "bidirectional_attention": (qkv(), SCALED),
+    "tiled_attention": (qkv() | dict(tiles=[(2, 1), (0, 0), (2, 2), (1, 1), (1, 0), (2, 0)], tile=2),
+                        lambda q, k, v, *_: SCALED(q, k, v, is_causal=True)),
+    "tiled_attention window": (qkv() | dict(tiles=[(0, 0), (1, 1), (1, 0), (2, 2), (2, 1)], tile=2),
+                               lambda q, k, v, *_: SCALED(q, k, v, torch.tensor(
+                                   np.tri(5, dtype=bool)
+                                   & (np.arange(5) // 2 > np.arange(5)[:, None] // 2 - 2)))),
+    "row_block_attention": (qkv() | dict(block=2), lambda q, k, v, _: SCALED(q, k, v, is_causal=True)),
     "attention": (qkv(7), SCALED),
     "attention padding": (qkv(7) | dict(mask=PADDING[:, None, None]), SCALED),
     "attention causal": (qkv() | dict(mask=np.tri(5, dtype=bool)), SCALED),
@@ -409,6 +416,7 @@ NO_COUNTERPART = {
     "memory": "fast weights: the row is a loop, whose inner slopes are from autograd, too",
     "momentum_memory": "as memory",
     "adam_memory": "as memory: torch.optim cannot be differentiated",
+    "lora": "W and b are frozen and get no gradient: the models of lora.py compare those of A and B",
     "cms": "as memory",
 }
 
@@ -485,6 +493,20 @@ for op, *args in (
     OPERATIONS[f"operation {op}"] = dict(op=op) | {f"input {k}": x for k, x in enumerate(args)}, torch_operation
 
 
+def torch_layer(x, W, B, residual=True):
+    """One head over the rows of B images, then an MLP, prenorm."""
+    x = x.unflatten(0, (B, -1))
+    q, k, v = (F.layer_norm(x, x.shape[-1:]) @ W[s] for s in "qkv")
+    y = F.scaled_dot_product_attention(q, k, v) @ W["o"]
+    x = x + y if residual else y
+    y = F.relu(F.layer_norm(x, x.shape[-1:]) @ W["u"]) @ W["d"]
+    return (x + y if residual else y).flatten(0, 1)
+
+
+OPERATIONS["layer"] = dict(
+    x=normal(10, 6), W={s: normal(6, 6) for s in "qkvo"} | {"u": normal(6, 8), "d": normal(8, 6)}, B=2), torch_layer
+
+
 D = torch.distributions
 
 
@@ -506,6 +528,80 @@ OPERATIONS |= {
                   lambda z, t: F.binary_cross_entropy_with_logits(z, t, reduction="sum") / 3),
     "log_weight": (dict(logits=normal(3, 2, 7), z=normal(3, 2, 5), log_var=normal(3, 5), e=normal(3, 2, 5),
                         targets=rng.integers(0, 2, (3, 7)).astype(float)), torch_log_weight)}
+
+
+def torch_experts(x, w, W1, W2, chosen):
+    """All experts on all tokens; the weights are 0 where an expert is not chosen."""
+    every = torch.einsum("neh,ehd->ned", F.relu(torch.einsum("nd,edh->neh", x, W1)), W2)
+    weights = torch.zeros(len(x), len(W1)).scatter(1, torch.as_tensor(chosen), w)
+    return (weights[:, :, None] * every).sum(dim=1)
+
+
+def torch_balance(p, chosen):
+    """E times the product of the shares of tokens and the mean probabilities, summed over the experts."""
+    shares = F.one_hot(torch.as_tensor(chosen), p.shape[1]).double().mean(dim=(0, 1))
+    return p.shape[1] * shares @ p.mean(dim=0)
+
+
+CHOSEN = rng.permuted(np.tile(np.arange(4), (5, 1)), axis=1)[:, :2]
+ROUTED = dict(p=rng.random((5, 4)) + 0.1, chosen=CHOSEN)
+OPERATIONS |= {
+    "softmax": (dict(z=normal(3, 5)), lambda z: z.softmax(dim=1)),
+    "switch_gate": (ROUTED, lambda p, chosen: p.gather(1, chosen)),
+    "shared_gate": (ROUTED, lambda p, chosen: F.normalize(p.gather(1, chosen), p=1, dim=1)),
+    "balance": (ROUTED, torch_balance),
+    "experts": (dict(x=normal(5, 3), w=normal(5, 2), W1=normal(4, 3, 6), W2=normal(4, 6, 3), chosen=CHOSEN),
+                torch_experts)}
+
+
+def torch_causal_conv(x, W, b):
+    """F.conv1d, a filter per channel, with zeros before the first token.   x (T, B, D), W (K, D)."""
+    x = F.pad(x.permute(1, 2, 0), (len(W) - 1, 0))
+    return F.conv1d(x, W.flip(0).T[:, None], b, groups=len(b)).permute(2, 0, 1)
+
+
+def torch_scan(a, b):
+    """A loop that autograd differentiates."""
+    h = [b[0]]
+    for t in range(1, len(a)):
+        h.append(a[t] * h[-1] + b[t])
+    return torch.stack(h)
+
+
+def torch_selective_scan(u, dt, Bt, Ct, A_log, skip):
+    """The same for the states of a selective scan."""
+    a = torch.exp(torch.einsum("tbd,nd->tbnd", dt, -A_log.exp()))
+    h = torch_scan(a, torch.einsum("tbd,tbn->tbnd", dt * u, Bt))
+    return torch.einsum("tbn,tbnd->tbd", Ct, h) + skip * u
+
+
+def torch_lti(u, dt, Bt, Ct, *rest):
+    """A selective scan in which all tokens are alike."""
+    shared = (x.expand(*u.shape[:2], -1) for x in (dt, Bt, Ct))
+    return torch_selective_scan(u, *shared, *rest)
+
+
+def torch_ssd(x, log_a, Bt, Ct):
+    """The recurrence over states (N, P) of every head, in place of attention."""
+    h = torch_scan(log_a.exp().T[:, :, None, None], torch.einsum("htp,tn->thnp", x, Bt))
+    return torch.einsum("tn,thnp->htp", Ct, h)
+
+
+SSM_REST = dict(A_log=normal(6, 4), skip=normal(4))
+OPERATIONS |= {
+    "causal_conv": (dict(x=normal(5, 3, 4), W=normal(2, 4), b=normal(4)), torch_causal_conv),
+    "scan": (dict(a=normal(5, 3, 4), b=normal(5, 3, 4)), torch_scan),
+    "selective_scan": (dict(u=normal(5, 3, 4), dt=rng.random((5, 3, 4)), Bt=normal(5, 3, 6), Ct=normal(5, 3, 6),
+                            **SSM_REST), torch_selective_scan),
+    "lti_conv": (dict(u=normal(5, 3, 4), dt=rng.uniform(0.1, 1, 4), Bt=normal(6), Ct=normal(6), **SSM_REST), torch_lti),
+    "ssd": (dict(x=normal(3, 5, 4), log_a=-rng.random((3, 5)), Bt=normal(5, 6), Ct=normal(5, 6)), torch_ssd)}
+
+
+OPERATIONS["affine"] = (dict(x=normal(3, 5), p=dict(Wo=normal(5, 7), bo=normal(7)), name="o"),
+                        lambda x, p, name: F.linear(x, p["Wo"].T, p["bo"]))
+LOG_SOFTMAX = dict(logits=normal(3, 5), targets=rng.integers(0, 5, 3))
+OPERATIONS |= {"log_prob": (LOG_SOFTMAX, lambda z, t: torch.distributions.Categorical(logits=z).log_prob(t)),
+               "preference": (dict(margin=normal(5)), lambda m: -F.logsigmoid(m).mean())}
 
 
 def tensor(value, gradient=True):
@@ -1040,6 +1136,19 @@ def gpt(p, batch, cfg):
     return tied_loss(p, blocks(p, x, cfg, causal_mask(7)), targets)
 
 
+@model("faster", "spine", dict(layers=1), dict(layers=2), heads=2, dim=8, context=7, tile=3, batch_size=3)
+@model("faster", "text", layers=2, heads=2, dim=8, context=7, tile=3, batch_size=3)
+def plain_gpt(p, batch, cfg):
+    """Blocks without norms and biases; targets of the last positions."""
+    (ids, targets), count = batch, batch[1].shape[1]
+    x = F.embedding(ids, p["E"]) + p["P"]
+    for i in range(cfg.layers):
+        q, k, v = (x @ p[f"{i}.Wqkv"]).unflatten(2, (3, cfg.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + SCALED(q, k, v, is_causal=True).transpose(1, 2).flatten(2) @ p[f"{i}.Wo"]
+        x = x + F.relu(x @ p[f"{i}.W1"]) @ p[f"{i}.W2"]
+    return F.cross_entropy((x[:, -count:] @ p["U"]).flatten(0, 1), targets.flatten())
+
+
 def rotary_block(p, x, heads, mask=None):
     """A block with rotated queries and keys, of LayerNorm and GELU or of RMSNorm and SwiGLU."""
     qkv = F.linear(normalized(p, x, k="1"), p["Wqkv"].T, p.get("bqkv"))
@@ -1214,32 +1323,27 @@ def xor_net(p, x):
 
 
 @model("autodiff", "spine")
-@model("autodiff", "tape")
 def autodiff_xor(p, batch, cfg):
     return F.cross_entropy(xor_net(p, batch[0]), batch[1])
 
 
 @model("autodiff", "mnist", layers=2, dim=8, batch_size=3)
-@model("autodiff", "cost", layers=2, dim=8, batch_size=3)
+@model("autodiff", "tape", layers=2, dim=8, batch_size=3)
 def autodiff_transformer(p, batch, cfg, residual=True):
     x, targets = batch
-    x = F.linear(x, p["Wp"].T, p["bp"]) + p["P"]
+    x, B = (x @ p["Wp"] + p["P"]).flatten(0, 1), len(x)
     for i in range(cfg.layers):
-        q = part(p, f"{i}.")
-        y = normalized(q, x, k="1")
-        y = F.linear(SCALED(y @ q["Wq"], y @ q["Wk"], y @ q["Wv"]), q["Wo"].T, q["bo"])
-        x = x + y if residual else y
-        y = normalized(q, x, k="2")
-        y = F.linear(F.relu(F.linear(y, q["W1"].T, q["b1"])), q["W2"].T, q["b2"])
-        x = x + y if residual else y
-    return F.cross_entropy(F.linear(normalized(p, x).mean(dim=1), p["Wy"].T, p["by"]), targets)
+        x = torch_layer(x, {s: p[f"W{s}{i}"] for s in "qkvoud"}, B, residual)
+    x = F.layer_norm(x, x.shape[-1:]).unflatten(0, (B, -1))
+    return F.cross_entropy(x.mean(dim=1) @ p["Wy"], targets)
 
 
 @pytest.mark.skipif("autodiff" not in LESSONS, reason="not there yet")
 def test_autodiff_without_residual_connections():
     _, params, batch, cfg = prepared("autodiff mnist")
     module, p = lesson("autodiff"), tensor(params)
-    loss, grads = module.loss_and_grads(params, batch, cfg, module.plain_loss)
+    plain_loss = functools.partial(module.transformer_loss, residual=False)
+    loss, grads = module.loss_and_grads(params, batch, cfg, plain_loss)
     compare("autodiff mnist, plain", loss, grads,
             autodiff_transformer(p, [tensor(a, False) for a in batch], cfg, residual=False), p)
 
@@ -1314,6 +1418,78 @@ def gan_game(p, batch, cfg):
     return loss
 
 
+# moe.py
+
+@model("moe", "spine", dict(experts=2), dict(experts=8), dim=6, hidden=5, batch_size=30, balance=0.3)
+@model("moe", "routes", dim=6, hidden=5, batch_size=30, balance=0.3)
+@model("moe", "text", dim=6, hidden=5, batch_size=30, balance=0.3, context=3)
+def moe(p, batch, cfg):
+    """Switch layer in a residual connection; the embeddings of a token add up."""
+    ids, targets = batch
+    x = F.embedding_bag(ids, p["E"], mode="sum")
+    D = x.shape[1:]
+    h = F.rms_norm(x, D, p["gamma1"], eps=1e-5)
+    probabilities = (h @ p["Wg"]).softmax(dim=1)
+    w, chosen = probabilities.max(dim=1, keepdim=True)
+    h = F.rms_norm(x + torch_experts(h, w, p["W1"], p["W2"], chosen), D, p["gamma2"], eps=1e-5)
+    return F.cross_entropy(h @ p["Wout"], targets) + cfg.balance * torch_balance(probabilities, chosen)
+
+
+# rlhf.py
+
+def rlhf_logits(p, ids, heads):
+    """Attention and an MLP with residual connections, without norms.   ids (B, T) -> (B, T, V)."""
+    x = F.embedding(ids, p["E"]) + p["P"][:ids.shape[1]]
+    future = ~torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    layer = nn.MultiheadAttention(x.shape[2], heads, batch_first=True)
+    x = x + call(layer, attention_named("", p), x, x, x, attn_mask=future)[0]
+    x = x + F.linear(F.linear(x, p["W1"].T, p["b1"]).tanh(), p["W2"].T, p["b2"])
+    return F.linear(x, p["E"])
+
+
+def rlhf_log_probs(p, ids, heads):
+    """Of each word after the first, and 1 up to the first full stop, 0 after it.   -> (B, T - 1) each."""
+    log_p = D.Categorical(logits=rlhf_logits(p, ids[:, :-1], heads)).log_prob(ids[:, 1:])
+    stops = ids == lesson("rlhf").EOS
+    return log_p, (stops.cumsum(dim=1) - stops.long() == 0)[:, 1:].double()
+
+
+@model("rlhf", "spine", heads=2, dim=6, batch_size=4)
+def rlhf(p, batch, cfg):
+    ids, weights = batch
+    return -(weights * rlhf_log_probs(p, ids, cfg.heads)[0]).sum()
+
+
+@model("rlhf", "comparisons", batch_size=8)
+def rlhf_bag(p, batch, cfg):
+    return F.softplus(-torch.stack(batch) @ p["w"]).mean() + cfg.l2 / 2 * p["w"].square().sum()
+
+
+@model("rlhf", "reward", heads=2, dim=6, batch_size=6)
+def rlhf_reader(p, batch, cfg):
+    ids = torch.stack(batch)
+    ends = [row.index(lesson("rlhf").EOS) if lesson("rlhf").EOS in row else len(row) - 1 for row in ids.tolist()]
+    r = rlhf_logits(p, ids, cfg.heads)[torch.arange(len(ids)), ends, 0]
+    return F.softplus(r[len(r) // 2:] - r[:len(r) // 2]).mean() + cfg.l2 / 2 * r.square().mean()
+
+
+@model("rlhf", "dpo", heads=2, dim=6, batch_size=6)
+def rlhf_dpo(p, batch, cfg):
+    ids, start = batch
+    log_p, mask = rlhf_log_probs(p, ids, cfg.heads)
+    better, worse = ((log_p * mask).sum(dim=1) - start.sum(dim=1)).chunk(2)
+    return -F.logsigmoid(cfg.beta * (better - worse)).mean()
+
+
+@model("rlhf", "grpo", dict(clip_ratio=0.2), dict(clip_ratio=1e6), heads=2, dim=6, batch_size=4)
+def rlhf_grpo(p, batch, cfg):
+    ids, before, start, A = batch
+    log_p, mask = rlhf_log_probs(p, ids, cfg.heads)
+    ratio, d = (log_p - before).exp(), start - log_p
+    gain = torch.minimum(ratio * A, ratio.clamp(1 - cfg.clip_ratio, 1 + cfg.clip_ratio) * A)
+    return (cfg.beta * (d.exp() - d - 1) - gain)[mask > 0].mean()
+
+
 # ---- vae.py ----------------------------------------------------------------------------------------------------------
 
 def vae_coder(p, x, side):
@@ -1336,13 +1512,7 @@ def vae(p, batch, cfg):
     return (cfg.beta * D.kl_divergence(q, D.Normal(0.0, 1.0)).sum(dim=1) - log_p.sum(dim=1)).mean()
 
 
-@model("vae", "autoencoder", latent=3, hidden=5, batch_size=4)
-def autoencoder(p, batch, cfg):
-    x, _ = batch
-    return F.binary_cross_entropy_with_logits(vae_coder(p, vae_clouds(p, x).loc, "dec"), x, reduction="sum") / len(x)
-
-
-@model("vae", "bounds", dict(draws=1), dict(draws=6), latent=3, hidden=5, batch_size=4)
+@model("vae", "compare", dict(draws=1), dict(draws=6), latent=3, hidden=5, batch_size=4)
 def importance(p, batch, cfg):
     x, e = batch
     q = D.Normal(*(a[:, None] for a in (vae_clouds(p, x).loc, vae_clouds(p, x).scale)))
@@ -1361,20 +1531,13 @@ def conditioned(p, x, c):
 
 
 @model("diffusion", "spine", hidden=5, layers=2, frequencies=3, batch_size=4)
-@model("diffusion", "targets", *options(target=("noise", "v", "x0"), schedule=("cosine", "linear")), hidden=5, layers=2,
-       batch_size=4)
+@model("diffusion", "targets", *options(target=("noise", "v", "x0")), hidden=5, layers=2, batch_size=4)
 def denoiser(p, batch, cfg):
     x, c, target = batch
     return nn.MSELoss()(conditioned(p, x, c), target)
 
 
-@model("diffusion", "latent", dict(target="v"), dict(target="x0"), hidden=5, coder=6, batch_size=4)
-def denoiser_of_codes(p, batch, cfg):
-    x, c, labels, target = batch
-    return nn.MSELoss()(conditioned(p, x, torch.cat([c, F.one_hot(labels, 11)], dim=1)), target)
-
-
-@model("diffusion", "codes", coder=5, code=3, batch_size=4)
+@model("diffusion", "latent", coder=5, code=3, batch_size=4)
 def codes(p, batch, cfg):
     x, e = batch
     mu, log_var = conditioned(part(p, "enc."), x, x[:, :0]).chunk(2, dim=1)
@@ -1418,19 +1581,74 @@ def attended(p, x, memory, heads):
     return x + F.linear(y, p["Wo"].T, p["bo"]).mT.reshape(x.shape)
 
 
-@model("diffusion", "shapes", dict(target="noise"), dict(target="v"), channels=8, heads=2, frequencies=3, batch_size=3)
+@model("diffusion", "shapes", dict(target="noise"), dict(target="v"), channels=8, frequencies=3, batch_size=3)
 def unet(p, batch, cfg):
-    x, c, labels, target = batch
+    x, c, target = batch
+    tokens = F.linear(c[:, -10:], p["label.W"].T, p["label.b"]).reshape(len(x), 4, -1)
     c = F.silu(conditioned(part(p, "time."), c, c[:, :0]))
     y = convolved(p["in.W"], unshuffled(x.reshape(-1, 1, 8, 8)))
     skip = timed_block(part(p, "res1."), y, c)
     y = timed_block(part(p, "res2."), convolved(p["down.W"], unshuffled(skip)), c)
-    y = attended(part(p, "self."), y, y.flatten(2).mT, cfg.heads)
-    y = attended(part(p, "cross."), y, F.embedding(labels, p["E"].flatten(1)).reshape(len(x), 4, -1), cfg.heads)
+    y = attended(part(p, "self."), y, y.flatten(2).mT, 4)
+    y = attended(part(p, "cross."), y, tokens, 4)
     y = shuffled(convolved(p["up.W"], timed_block(part(p, "res3."), y, c)))
     y = timed_block(part(p, "res4."), convolved(p["merge.W"], torch.cat([y, skip], dim=1)), c)
     y = shuffled(convolved(p["out.W"], F.silu(normed(part(p, "out."), y))))
     return nn.MSELoss()(y.flatten(1), target)
+
+
+# ---- lora.py ---------------------------------------------------------------------------------------------------------
+
+LORA = dict(layers=2, heads=2, dim=8, digits=3, batch_size=6)
+
+
+@model("lora", "spine", **LORA)
+@model("lora", "quantize", **LORA)
+def sorting_gpt(p, batch, cfg, scale=0.0):
+    """A GPT with ReLU; with a scale, A and B of every linear layer are an adapter."""
+    def layer(x, i, name):
+        W, b, A, B = (p.get(f"{i}.{kind}{name}") for kind in "WbAB")
+        y = F.linear(x, W.T, b)
+        return y if A is None else y + scale * F.linear(F.linear(x, A.T), B.T)
+    ids, targets = batch
+    x = F.embedding(ids, p["E"]) + p["P"]
+    for i in range(cfg.layers):
+        y = layer(normalized(p, x, f"{i}.", "1"), i, "qkv")
+        q, k, v = y.unflatten(2, (3, cfg.heads, -1)).permute(2, 0, 3, 1, 4)         # (B, H, T, d) each
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + layer(a.transpose(1, 2).flatten(2), i, "o")
+        x = x + layer(F.relu(layer(normalized(p, x, f"{i}.", "2"), i, "1")), i, "2")
+    logits = F.linear(normalized(p, x)[:, -cfg.digits:], p["Wout"].T, p["bout"])
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+@model("lora", "ranks", rank=3, alpha=2.1, **LORA)
+@model("lora", "qlora", rank=3, alpha=2.1, **LORA)
+def lora(p, batch, cfg):
+    ids, targets, base = batch
+    frozen = {name: w.detach() for name, w in base.items()}
+    return sorting_gpt({**frozen, **p}, (ids, targets), cfg, cfg.alpha / cfg.rank)
+
+
+# ---- ssm.py ----------------------------------------------------------------------------------------------------------
+
+@model("ssm", "spine", dict(layers=1), dict(layers=2), length=7, dim=5, states=3, batch_size=4)
+@model("ssm", "lengths", length=7, dim=5, states=3, batch_size=4)
+@model("ssm", "copy", length=7, dim=5, states=3, batch_size=4)
+@model("ssm", "text", length=7, dim=5, states=3, batch_size=4)
+def mamba(p, batch, cfg):
+    ids, targets = batch
+    x = p["E"][ids.T]
+    for i in range(cfg.layers):
+        q = part(p, f"{i}.")
+        u, gate = F.linear(F.rms_norm(x, (cfg.dim,), q["gamma"], 1e-5), q["Win"].T, q["bin"]).chunk(2, dim=2)
+        u = F.silu(torch_causal_conv(u, q["Wconv"], q["bconv"]))
+        y = F.linear(u, q["Wx"].T, q["bx"]) if "Wx" in q else q["bx"].expand(*u.shape[:2], -1)
+        z, Bt, Ct = y.split([cfg.dim, cfg.states, cfg.states], dim=2)
+        y = torch_selective_scan(u, F.softplus(z), Bt, Ct, q["A_log"], q["skip"])
+        x = x + F.linear(y * F.silu(gate), q["Wout"].T, q["bout"])
+    x = F.rms_norm(x[-targets.shape[1]:], (cfg.dim,), p["gamma"], 1e-5)
+    return F.cross_entropy(F.linear(x, p["Wo"].T, p["bo"]).flatten(0, 1), targets.T.flatten())
 
 
 @pytest.mark.parametrize("label", [label for label, (stem, *_) in MODELS.items() if stem in LESSONS])
