@@ -408,7 +408,7 @@ Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
     3. Derive and add Mish in place of SiLU: y = x tanh(log(1 + e^x)) (mish_forward, mish_backward).
 
 Digits (seed 0, 3 minutes of one core)
-    python diffusion.py mnist --data mnist          (python mlp.py --help says where to get it)
+    python diffusion.py mnist --data mnist --png digits.png (mlp.py --help says where to get it)
     accuracy, Frechet distance, variance: test images 0.972 0.037 1.08, reconstructions 0.986 0.025
     0.92, fitted Gaussian 0.095 1.38 2.63, DDIM in 20 steps 0.953 0.042 1.09, with guidance 0.5
     0.996 0.073 0.58, with guidance 3 1.000 0.176 0.37: guidance draws typical digits only
@@ -426,6 +426,7 @@ import functools
 import gzip
 import inspect
 import re
+import struct
 import sys
 import zlib
 from dataclasses import replace
@@ -935,6 +936,39 @@ def show_guidance(images, label=4, n=8):
         print("  ".join(marks).rstrip())
 
 
+def tile_images(images, columns, scale):
+    """Images (N, H, W, C) of 1 or 3 channels in rows of `columns`, in white frames; every pixel
+    becomes a square of scale x scale.   -> one image (., ., 3)"""
+    images = np.repeat(images.repeat(scale, axis=1).repeat(scale, axis=2), 3 // images.shape[3], 3)
+    images = np.pad(images, ((0, -len(images) % columns), (4, 4), (4, 4), (0, 0)),
+                    constant_values=1)
+    rows = images.reshape(-1, columns, *images.shape[1:]).swapaxes(1, 2)  # (rows, H, columns, W, 3)
+    return rows.reshape(len(rows) * rows.shape[1], -1, 3)
+
+
+def write_png(path, image):
+    """Colors (H, W, 3) from 0 to 1 as a PNG file: a signature, then chunks of length, name, content
+    and checksum.   Raises InputError."""
+    H, W, _ = image.shape
+    rows = (255 * np.clip(image, 0, 1) + 0.5).astype(np.uint8).reshape(H, 3 * W)
+    rows = np.concatenate([np.zeros((H, 1), np.uint8), rows], axis=1)   # 0: an unfiltered row
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", W, H, 8, 2, 0, 0, 0)),
+              (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")]
+    raw = b"".join(struct.pack(">I", len(body)) + name + body
+                   + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks)
+    try:
+        Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + raw)
+    except OSError as error:
+        raise InputError(f"--png {path}: expected a file to write, found: {error}") from None
+
+
+def try_png(path):
+    """Raise InputError if no picture can be written to path: before the training, not after it."""
+    require(not os.path.isdir(path), f"--png {path}", "a file", "a folder")
+    write_png(f"{path}.{os.getpid()}", np.zeros((1, 1, 3)))
+    os.remove(f"{path}.{os.getpid()}")
+
+
 def run_images(cfg):
     """A task with labels: train a denoiser; count or judge its samples, and show some."""
     start = time.perf_counter()
@@ -943,6 +977,8 @@ def run_images(cfg):
               "(accuracy); entropy of the four positions; templates hit, of 40")
     if hasattr(cfg, "data"):
         require(cfg.data, "--data", "the folder of MNIST (--help says where to get it)", cfg.data)
+        if cfg.png:
+            try_png(cfg.png)
         cfg = replace(cfg, samples=min(cfg.samples, len(digits(cfg.data, "test")[0]) // 2))
         evaluate, legend = judge_of(cfg)
     train_model = train_unet if hasattr(cfg, "channels") else train_latents
@@ -951,6 +987,10 @@ def run_images(cfg):
         print("Samples of 0 to 9 with guidance 1; . is 0, @ is 1:")
         draw_gray(images["guided_1"][:5])
         draw_gray(images["guided_1"][5:10])
+        if cfg.png:
+            hundred = (images["guided_1"][:100].reshape(-1, 28, 28, 1) + 1) / 2
+            write_png(cfg.png, tile_images(hundred, 10, 2))
+            print(f"{cfg.png}: {len(hundred)} samples, a column per label")
     elif images:
         show_guidance(images)
     *_, task = (name for name, row in TASKS.items() if isinstance(cfg, row.config))
@@ -1086,6 +1126,7 @@ class Mnist(Latent):
     lr: float = 0.002       # peak learning rate
     steps: int = 2500       # optimizer steps, of each of three trainings
     data: str = ""          # folder with the four files of MNIST
+    png: str = ""           # file to write 100 samples to, guidance 1
 
 
 @dataclass
@@ -1097,6 +1138,7 @@ class Pixels(Shapes):
     lr: float = 0.002       # peak learning rate
     samples: int = 400      # images to draw
     data: str = ""          # folder with the four files of MNIST
+    png: str = ""           # file to write 100 samples to, guidance 1
 
 
 def read_idx(path):
@@ -1314,14 +1356,14 @@ def run(tasks):
         sys.exit(130)
 
 
-def fits(cfg):
+def images_fit(cfg):
     """The constraints on tasks with labels."""
     channels = getattr(cfg, "channels", 8)
     return [(cfg.samples >= 10, "--samples", "10 or more", cfg.samples),
             (channels % 8 == 0, "--channels", "a multiple of 8", channels)]
 
 
-CONSTRAINTS = dict.fromkeys((Shapes, Latent, Mnist, Pixels), fits)
+CONSTRAINTS = dict.fromkeys((Shapes, Latent, Mnist, Pixels), images_fit)
 
 GRADCHECK = {
     "conv": ["x 2 5 6 3, W 3 3 3 7", "x 2 7 6 3, W 5 5 3 4"],

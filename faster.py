@@ -404,8 +404,8 @@ def main(cfg):
 
 MORE = """
 Tasks
-    python faster.py lengths --length 8192      quadratic 832 MiB, tiles 10
-    python faster.py text --data tinyshakespeare.txt --steps 3000       minutes
+    python faster.py text --data tinyshakespeare.txt --steps 3000       two minutes: validation 1.95;
+        70 % of 4 drafts accepted, 1.8 times as fast if there are 12 layers
 
 Break it (python faster.py; as it is: accuracy 100 %, difference from the quadratic form 2e-15)
     tiled_attention_forward: no f * in the line of out (or of l)    7 % (8 %): nothing is learned
@@ -502,7 +502,7 @@ def run_lengths(cfg):
     slow, large = costs.pop("quadratic")
     metrics = {f"{name}_memory_ratio": large / peak for name, (ms, peak) in costs.items()}
     metrics |= {f"{name}_speedup": slow / ms for name, (ms, peak) in costs.items()}
-    print("\nNext: python faster.py lengths --length 8192      python faster.py patterns")
+    print("\nNext: python faster.py lengths --length 1024      python faster.py patterns")
     print_result("lengths", cfg, **metrics, seconds=time.perf_counter() - start)
 
 
@@ -553,7 +553,7 @@ def run_patterns(cfg):
             print(f"{f'{mean:.1f} hops':19s}", end="")
             metrics[name.replace(",", "").replace(" ", "_") + "_causal" * causal] = mean
         print()
-    print("\nNext: python faster.py patterns --tiles 256      python faster.py exact")
+    print("\nNext: python faster.py patterns --tiles 128      python faster.py exact")
     print_result("patterns", cfg, **metrics, seconds=time.perf_counter() - start)
 
 

@@ -426,7 +426,7 @@ Tasks
                                         1 to 2, 65 to 67 and 78 to 80 % of the samples have at most
                                         2 wrong pixels (seeds 0 to 4)
     python vae.py sweep                 beta from 0.1 to 10: rate, distortion, posterior collapse
-    python vae.py mnist --data mnist    the net and the measure of Burda et al. 2016
+    python vae.py mnist --data mnist --png digits.png   net and measure of Burda et al. 2016
 
 Break it (python vae.py, seed 0; as it is: ELBO -17.94, 76 % of the samples with at most 2 wrong
 pixels; seeds 0 to 4: -17.94 to -17.78, 75 to 80 %)
@@ -462,6 +462,7 @@ import functools
 import gzip
 import inspect
 import re
+import struct
 import sys
 import zlib
 from dataclasses import replace
@@ -591,7 +592,7 @@ def autoencoder_batch(cfg, step):
     return x, 0 * e
 
 
-def sample(params, cfg, x):
+def samples_and_ways(params, cfg, x):
     """Decode draws from N(0, I), and from a Gaussian fitted to the codes of x (N, P); show ten, and
     ten images on the way between two codes.   -> metrics."""
     rng, (mu, _) = np.random.default_rng(cfg.seed), encode_images(params, x)
@@ -616,7 +617,7 @@ def compare(task, cfg, models):
               f"{own.hidden}\nchance level: loss {chance:.2f}, independent pixels")
         params = init_params(own, np.random.default_rng(own.seed))
         losses = train(params, own, batch, function)
-        table[name] = measure(params, own, x, 1000, exact=exact) | sample(params, own, x)
+        table[name] = measure(params, own, x, 1000, exact=exact) | samples_and_ways(params, own, x)
         if len(losses) < cfg.steps:                     # Ctrl-C
             break
     print("\nFrom the pixels of the disc to those of the bars")
@@ -666,6 +667,7 @@ class Mnist(Config):
     steps: int = 60000      # optimizer steps
     lr: float = 0.002       # peak learning rate
     data: str = ""          # folder with the four files of MNIST
+    png: str = ""           # file to write 100 samples to
 
 
 def read_idx(path):
@@ -744,9 +746,44 @@ def init_mnist(cfg, rng, dtype=np.float32):
     return params
 
 
+def tile_images(images, columns, scale):
+    """Images (N, H, W, C) of 1 or 3 channels in rows of `columns`, in white frames; every pixel
+    becomes a square of scale x scale.   -> one image (., ., 3)"""
+    images = np.repeat(images.repeat(scale, axis=1).repeat(scale, axis=2), 3 // images.shape[3], 3)
+    images = np.pad(images, ((0, -len(images) % columns), (4, 4), (4, 4), (0, 0)),
+                    constant_values=1)
+    rows = images.reshape(-1, columns, *images.shape[1:]).swapaxes(1, 2)  # (rows, H, columns, W, 3)
+    return rows.reshape(len(rows) * rows.shape[1], -1, 3)
+
+
+def write_png(path, image):
+    """Colors (H, W, 3) from 0 to 1 as a PNG file: a signature, then chunks of length, name, content
+    and checksum.   Raises InputError."""
+    H, W, _ = image.shape
+    rows = (255 * np.clip(image, 0, 1) + 0.5).astype(np.uint8).reshape(H, 3 * W)
+    rows = np.concatenate([np.zeros((H, 1), np.uint8), rows], axis=1)   # 0: an unfiltered row
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", W, H, 8, 2, 0, 0, 0)),
+              (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")]
+    raw = b"".join(struct.pack(">I", len(body)) + name + body
+                   + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks)
+    try:
+        Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + raw)
+    except OSError as error:
+        raise InputError(f"--png {path}: expected a file to write, found: {error}") from None
+
+
+def try_png(path):
+    """Raise InputError if no picture can be written to path: before the training, not after it."""
+    require(not os.path.isdir(path), f"--png {path}", "a file", "a folder")
+    write_png(f"{path}.{os.getpid()}", np.zeros((1, 1, 3)))
+    os.remove(f"{path}.{os.getpid()}")
+
+
 def run_mnist(cfg):
     """Train; ELBO and bounds on test images; draw samples."""
     require(cfg.data, "--data", "the folder of MNIST (--help says where to get it)", cfg.data)
+    if cfg.png:
+        try_png(cfg.png)
     start, rng = time.perf_counter(), np.random.default_rng(cfg.seed)
     params = init_mnist(cfg, rng)
     size = sum(p.size for p in params.values())
@@ -763,9 +800,12 @@ def run_mnist(cfg):
     metrics = measure(params, cfg, test[::max(1, len(test) // 1000)][:1000], 5000)
     elbo = -sum(rate_and_distortion(params, test, rng))
     print(f"ELBO of all {len(test)} test images: {elbo:.2f}")
-    samples = decode_images(params, rng.standard_normal((6, cfg.latent)))
+    samples = decode_images(params, rng.standard_normal((100, cfg.latent)))
+    if cfg.png:
+        write_png(cfg.png, tile_images(samples.reshape(100, 28, 28, 1), 10, 2))
+        print(f"{cfg.png}: 100 samples")
     print("Samples; blank is 0, @ is 1")
-    for images in samples.reshape(2, 3, 14, 2, 28).mean(axis=3):           # two rows in one
+    for images in samples[:6].reshape(2, 3, 14, 2, 28).mean(axis=3):           # two rows in one
         for line in shade(images).swapaxes(0, 1):                          # (3, 28)
             print("  ".join("".join(pixels) for pixels in line).rstrip())
     print("\nNext: python vae.py compare      python gan.py")
@@ -795,8 +835,6 @@ class Task(NamedTuple):
 
 
 MAY_BE_ZERO = ("seed", "warmup", "top_k", "crop", "window", "fuse", "patch")    # other int: >= 1
-
-
 ABOVE_ZERO = ("lr", "temperature")                                              # other float: >= 0
 
 

@@ -140,7 +140,8 @@ REFUSED = {     # values that do not go together, or are out of range: command, 
         ("pairs --load nowhere.npz", "--load nowhere.npz")],
     "rlhf.py": [
         ("leash --dim 9", "--dim multiple --heads 2 9"), ("leash --betas 0,x", "--betas 0,x"),
-        ("reward --betas -1", "--betas"), ("best --heads 3", "--dim --heads 3"), ("comparisons --heads 5", "--dim --heads 5"),
+        ("reward --betas -1", "--betas"), ("best --heads 3", "--dim --heads 3"),
+        ("comparisons --heads 5", "--dim --heads 5"),
         ("dpo --heads 3", "--dim --heads 3"), ("grpo --dim 31", "--dim 31"),
         ("grpo --reuse 0", "--reuse 1")],
     "gan.py": [

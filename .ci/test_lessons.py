@@ -6,7 +6,8 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
-from lessons import NEW, cifar_archive, cifar_folder, is_refused, lesson, load, metrics
+from lessons import (NEW, cifar_archive, cifar_folder, is_refused, lesson, load, metrics,
+                     mnist_folder)
 from tasks import FILE, FLOORS
 
 
@@ -29,22 +30,28 @@ def pixels(path):
     return rows[:, 1:].reshape(height, width, 3)
 
 
+DIGITS = [("vae.py", "mnist"), ("diffusion.py", "mnist")]
+
+
 def drawing_tasks():
-    """(lesson, task) of every built-in task with --png."""
+    """(lesson, task) of every built-in task with --png, and of those that draw digits."""
     return [(name, task) for name in NEW for task, row in load(name).TASKS.items()
-            if "png" in {f.name for f in fields(row.config)} and FLOORS[name][task] != FILE]
+            if "png" in {f.name for f in fields(row.config)}
+            and (FLOORS[name][task] != FILE or (name, task) in DIGITS)]
 
 
 @pytest.mark.parametrize("name, task", drawing_tasks())
 def test_picture(name, task, tmp_path):
     """There is something in it; a folder, or a place where nothing can be written, is refused."""
-    file = tmp_path / "a.png"
-    done = lesson(name, task, "--steps", "2", "--png", str(file))
+    file, few = tmp_path / "a.png", [task, "--steps", "2"]
+    if (name, task) in DIGITS:
+        few += ["--data", mnist_folder(tmp_path / "mnist")]
+    done = lesson(name, *few, "--png", str(file))
     assert metrics(done) and f"{file}: " in done.stdout
     assert len(np.unique(pixels(file).reshape(-1, 3), axis=0)) > 2
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert {path.name for path in tmp_path.iterdir()} <= {"a.png", "mnist"}
     for wrong in (tmp_path, tmp_path / "nowhere" / "a.png"):
-        is_refused(lesson(name, task, "--steps", "2", "--png", str(wrong)), "--png", str(wrong))
+        is_refused(lesson(name, *few, "--png", str(wrong)), "--png", str(wrong))
 
 
 # ---- attention.py --------------------------------------------------------------------------------
