@@ -10,8 +10,7 @@ Backward; W and b are frozen and get no gradient:
 At the first step dA is 0, since B is, and dB is not. Were A and B both 0, both would remain so.
 Merged into W + s A B, the adapter costs nothing, and y is the same up to rounding.
 
-A small GPT learns to sort and to reverse digits, then to sort in descending order, from 128
-examples: with adapters, or by changing all parameters.
+A small GPT learns to sort and to reverse digits; then, from 128 examples, to sort downwards.
 
 Run    python lora.py      (python lora.py --help lists the other tasks)
 Papers: Hu et al. 2021 (LoRA), Aghajanyan et al. 2020 (few dimensions suffice for fine-tuning).
@@ -22,7 +21,6 @@ Papers: Hu et al. 2021 (LoRA), Aghajanyan et al. 2020 (few dimensions suffice fo
 # dependencies = ["numpy"]
 # ///
 
-import functools
 import math
 import os
 import signal
@@ -219,7 +217,7 @@ AFFINE = affine_forward, affine_backward
 
 def adapted(cfg):
     """The linear layer with an adapter, a pair of functions as AFFINE."""
-    return functools.partial(lora_forward, scale=cfg.alpha / cfg.rank), lora_backward
+    return (lambda x, p, name: lora_forward(x, p, name, cfg.alpha / cfg.rank)), lora_backward
 
 
 def layer_block_forward(x, p, heads, B, layer, layer_backward):
@@ -384,8 +382,8 @@ def tune_adapter(params, cfg, batch=adapter_batch):
     """Learn the third job by an adapter.   -> adapter, losses."""
     adapter = init_adapter(cfg, np.random.default_rng(cfg.seed))
     print(f"\nAdapter of rank {cfg.rank}: {sum(a.size for a in adapter.values())} numbers")
-    return adapter, train(adapter, replace(cfg, lr=3 * cfg.lr), functools.partial(
-        batch, base=params), adapter_loss_and_grads)
+    return adapter, train(adapter, replace(cfg, lr=3 * cfg.lr), lambda cfg, step:
+                          batch(cfg, step, base=params), adapter_loss_and_grads)
 
 
 def tune_all(params, cfg, batch=adapter_batch):
@@ -502,6 +500,7 @@ et al. 2022 (LLM.int8), 2023 (QLoRA), Xiao et al. 2022 (SmoothQuant), Micikevici
 import argparse
 import contextlib
 import ctypes
+import functools
 import inspect
 import re
 import sys

@@ -238,8 +238,7 @@ def loss_and_grads(params, batch, cfg):
 
 
 def reward_loss_and_grads(params, batch, cfg):
-    """batch: word_counts of the better sentences minus those of the worse (N, V). l2 keeps the
-    weight of a word small that comparisons hardly depend on.   -> loss, gradients."""
+    """batch: word_counts of the better sentences minus those of the worse (N, V) -> loss, grads."""
     w, differences = params["w"], batch
     loss, cache = preference_forward(differences @ w)
     dw = differences.T @ preference_backward(1.0, cache)
@@ -455,9 +454,8 @@ def main(cfg):
     draw_weights(w)
     metrics, losses = follow(start, reward, losses, cfg)
     print("\nNext: python rlhf.py reward      python rlhf.py dpo      python rlhf.py --betas 0.1,3")
-    size = sum(p.size for p in start.values())
-    print_result("leash", cfg, accuracy=right, **metrics, params=size, steps=len(losses),
-                 seconds=time.perf_counter() - begin)
+    print_result("leash", cfg, accuracy=right, **metrics, steps=len(losses),
+                 params=sum(p.size for p in start.values()), seconds=time.perf_counter() - begin)
 
 
 # ==== A complete program ends here. Typing along? End it with  main(Config())  and run it. ====

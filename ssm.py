@@ -433,14 +433,12 @@ def print_result(task, cfg, **metrics):
 
 def main(cfg):
     """Learn to find the token after the mark; draw the step sizes; try longer sequences."""
-    start = time.perf_counter()
-    params = init_params(cfg, np.random.default_rng(cfg.seed))
+    start, params = time.perf_counter(), init_params(cfg, np.random.default_rng(cfg.seed))
     size = sum(p.size for p in params.values())
     print(f"Which token followed the first *? Length {cfg.length}, layers {cfg.layers}, dim "
           f"{cfg.dim}, {size} parameters\nchance level: loss {math.log(8):.3f}, accuracy 12.5%")
     losses = train(params, cfg)
-    lengths = cfg.length, 4 * cfg.length, 16 * cfg.length
-    metrics = {f"accuracy_{n}": accuracy_at(n, params, cfg) for n in lengths}
+    metrics = {f"accuracy_{n}": accuracy_at(n, params, cfg) for n in cfg.length * 4 ** np.arange(3)}
     print("Step sizes dt below the tokens, a row per channel, those that vary most: blank is 0, @ "
           "the\nlargest. Last row: how much of each token is left in the states at the end")
     draw_steps(params, cfg)
