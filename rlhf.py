@@ -721,11 +721,11 @@ def run_dpo(cfg):
         now = [log_probs(policy, ids, cfg).sum(axis=1).mean() for ids in pairs]
         trues.append(found["true"])
         rows.append((len(rows) + 1, now[0] - before[0], now[1] - before[1], found["kl"]))
-        return (f"  true {found['true']:5.2f}  KL {found['kl']:4.1f}  better {rows[-1][1]:6.2f}  "
-                f"worse {rows[-1][2]:6.2f}")
+        _, better, worse, kl = rows[-1]
+        return f"  true {found['true']:5.2f}  KL {kl:4.1f}  b {better:5.1f}  w {worse:5.1f}"
     if len(losses) == cfg.steps:                        # not after Ctrl-C
-        print(f"\nDPO, beta {cfg.beta}; better, worse: change of their log-probability in nats\n"
-              f"chance level: loss {math.log(2):.3f}")
+        print(f"\nDPO, beta {cfg.beta}; b, w: change of the log-probability of better and worse "
+              f"sentences,\nin nats\nchance level: loss {math.log(2):.3f}")
         losses = train(policy, replace(cfg, lr=cfg.policy_lr), lambda cfg, step: dpo_batch(
             cfg, step, pairs=pairs, start=start), dpo_loss_and_grads, note)
     found = outcome(policy, start, reward, cfg)
