@@ -375,7 +375,8 @@ Exercises (python gradcheck.py my_autodiff.py checks the rules)
     3. Nodes with the same operation, inputs and attributes have the same value. Compute it once:
        how many Nodes of the fourth derivative are left of 137?
 
-MNIST is a folder with four files (python autodiff.py mnist --data mnist: 94 %, plain 88 %):
+MNIST is a folder with four files (python autodiff.py mnist --data mnist: 96.1 %; without
+residual connections 90.0 %):
     for f in train-images-idx3 train-labels-idx1 t10k-images-idx3 t10k-labels-idx1; do
     curl --create-dirs -o mnist/$f-ubyte.gz \\
         https://ossci-datasets.s3.amazonaws.com/mnist/$f-ubyte.gz; done

@@ -403,8 +403,8 @@ Break it (seed 0)
                                             does not show
 
 Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
-    1. python diffusion.py --timesteps 10, 30, 300: what do modes, near and sw become, and why?
-    2. python diffusion.py shapes --no-label 0.5, then 0.02: what do w = 0 and w = 3 lose?
+    1. python diffusion.py --timesteps 10 (then 30, 300): what becomes of modes, near, sw?
+    2. python diffusion.py shapes --no-label 0.5 (then 0.02): what do w = 0 and w = 3 lose?
     3. Derive and add Mish in place of SiLU: y = x tanh(log(1 + e^x)) (mish_forward, mish_backward).
 
 Digits (seed 0, 3 minutes of one core)

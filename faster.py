@@ -792,8 +792,8 @@ def run_text(cfg):
         Q = [[read(row[:t], 1)[0] for t in range(4, len(row) + 1)] for row in ids.tolist()]
         overlap[n] = float(np.minimum(P[:, 3:], Q).sum(axis=2).mean())
     print(f"validation {loss:.3f}\n\nRows: n, the characters that a draft depends on (0: the draft "
-          "is the target); k, how\nmany are drafted. Columns: 1 - TV on validation text, accepted, "
-          "characters per pass\n(predicted), time per character")
+          "is the target); k, how\nmany are drafted. Columns: 1 - TV on validation text, what both "
+          "distributions share;\naccepted; characters per pass (predicted); time per character")
     metrics, prompt = {"gap": 0.0}, validation[:8].tolist()
     for depth, target in ((cfg.layers, params), (12, deep)):
         *_, plain = measure_drafts(target, cfg, None, 0, prompt)

@@ -1,8 +1,7 @@
 """gradcheck.py: is this derivative right?  Ask the function itself.
 
-The slope of f at x is nearly (f(x + h) - f(x - h)) / 2h. Training cannot use that, since it takes
-two forward passes for every single number. But it needs no derivation, so it can tell whether a
-derivation is right.
+The slope of f at x is nearly (f(x + h) - f(x - h)) / 2h. That takes two forward passes per number,
+too many for training. But it needs no derivation, so it can tell whether a derivation is right.
 
 Both sides: one side, (f(x + h) - f(x)) / h, is off by about h f''/2; with both that cancels.
 h = 1e-5: what is left, h^2 f'''/6, and rounding, about 1e-16 |f| / h, are then about 1e-11, in
@@ -210,7 +209,8 @@ def draw_operation(module, name, case, seed):
 
     def by_name(values):                                # a dict of parameters is taken apart
         return {k if key is None else f"{k}[{key!r}]": v for k, value in zip(wanted, values)
-                for key, v in (value.items() if isinstance(value, dict) else [(None, value)])}
+                for key, v in (value.items() if isinstance(value, dict) else [(None, value)])
+                if key is None or np.asarray(v).dtype.kind == "f"}      # other entries are frozen
     def f():
         out, _ = forward(*inputs.values())
         return sum(float((o * r).sum()) for o, r in zip(out if len(R) > 1 else [out], R))

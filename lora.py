@@ -394,7 +394,7 @@ def tune_all(params, cfg, batch=adapter_batch):
 
 
 def try_job(params, cfg, job, layer=AFFINE, n=500):
-    """Fresh sequences -> loss, share that greedy decoding gets right in every digit, logits."""
+    """Fresh sequences -> loss, share whose digits are all likeliest after the true ones, logits."""
     rng = np.random.default_rng((cfg.seed, 10 ** 6 + list(JOBS).index(job)))
     ids, targets = draw_sequences(rng, job, n, cfg)
     logits, _ = layer_gpt_forward(params, ids, cfg, layer)
@@ -488,7 +488,7 @@ Break it (what to change, and what comes of it; seed 0)
     EIGHT_BITS: 1000 in place of 20             outliers of 400: sort 7 %; some are rounded again
 
 Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
-    1. python lora.py --examples 32, then 256, 1000: where does pre-training cease to matter?
+    1. python lora.py --examples 32 (then 256, 1000): where does pre-training cease to matter?
     2. Derive and add learned scales: y = t round(W / t) with dt = sum dy (round(W / t) - W / t).
     3. Keep the adapters of two jobs. Does the network do both with the sum of them?
 
@@ -541,7 +541,7 @@ def run_ranks(cfg):
             for r in (2 ** k for k in range(cfg.rank.bit_length()))}
     runs.update(full=(tune_all, params, short), scratch=(tune_all, fresh, short),
                 adapter_old=(tune_adapter, params, short), full_old=(tune_all, params, short))
-    steps, planned, models = len(losses), cfg.steps, {}
+    steps, planned, models = len(losses), cfg.steps, {"before": (params, AFFINE)}
     for name, (tune, base, config) in runs.items():
         if len(losses) < planned:                       # Ctrl-C
             break
@@ -757,7 +757,7 @@ def run_qlora(cfg):
     """Adapters on weights in float, 4 and 3 bits; merging them, and rounding what is merged."""
     start, short = time.perf_counter(), replace(cfg, steps=min(cfg.tune_steps, cfg.steps))
     params, losses = train_base(cfg)
-    steps, planned, models = len(losses), cfg.steps, {}
+    steps, planned, models = len(losses), cfg.steps, {"before": (params, AFFINE)}
     for bits in (32, 4, 3):
         base = params if bits == 32 else round_weights(params, bits=bits, axis=0)
         models[f"bits_{bits}"] = base, AFFINE
@@ -919,8 +919,15 @@ def sizes_fit(cfg):
 
 
 CONSTRAINTS = dict.fromkeys((Config, Ranks, Quantize, QLoRA), sizes_fit)
+def lora_case(rng):
+    """Inputs of lora for gradcheck.py; of W and b, True (1) or False (0), it asks no gradient."""
+    frozen = {"Wo": rng.random((5, 7)) < 0.5, "bo": rng.random(7) < 0.5}
+    adapter = {"Ao": rng.standard_normal((5, 3)), "Bo": rng.standard_normal((3, 7))}
+    return dict(x=rng.standard_normal((4, 5)), p=frozen | adapter, name="o", scale=0.7)
+
+
 GRADCHECK = {"affine": lambda rng: dict(x=rng.standard_normal((3, 5)), p={
-    "Wo": rng.standard_normal((5, 7)), "bo": rng.standard_normal(7)}, name="o")}
+    "Wo": rng.standard_normal((5, 7)), "bo": rng.standard_normal(7)}, name="o"), "lora": lora_case}
 TASKS = {
     "adapt": Task(Config, init_params, make_batch, loss_and_grads, main),
     "ranks": Task(Ranks, init_adapter, mixed_batch, adapter_loss_and_grads, run_ranks),

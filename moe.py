@@ -380,7 +380,7 @@ Tasks (seeds 0 to 4: right answers, load of the fullest expert over the mean)
     python moe.py routes    no balance 87 to 99 %, 1.8 to 3.5, and an expert without facts each
                             time; loss 98 to 100 %, 1.6; bias 97 to 100 %, 1.04; top-2 100 % at
                             twice the work, 89 to 94 % at equal work and half the parameters
-    python moe.py time      at equal FLOPs 2.1 to 2.4 times dense at dim 32, 1.2 times at dim 128
+    python moe.py time      at equal FLOPs 2.1 to 3.3 times dense at dim 32, less at dim 128
     python moe.py text --data tinyshakespeare.txt       25 seconds; 1.98 to 2.00 nats per character
                             with one expert, 1.88 to 1.89 with eight, 1.84 to 1.86 as wide as eight
 
@@ -395,7 +395,7 @@ Break it (what to change, and what comes of it, seeds 0 to 2)
                                                 with --balance 0 nothing does: 82 to 88 %
 
 Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
-    1. python moe.py --experts 2, 4, 16: what is right, and which topics share an expert?
+    1. python moe.py --experts 2 (then 4, 16): what is right, and which topics share an expert?
     2. Derive and add a gate with weights sqrt(p) (root_gate_forward, root_gate_backward).
     3. Put the layer in place of the mlp of a block of transformer.py. Where do its dx, daux go?
 
@@ -543,7 +543,8 @@ def run_time(cfg):
     """One net, one of several experts, a net of their width, all experts; a bar for each."""
     start, rng, metrics = time.perf_counter(), np.random.default_rng(cfg.seed), {}
     every = (lambda p: np.tile(np.arange(cfg.experts), (len(p), 1)), *SWITCH[1:])
-    print("Time of a forward pass (rows: nets); a # is the time of dense, as wide as one expert")
+    print("Time of a forward pass; a # is the time of dense, a net as wide as one expert; top1:\n"
+          "each token visits one expert, every: all; wide: one net as wide as all of them")
     for D, H, N in ((32, 32, 512), (64, 256, 1024), (128, 512, 1024)):
         print(f"dim {D}, hidden {H}, {N} tokens")
         x, least = rng.standard_normal((N, D)).astype(np.float32), {}

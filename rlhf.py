@@ -431,15 +431,15 @@ def follow(start, reward, losses, cfg):
     for beta in cfg.betas.split(","):
         if len(losses) < cfg.steps:                     # Ctrl-C
             break
-        print(f"\nPolicy on a leash of beta {beta}; its loss means little, for A has mean 0:")
+        print(f"\nBeta {beta}; proxy: learned reward, true: true reward, KL: distance from start")
         policy, losses, means, sentences = reinforce(start, reward, float(beta), cfg)
         found = outcome(policy, start, reward, cfg)
         check_finite(found["proxy"], policy)
         metrics.update({f"{k}_{beta.replace('.', '_')}": value for k, value in found.items()})
         rows += [(beta, *part.mean(axis=0)) for part in np.array_split(means, min(10, len(means)))]
         for step in sorted({1, 10, 20, 40, len(losses)} & set(range(len(losses) + 1))):
-            print(f"{step:6d}: {sentences[step - 1]}")
-    print("\nRows: tenths of trainings, by KL. Columns: -16 to 24, p proxy, t true reward, @ both\n"
+            print(f"    drawn at step {step:3d}: {sentences[step - 1]}")
+    print("\nRows: tenths of trainings, by KL. Columns: -16 to 24, | 0, p proxy, t true, @ both\n"
           "     beta     KL")
     draw_rewards(rows)
     return metrics, losses
