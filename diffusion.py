@@ -1360,6 +1360,7 @@ def images_fit(cfg):
     """The constraints on tasks with labels."""
     channels = getattr(cfg, "channels", 8)
     return [(cfg.samples >= 10, "--samples", "10 or more", cfg.samples),
+            (cfg.no_label <= 1, "--no-label", "a share from 0 to 1", cfg.no_label),
             (channels % 8 == 0, "--channels", "a multiple of 8", channels)]
 
 

@@ -180,6 +180,7 @@ REFUSED = {     # values that do not go together, or are out of range: command, 
         ("shapes --channels 12", "--channels multiple 12"), ("shapes --target foo", "--target foo"),
         ("targets --target foo", "--target foo"), ("pixels --channels 12", "--channels multiple 12"),
         ("latent --samples 9", "--samples 10"), ("mnist --samples 9", "--samples 10"),
+        ("shapes --no-label 2", "--no-label from 0 to 1"),
         ("pixels", "--data MNIST"), ("pixels --data nowhere", "nowhere train-images-idx3-ubyte.gz"),
         ("mnist", "--data MNIST"), ("mnist --data nowhere", "nowhere train-images-idx3-ubyte.gz")],
     "lora.py": [
