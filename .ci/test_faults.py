@@ -48,7 +48,7 @@ def shades_stand_below_a_legend(lines):
     shades = [i for i, line in enumerate(lines) if re.search(r"[:=+*#%@]{4}", line)
               and not re.search(r"[a-z]{4}", line)]
     said = [i for i, line in enumerate(lines)
-            if re.search(r"@|dark|shade|blank|a # is", line) and re.search(r"[a-z]{4}.*[a-z]{2}", line)]
+            if re.search(r"@|dark|shade|blank|a # is|\(#\)", line) and re.search(r"[a-z]{4}.*[a-z]{2}", line)]
     assert not shades or said and said[0] < shades[0], lines[shades[0]]
 
 
