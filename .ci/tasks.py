@@ -193,7 +193,7 @@ def form(text, first, trains):
     drawn = [i for i, line in enumerate(dense) if not lines[i].startswith("step") and (
         len(line) > 2 and 2 * len(re.findall("[-.:=+*#%@ox]", line)) >= len(line)
         or re.search(r"\|[-.:=+*#%@]+\|$", line))]
-    legend = [i for i, line in enumerate(lines) if re.search(r"(?i)rows|columns|shades|dark|blank|@ is", line)]
+    legend = [i for i, line in enumerate(lines) if re.search(r"(?i)rows|columns|shades|dark|blank|[@#] is|\(#\)", line)]
     wanted = {"chance level": not trains or re.search(r"chance level: loss \d", text),
               "progress": not trains or re.search(r"^step +\d+/\d+  mean loss \S+.*\|  [\d.]+ s  \(", text, re.M),
               "a picture": not first or len(drawn) >= 4,
