@@ -190,13 +190,18 @@ def torch_multihead(x, p, heads, B, mask, memory=None):
     return call(layer, attention_named("", p), x, memory, memory, **masks)[0].flatten(0, 1)
 
 
-def torch_scores(h, values, mask, p):
-    """The context of additive, dot or general scores, whichever p has weights for."""
+def torch_attend(h, k, values, mask, p):
+    """The context of additive scores, if p has weights for them, else of products."""
     if "u" in p:
-        scores = (torch.tanh((h @ p["Wq"])[:, :, None] + (values @ p["Wk"])[:, None]) * p["u"]).sum(dim=3)
+        scores = (torch.tanh((h @ p["Wq"])[:, :, None] + k[:, None]) * p["u"]).sum(dim=3)
         return scores.masked_fill(~mask[:, None], -math.inf).softmax(dim=2) @ values
-    q = h * p["s"] if "s" in p else h @ p["W"]
-    return F.scaled_dot_product_attention(q, values, values, mask[:, None], scale=1.0)
+    return F.scaled_dot_product_attention(h, k, values, mask[:, None], scale=1.0)
+
+
+def torch_scores(h, values, mask, p):
+    """The same with keys from the values: by a matrix, or by a number."""
+    k = values @ p["Wk"] if p["Wk"].ndim == 2 else values * p["Wk"]
+    return torch_attend(h, k, values, mask, p)
 
 
 def inner_gradient(M, k, v, c):
@@ -276,7 +281,7 @@ RUNNING = dict(running=(normal(5), rng.uniform(0.5, 2, 5)))
 ANGLES = np.outer(np.arange(5), [1, 0.1, 0.01])
 MULTIHEAD = dict(Wq=normal(6, 6), bq=normal(6), Wkv=normal(6, 12), bkv=normal(12), Wo=normal(6, 6), bo=normal(6))
 PADDING = np.arange(7) < np.array([4, 7])[:, None]
-STATES = dict(h=normal(2, 3, 6), values=normal(2, 7, 6), mask=PADDING)
+STATES = dict(h=normal(2, 3, 6), k=normal(2, 7, 6), values=normal(2, 7, 5), mask=PADDING)
 CELL = dict(z=normal(6, 4, 20), h0=normal(4, 5), c0=normal(4, 5), Wh=normal(5, 20))
 POOL = channels_first(F.max_pool2d)
 
@@ -324,9 +329,10 @@ OPERATIONS = {
     "multihead": (dict(x=normal(10, 6), p=MULTIHEAD, heads=3, B=2, mask=PADDING[:, None, None], memory=normal(14, 6)),
                   torch_multihead),
     "self_attention": (dict(x=normal(10, 6), p=MULTIHEAD, heads=3, B=2, mask=np.tri(5, dtype=bool)), torch_multihead),
-    "additive_attention": (STATES | dict(p=dict(Wq=normal(6, 4), Wk=normal(6, 4), u=normal(4))), torch_scores),
-    "dot_attention": (STATES | dict(p=dict(s=normal(1))), torch_scores),
-    "general_attention": (STATES | dict(p=dict(W=normal(6, 6))), torch_scores),
+    "additive_attention": (STATES | dict(p=dict(Wq=normal(6, 6), u=normal(6))), torch_attend),
+    "dot_attention": (STATES | dict(p={}), torch_attend),
+    "project": (dict(x=normal(2, 3, 5), W=normal(5, 4)), lambda x, W: F.linear(x, W.T)),
+    "scale": (dict(x=normal(2, 3, 5), s=normal(1)), lambda x, s: x * s),
     "masked_softmax": (dict(scores=normal(2, 3, 7), mask=PADDING),
                        lambda scores, mask: scores.masked_fill(~mask[:, None], -math.inf).softmax(dim=2)),
     "rope": (dict(x=normal(2, 3, 5, 6), cos=np.cos(ANGLES), sin=np.sin(ANGLES)), torch_rope),
@@ -601,7 +607,9 @@ OPERATIONS["affine"] = (dict(x=normal(3, 5), p=dict(Wo=normal(5, 7), bo=normal(7
                         lambda x, p, name: F.linear(x, p["Wo"].T, p["bo"]))
 LOG_SOFTMAX = dict(logits=normal(3, 5), targets=rng.integers(0, 5, 3))
 OPERATIONS |= {"log_prob": (LOG_SOFTMAX, lambda z, t: torch.distributions.Categorical(logits=z).log_prob(t)),
-               "preference": (dict(margin=normal(5)), lambda m: -F.logsigmoid(m).mean())}
+               "preference": (dict(margin=normal(5)), lambda m: -F.logsigmoid(m).mean()),
+               "bag": (dict(w=normal(5), differences=rng.integers(-2, 3, (7, 5)), l2=0.3),
+                       lambda w, x, l2: -F.logsigmoid(x.double() @ w).mean() + l2 / 2 * w.square().sum())}
 
 
 def tensor(value, gradient=True):
@@ -972,7 +980,7 @@ RULES = ("hebb", "delta", "momentum", "adam", "dgd")
 
 
 @model("nested_attention", "spine", dict(rule="hebb"), dict(rule="delta"), **RECALL)
-@model("nested_attention", "rule", *options(rule=RULES, objective=("l2", "dot")), alpha="token", **RECALL)
+@model("nested_attention", "rule", *options(rule=RULES), alpha="token", **RECALL)
 @model("nested_attention", "rule", *options(eta=("fixed", "global", "token"), alpha=("fixed", "global")), **RECALL)
 @model("nested_attention", "rule", dict(rule="momentum", mu=0.4), dict(rule="adam", beta1=0.5), **RECALL)
 def inner_rule(p, batch, cfg):
@@ -981,8 +989,7 @@ def inner_rule(p, batch, cfg):
     ones = torch.ones(key.shape)
     eta = p["eta"][junk % len(p["eta"])] if "eta" in p else ones
     alpha = p["alpha"].sigmoid()[junk % len(p["alpha"])] if "alpha" in p else ones
-    l2 = getattr(cfg, "objective", "") == "l2"
-    c = {"hebb": 0, "delta": 1, "momentum": l2, "adam": l2, "dgd": 1 + l2}[cfg.rule]
+    c = {"hebb": 0, "delta": 1, "momentum": 1, "adam": 1, "dgd": 2}[cfg.rule]
     if cfg.rule == "adam":
         y = torch_adam_memory(k, q, v, eta, alpha, c, cfg.beta1, cfg.beta2)
     else:
