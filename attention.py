@@ -1,9 +1,9 @@
 """attention.py: a decoder that chooses what to read.
 
-An encoder that hands over its last state must fit a sentence of any length into it (seq2seq.py
-shows where this fails). With attention the decoder has the encoder's states of all positions, the
-values. For every output it scores each position; a softmax makes weights of the scores, and the
-decoder reads the weighted mean of the values, the context. Where to attend is learned, too.
+An encoder that hands over its last state must fit a sentence of any length into this one state
+(seq2seq.py shows where this fails). With attention the decoder has the encoder's states of all
+positions, the values. For every output each position gets a score; a softmax turns the scores into
+weights, and the decoder reads the weighted mean of the values, the context. All of it is learned.
 
 Forward, for decoder states h_t and values v_s = [LSTM from the left, LSTM from the right]:
     m_ts = tanh(h_t Wq + v_s Wk)    e_ts = u . m_ts    w_t = softmax_s(e_ts), 0 at padding
@@ -14,9 +14,10 @@ Backward (the LSTM is derived in lstm.py):
     dWq = sum_ts h_t^T dn_ts        dh_t = sum_s dn_ts Wq^T, and through a_t
     dWk = sum_ts v_s^T dn_ts        dv_s = sum_t dn_ts Wk^T, and sum_t w_ts dcontext_t
 
-The weights show what an output depends on only if the decoder must attend, and sharply. So its
-state starts at zero, not at the encoder's last state. And the first scores are large: the layers
-above can decode a blurred mean as well, so the loss alone does not ask for sharp weights.
+The weights show what an output depends on only if the context is the decoder's one way to the
+source, and if they are sharp. So the decoder's state starts at zero, not at the encoder's last
+state. And the first scores are large: the layers above can decode a blurred mean as well, so the
+loss alone does not ask for sharp weights.
 
 Run    python attention.py      (reverse up to 10 letters; --help lists the other tasks)
 Papers: Bahdanau et al. 2015, Luong et al. 2015 (a_t), Schuster and Paliwal 1997 (two directions).
@@ -55,6 +56,7 @@ class Config:
 
 
 # ---- layers: N sequences, S source and T target positions, D inputs, H hidden units, V tokens ----
+# (a projection has M outputs; in an attention keys have A numbers and values C)
 
 def project_forward(x, W):
     """y = x W at every position, in one product.   x (N, T, D), W (D, M) -> y (N, T, M)."""
@@ -244,10 +246,11 @@ def lstm_layer_backward(dh, dstate, cache):
 
 
 def bilstm_encoder_forward(params, source):
-    """Padding comes last for either LSTM, after all that counts.   source (N, S) -> values (N, S,
-    H): what the LSTM from the left and the LSTM from the right have read up to each position."""
-    s, n = np.arange(source.shape[1]), (source != PAD).sum(axis=1, keepdims=True)
-    order = np.where(s < n, n - 1 - s, s)[:, :, None]       # turns a source round, and back again
+    """source (N, S) -> values (N, S, H): at each position the state of the LSTM from the left and
+    that of the LSTM from the right. Either LSTM reads padding after all tokens."""
+    s = np.arange(source.shape[1])
+    n = (source != PAD).sum(axis=1, keepdims=True)          # (N, 1)
+    order = np.where(s < n, n - 1 - s, s)[:, :, None]       # reverses a source; twice: as it was
     x, embed = embedding_forward(source, params["E_source"])            # (N, S, D)
     zeros = np.zeros((2, len(x), len(params["fore.Wh"])), x.dtype)
     (fore, _), fore_cache = lstm_layer_forward(x, zeros, part(params, "fore."))
@@ -401,11 +404,9 @@ def progress(steps, losses, note=lambda: ""):
             signal.signal(signal.SIGINT, previous)
 
 
-def train(params, cfg, make_batch=make_batch, loss_and_grads=loss_and_grads, state=None,
-          losses=None, note=lambda: ""):
-    """Train params in place -> losses. Later parts pass their own functions, or resume."""
-    state = {} if state is None else state
-    losses = [] if losses is None else losses
+def train(params, cfg, make_batch=make_batch, loss_and_grads=loss_and_grads, note=lambda: ""):
+    """Train params in place -> losses. The later parts of the file pass their own functions."""
+    state, losses = {}, []
     for step in progress(cfg.steps, losses, note):
         loss, grads = loss_and_grads(params, make_batch(cfg, step), cfg)
         clip_norm(grads, cfg.grad_clip)
@@ -416,7 +417,7 @@ def train(params, cfg, make_batch=make_batch, loss_and_grads=loss_and_grads, sta
 
 
 def greedy_decode(params, source, T, decode=attention_decoder_forward):
-    """-> ids (N, T), each the likeliest after those before it."""
+    """source (N, S) -> ids (N, T): every token is the likeliest one after those before it."""
     values, _ = bilstm_encoder_forward(params, source)
     state = np.zeros((2, *values[:, 0].shape), values.dtype)
     ids = [np.full(len(source), BOS)]
@@ -471,15 +472,15 @@ def main(cfg, task="reverse", init_params=init_params, make_batch=make_batch,
     print(f"exact match: {exact:.2%} of 1000 fresh sequences are written without a mistake\n"
           f"alignment: {alignment:.2%} of the attention is on the letter that is written\n\n"
           "Attention weights. Columns: what is read; rows: what is written; blank is 0, @ is 1")
-    n = (target != PAD).sum(axis=1).argmax()                # a long one
-    draw_map(w[n], [VOCAB[i] for i in target[n]], [VOCAB[i] for i in source[n]])
+    row = (target != PAD).sum(axis=1).argmax()              # a longest sequence: no padding
+    draw_map(w[row], [VOCAB[i] for i in target[row]], [VOCAB[i] for i in source[row]])
     print("\nNext: python attention.py lengths      python attention.py dates")
     print_result(task, cfg, exact=exact, alignment=alignment, params=size, steps=len(losses),
                  seconds=time.perf_counter() - start)
 
 
 # ==== A complete program ends here. Typing along? End it with  main(Config())  and run it. ====
-# ==== The rest adds to it: scores, input feeding, no attention, dates, beam search, files. ======
+# ==== The rest adds to it: scores, input feeding, no attention, dates, pairs of a file. =========
 
 MORE = """
 Break it (what to change, and what comes of it; exact match and alignment of the default run are
@@ -505,11 +506,9 @@ Data
         for l in de en; do
         curl -O https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/train.$l.gz
         gunzip -f train.$l.gz; done; paste train.de train.en > train.tsv
-    python attention.py pairs --data train.tsv --save pairs.npz         2.97 nats per word
-    python attention.py pairs --data train.tsv --unit characters --length 80
+    python attention.py pairs --data train.tsv         2.97 nats per word
 
-Papers of these parts: Cho et al. 2014 (no attention), Luong et al. 2015 (scores, input feeding), Wu
-et al. 2016 (beam search with a length penalty).
+Papers of these parts: Cho et al. 2014 (no attention), Luong et al. 2015 (scores, input feeding).
 """
 
 import argparse
@@ -518,7 +517,6 @@ import ctypes
 import datetime
 import functools
 import inspect
-import json
 import re
 import struct
 import sys
@@ -537,8 +535,8 @@ with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse f
 
 # ---- dot and general scores: python attention.py reverse --score dot -----------------------------
 # Products in place of a small net per pair of positions (Luong et al. 2015). General: the keys are
-# the values times a matrix. Dot: the keys are the values, here times a number s, since states of an
-# LSTM are small at first, and all scores would be nearly equal.
+# the values times a matrix. Dot: the keys are the values, here times a learned number s: states of
+# an LSTM are small at first, so without s all scores would be nearly equal.
 
 def dot_attention_forward(h, k, values, mask, p):
     """The score is h_t . k_s.   h (N, T, H), keys k (N, S, H), values (N, S, C), mask (N, S)
@@ -659,7 +657,8 @@ def init_model(cfg, rng, dtype=np.float32, source_size=len(VOCAB), target_size=l
 
 def model_loss_and_grads(params, batch, cfg):
     """loss_and_grads, with the score and the decoder of cfg."""
-    (source, target, *_), (decode, decode_backward) = batch, decoder_of(cfg)
+    source, target, *_ = batch
+    decode, decode_backward = decoder_of(cfg)
     logits, cache = translator_forward(params, source, target, decode)
     loss, loss_cache = softmax_cross_entropy_forward(logits, target[target != PAD])
     dlogits = softmax_cross_entropy_backward(1.0, loss_cache)
@@ -801,8 +800,8 @@ SPELLED = [*VOCAB[:3], *sorted({*"".join([*MONTHS, *WEEKDAYS, *map(str.upper, MO
                                 *"stndrdthof0123456789 ,./-'"})]
 ISO = [*VOCAB[:3], *"-0123456789"]
 ISO_PARTS = ["year"] * 4 + [""] + ["month"] * 2 + [""] + ["day"] * 2   # of each character
-FIRST_DAY = datetime.date(1950, 1, 1).toordinal()           # '50 is 1950, and
-DAYS = 36525                                                # '49 is 2049
+FIRST_DAY = datetime.date(1950, 1, 1).toordinal()           # '50 stands for 1950,
+DAYS = 36525                                                # '49 for 2049
 
 
 @dataclass
@@ -884,13 +883,13 @@ def init_dates(cfg, rng, dtype=np.float32):
     return init_model(cfg, rng, dtype, len(SPELLED), len(ISO))
 
 
-def part_alignment(w, dates, part, beside=0):
-    """Mean share of the attention on a part of a date, and on so many characters beside it, while
-    that part is written."""
+def part_alignment(w, dates, name, beside=0):
+    """Mean share of the attention on the year, month or day of the source, and on `beside`
+    characters left and right of it, while that part is written."""
     shares = []
     for weights, (_, _, spans) in zip(w, dates):
-        first, last = spans[part]
-        rows = [t for t, name in enumerate(ISO_PARTS) if name == part]
+        first, last = spans[name]
+        rows = [t for t, written in enumerate(ISO_PARTS) if written == name]
         columns = slice(max(0, 1 + first - beside), 1 + last + beside)  # 1: after BOS
         shares.extend(weights[rows, columns].sum(axis=1))
     return float(np.mean(shares))
@@ -988,66 +987,13 @@ def run_dates(cfg):
                  params=size, steps=len(losses), seconds=time.perf_counter() - start)
 
 
-# ---- beam search ---------------------------------------------------------------------------------
-
-def log_softmax(logits):
-    """log of the softmax of every row.   logits (N, V) -> (N, V)."""
-    logits = logits - logits.max(axis=1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-
-
-def beam_search(step, state, N, limit, beam, length_penalty):
-    """Keep the best partial outputs of each of N sequences, K = beam of them, by log_p / length **
-    length_penalty; a beam of 1 is greedy decoding. step(ids (N K,), state) -> log_p (N K, V) of the
-    next token, state; state: a list of arrays with N K rows.
-    -> ids (N, T) of the best outputs, PAD after EOS; their log_p (N,)."""
-    row = np.arange(N)[:, None]
-    ids = np.full((N, beam, 1), BOS)
-    log_p = np.where(np.arange(beam) == 0, 0.0, -1e9) + np.zeros((N, 1))    # at first only one
-    length, ended = np.zeros((N, beam), int), np.zeros((N, beam), bool)
-    for _ in range(limit):
-        next_log_p, state = step(ids[:, :, -1].ravel(), state)
-        next_log_p = next_log_p.astype(float).reshape(N, beam, -1)
-        V = next_log_p.shape[2]
-        only_pad = np.where(np.arange(V) == PAD, 0.0, -1e9)
-        next_log_p = np.where(ended[:, :, None], only_pad, next_log_p)
-        length = length + ~ended
-        total = log_p[:, :, None] + next_log_p              # (N, K, V)
-        score = (total / length[:, :, None] ** length_penalty).reshape(N, beam * V)
-        best = np.argsort(-score, axis=1, kind="stable")[:, :beam]
-        origin, token = best // V, best % V                 # (N, K) each
-        log_p = total[row, origin, token]
-        ids = np.concatenate([ids[row, origin], token[:, :, None]], axis=2)
-        length, ended = length[row, origin], ended[row, origin] | (token == EOS)
-        state = [array[(beam * row + origin).ravel()] for array in state]
-        if ended.all():
-            break
-    return ids[:, 0, 1:], log_p[:, 0]
-
-
-def translate(params, source, cfg, limit, beam):
-    """-> ids (N, T) that beam_search finds, their log-probabilities (N,)."""
-    decode, _ = decoder_of(cfg)
-    p, source = part(params, "decoder."), np.repeat(source, beam, axis=0)
-    values, _ = bilstm_encoder_forward(params, source)
-
-    def step(ids, state):
-        x = params["E_target"][ids[:, None]]
-        (a, state), _ = decode(x, np.stack(state), values, source != PAD, p)
-        return log_softmax(a[:, 0] @ params["Wo"] + params["bo"]), list(state)
-
-    zeros = np.zeros_like(values[:, 0])
-    return beam_search(step, [zeros, zeros], len(source) // beam, limit, beam, cfg.length_penalty)
-
-
 # ---- pairs of a file: python attention.py pairs --data train.tsv ---------------------------------
 
 @dataclass
 class Pairs:
     """Pairs of sentences of a file (without one: numbers, to be written in Roman numerals)."""
-    unit: Literal["words", "characters"] = "words"  # what a token is
-    vocab_size: int = 3000  # tokens per side; all other ones become <unk>
-    length: int = 20        # most tokens per side; longer pairs are dropped
+    vocab_size: int = 3000  # words per side; all other ones become <unk>
+    length: int = 20        # most words per side; longer pairs are dropped
     embed_dim: int = 64     # embedding dimension
     hidden: int = 128       # hidden units; each direction of the encoder has half
     score: Literal["additive", "dot", "general"] = "additive"  # score of a position
@@ -1058,13 +1004,8 @@ class Pairs:
     lr: float = 0.004       # peak learning rate
     warmup: int = 50        # steps of linear warmup
     grad_clip: float = 1.0  # largest gradient norm
-    beam: int = 4           # beam width: partial outputs kept at each step
-    length_penalty: float = 0.7  # exponent of the length that log-probabilities are divided by
     threads: int = 2        # micro-batches, each on a thread of its own
     data: str = ""          # UTF-8 file with lines source TAB target, the last tenth held out
-    save: str = ""          # checkpoint file (.npz) to write at every line of progress
-    load: str = ""          # checkpoint file to resume from
-    png: str = ""           # file to write two maps to
     seed: int = 0           # random seed
 
 
@@ -1092,40 +1033,37 @@ def read_pairs(path):
 
 
 @functools.lru_cache
-def load_pairs(path, unit, vocab_size, length, checkpoint):
-    """-> dict: train, held_out (from the last tenth of the file): (source, target) lists of tokens;
-    vocabs of both sides, those of the checkpoint if there is one; ids: token_ids of them; note.
-    Raises InputError."""
+def load_pairs(path, vocab_size, length):
+    """-> dict: train, held_out (from the last tenth of the file): (source, target) lists of words;
+    vocabs of both sides; ids: token_ids of them; note.   Raises InputError."""
     if path:
         pairs, note = read_pairs(path)
     else:
         numbers = 1 + np.random.default_rng(0).permutation(3999)
         pairs, note = [(" ".join(str(n)), " ".join(roman(n))) for n in numbers], "Roman numerals"
-    tokens = re.compile({"words": r"\w+|[^\w\s]", "characters": "."}[unit]).findall
-    pairs = [(tokens(a), tokens(b)) for a, b in pairs]
+    words = re.compile(r"\w+|[^\w\s]").findall           # words and punctuation marks
+    pairs = [(words(a), words(b)) for a, b in pairs]
     cut = len(pairs) - max(1, len(pairs) // 10)
     vocabs = []
     for side in zip(*pairs[:cut]):
-        counts = Counter(token for sentence in side for token in sentence)
-        common = [token for token, _ in counts.most_common(vocab_size)]
+        counts = Counter(word for sentence in side for word in sentence)
+        common = [word for word, _ in counts.most_common(vocab_size)]
         vocabs.append([*VOCAB[:3], "<unk>", *sorted(common)])
-    if checkpoint:
-        vocabs = read_checkpoint(checkpoint)[0].get("vocabs", vocabs)
     train, held_out = ([pair for pair in some if max(map(len, pair)) <= length]
                        for some in (pairs[:cut], pairs[cut:]))
     require(train and held_out, "--length", "one that most pairs do not exceed", length)
     ids = [token_ids(vocab) for vocab in vocabs]
-    unknown = [np.mean([token not in ids[k] for pair in train for token in pair[k]])
+    unknown = [np.mean([word not in ids[k] for pair in train for word in pair[k]])
                for k in (0, 1)]
     note += (f"\n{len(train)} pairs for training, {len(held_out)} held out; dropped: "
-             f"{len(pairs) - len(train) - len(held_out)} longer than {length} {unit}\n<unk>: "
-             f"{unknown[0]:.1%} and {unknown[1]:.1%} of the {unit} of the two sides")
+             f"{len(pairs) - len(train) - len(held_out)} longer than {length} words\n<unk>: "
+             f"{unknown[0]:.1%} and {unknown[1]:.1%} of the words of the two sides")
     return {"train": train, "held_out": held_out, "vocabs": vocabs, "ids": ids, "note": note}
 
 
 def pairs_of(cfg):
     """load_pairs of a configuration."""
-    return load_pairs(cfg.data, cfg.unit, cfg.vocab_size, cfg.length, cfg.load)
+    return load_pairs(cfg.data, cfg.vocab_size, cfg.length)
 
 
 def init_pairs(cfg, rng, dtype=np.float32):
@@ -1135,14 +1073,16 @@ def init_pairs(cfg, rng, dtype=np.float32):
 
 def pairs_batch(cfg, step, dtype=np.float32):
     """Random pairs of the training.   -> source (N, S), target (N, T)."""
-    rng, data = np.random.default_rng((cfg.seed, step)), pairs_of(cfg)
+    rng = np.random.default_rng((cfg.seed, step))
+    data = pairs_of(cfg)
     rows = rng.integers(0, len(data["train"]), cfg.batch_size)
     return pad_pairs([data["train"][i] for i in rows], *data["ids"])
 
 
 def held_out_loss(params, cfg, pairs):
-    """-> loss per token, share of tokens that are likeliest, given those before them."""
-    (decode, _), losses, right = decoder_of(cfg), [], []
+    """-> loss per word, share of words that are the likeliest, given those before them."""
+    decode, _ = decoder_of(cfg)
+    losses, right = [], []
     for k in range(0, len(pairs), 50):
         source, target = pad_pairs(pairs[k:k + 50], *pairs_of(cfg)["ids"])
         logits, _ = translator_forward(params, source, target, decode)
@@ -1154,60 +1094,44 @@ def held_out_loss(params, cfg, pairs):
 
 
 def run_pairs(cfg):
-    """Train; loss on held-out pairs; some translations, greedy and by beam search; two maps."""
+    """Train; loss on held-out pairs; some translations; two maps."""
     start, data = time.perf_counter(), pairs_of(cfg)
     require(cfg.batch_size <= len(data["train"]), "--batch-size",
             f"at most {len(data['train'])} for this file", cfg.batch_size)
-    params, state, losses = init_pairs(cfg, np.random.default_rng(cfg.seed)), {}, []
-    meta = dict(task="pairs", unit=cfg.unit, score=cfg.score, input_feeding=cfg.input_feeding,
-                vocabs=data["vocabs"])
-    if cfg.load:
-        load_checkpoint(cfg.load, meta, params, state, losses)
-    if cfg.save:
-        save_checkpoint(cfg.save, meta, params, state, losses, dry_run=True)
-    if cfg.png:
-        try_png(cfg.png)
-    size, vocab = sum(p.size for p in params.values()), data["vocabs"][1]
+    params = init_pairs(cfg, np.random.default_rng(cfg.seed))
+    size = sum(p.size for p in params.values())
+    source_vocab, target_vocab = data["vocabs"]
     print(f"{data['note']}\nscore {cfg.score}, hidden {cfg.hidden}, lr {cfg.lr}, batch size "
-          f"{cfg.batch_size}, {size} parameters\nchance level: loss {math.log(len(vocab)):.3f}")
+          f"{cfg.batch_size}, {size} parameters\n"
+          f"chance level: loss {math.log(len(target_vocab)):.3f}")
 
     def note():
-        if cfg.save:
-            save_checkpoint(cfg.save, meta, params, state, losses)
         return f"  held out {held_out_loss(params, cfg, data['held_out'][:200])[0]:.3f}"
 
     quiet = functools.partial(np.seterr, over="ignore", invalid="ignore")       # as run does
     with ThreadPoolExecutor(cfg.threads, initializer=quiet) as pool:
         threaded = functools.partial(threaded_loss_and_grads, model_loss_and_grads, pool)
-        train(params, cfg, pairs_batch, threaded, state, losses, note)
+        losses = train(params, cfg, pairs_batch, threaded, note)
     validation, right = held_out_loss(params, cfg, data["held_out"][:1000])
     check_finite(validation, params)
-    some, gap = data["held_out"][:200], " " * (cfg.unit == "words")
+    decode, _ = decoder_of(cfg)
+    some = data["held_out"][:200]
     source, target = pad_pairs(some, *data["ids"])
-    found = {name: translate(params, source, cfg, 2 + target.shape[1], beam)
-             for name, beam in (("greedy", 1), (f"beam {cfg.beam}", cfg.beam))}
-    print("\nHeld-out sources, their targets, what is written, and the log-probability of it:")
-    for n in range(4):
-        print(f"    {gap.join(some[n][0])}\n    {'target':18s}{gap.join(some[n][1])}")
-        for name, (ids, log_p) in found.items():
-            written = gap.join(vocab[i] for i in ids[n] if i not in (PAD, EOS))
-            print(f"    {name:10s}{log_p[n]:7.2f} {written}")
-    T, (written, _) = target.shape[1], found["greedy"]
-    written = np.pad(written, ((0, 0), (0, T)), constant_values=PAD)[:, :T]
-    exact = float((written == target).all(axis=1).mean())
-    _, (w, *_) = translator_forward(params, source[:2], target[:2], decoder_of(cfg)[0])
-    maps = []
-    for n in range(2):
-        print("\nAttention weights. Columns: what is read; rows: the target; "
-              "blank is 0, @ is 1")
-        rows, columns = ([names[i] for i in ids[n] if i != PAD] for names, ids in zip(
-            (vocab, data["vocabs"][0]), (target, source)))
-        maps.append(w[n, :len(rows), :len(columns)])
-        draw_map(maps[n], rows, columns)
-    if cfg.png:
-        write_png(cfg.png, tile_images(map_images(maps), 1, 12))
-        print(f"{cfg.png}: these two maps (gray is 0, black 1)")
-    print(f"\nheld-out loss {validation:.3f} nats per token; {right:.1%} of the tokens are the "
+    written = greedy_decode(params, source, target.shape[1], decode)
+    exact = float(((written == target) | (target == PAD)).all(axis=1).mean())
+    print("\nHeld-out sources, their targets, and what is written:")
+    for (source_words, target_words), ids in zip(some[:4], written):
+        ids = [*ids, EOS]
+        text = " ".join(target_vocab[i] for i in ids[:ids.index(EOS)])
+        print(f"    {' '.join(source_words)}\n        target   {' '.join(target_words)}"
+              f"\n        written  {text}")
+    _, (w, *_) = translator_forward(params, source[:2], target[:2], decode)
+    for weights, target_ids, source_ids in zip(w, target, source):
+        print("\nAttention weights. Columns: what is read; rows: the target; blank is 0, @ is 1")
+        rows = [target_vocab[i] for i in target_ids if i != PAD]
+        columns = [source_vocab[i] for i in source_ids if i != PAD]
+        draw_map(weights[:len(rows), :len(columns)], rows, columns)
+    print(f"\nheld-out loss {validation:.3f} nats per word; {right:.1%} of the words are the "
           f"likeliest\ngiven those before them; exact match: {exact:.1%} of {len(some)}")
     print("\nNext: python attention.py pairs --input-feeding      python nested_attention.py")
     print_result("pairs", cfg, validation=validation, right=right, exact=exact, params=size,
@@ -1246,53 +1170,6 @@ def threaded_loss_and_grads(loss_and_grads, pool, params, batch, cfg):
     grads = {name: sum(share * g[name] for share, (_, g) in zip(shares, results))
              for name in params}
     return loss, grads
-
-
-# ---- checkpoints ---------------------------------------------------------------------------------
-
-def save_checkpoint(path, meta, params, state, losses, dry_run=False):
-    """All that a training needs to go on, in one .npz file; written beside it, then renamed. meta:
-    what must agree on loading. dry_run: only try whether it can be written.   Raises InputError."""
-    require(not os.path.isdir(path), f"--save {path}", "a file", "a folder")
-    check_finite(0.0, params)                           # never over a good one
-    arrays = {f"params {name}": value for name, value in params.items()}
-    arrays.update({f"state {name}": value for name, value in state.items()})
-    beside = f"{path}.{os.getpid()}"
-    try:
-        with open(beside, "wb") as file:
-            np.savez(file, meta=json.dumps(meta), losses=losses, **arrays)
-        os.remove(beside) if dry_run else os.replace(beside, path)
-    except (OSError, ValueError) as error:
-        with contextlib.suppress(OSError, ValueError):
-            os.remove(beside)
-        raise InputError(f"--save {path}: expected a file to write, found: {error}") from None
-
-
-def read_checkpoint(path):
-    """A file of save_checkpoint -> meta, losses, arrays by name.   Raises InputError."""
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
-            arrays = dict(saved)
-        meta, losses = json.loads(str(arrays.pop("meta"))), arrays.pop("losses").tolist()
-        return dict(meta), list(losses), arrays
-    except Exception as error:                          # there are many ways to be damaged
-        raise InputError(f"--load {path}: expected a file of --save, found: {error}") from None
-
-
-def load_checkpoint(path, meta, params, state, losses):
-    """Fill params, state, losses from a file of save_checkpoint; meta and shapes must agree."""
-    found, past, arrays = read_checkpoint(path)
-    for name, value in meta.items():
-        require(found.get(name) == value, f"--load {path}", f"{name} {value!r}", found.get(name))
-    saved = {name[7:]: value for name, value in arrays.items() if name.startswith("params ")}
-    for name in sorted(saved.keys() | params.keys()):
-        old, new = (d[name].shape if name in d else "no such array" for d in (saved, params))
-        require(old == new, f"--load {path}", f"{name} {new}", old)
-    params.update(saved)
-    state.update({name[6:]: value if value.ndim else value.item()
-                  for name, value in arrays.items() if name.startswith("state ")})
-    losses.extend(past)
-    print(f"resuming {path} after {len(past)} steps")
 
 
 # ---- flags and errors: the same in every lesson --------------------------------------------------
@@ -1409,11 +1286,8 @@ def letters_fit(cfg):
 
 def pairs_fit(cfg):
     """The constraints on pairs."""
-    over = cfg.save and os.path.realpath(cfg.save) == os.path.realpath(cfg.data)
     most = f"at most --batch-size {cfg.batch_size}"
     return [(cfg.hidden % 2 == 0, "--hidden", "an even number", cfg.hidden),
-            (not over, "--save", "a file other than --data", cfg.save),
-            (not cfg.png or cfg.png not in (cfg.data, cfg.save), "--png", "another file", cfg.png),
             (cfg.threads <= cfg.batch_size, "--threads", most, cfg.threads)]
 
 

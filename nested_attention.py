@@ -1,16 +1,16 @@
 """nested_attention.py: attention as a memory that is trained while it reads.
 
 Linear attention (no softmax) outputs the sum of all earlier values v_s, each times k_s . q. That
-is M q, where M = sum_s v_s k_s^T is a matrix: a memory. And adding v k^T to M is one step of
-gradient descent on the objective -<M k, v>, "M k should point along v". So attention is learning,
+is M q, where M = sum_s v_s k_s^T is a matrix: a memory. Adding v k^T to M is one step of gradient
+descent on the objective -<M k, v>, which is small if M k points along v. So attention is learning,
 and its objective, step size and optimizer are choices. Learning happens on two levels:
     fast: the memory M, zero at the start of every sequence, makes one step per token
     slow: embeddings k, q, v and step sizes eta are trained by Adam, through all fast steps
 
 Forward, for the tokens t = 1..T of a sequence:
     y = M q             read before write: token t is not in M yet
-    e = c M k - v       c = 0: Hebb's rule adds v to what M holds for k; objective -<M k, v>
-                        c = 1: the delta rule replaces it by v; objective |M k - v|^2 / 2
+    e = c M k - v       c = 0: Hebb's rule, objective -<M k, v>: M' k = M k + v if eta = |k| = 1
+                        c = 1: the delta rule, objective |M k - v|^2 / 2: then M' k = v
     M' = M - eta e k^T  e k^T is the slope of the objective by M; M' is the M of token t + 1
 Backward, for t = T..1, where A = dM' is the derivative of the loss by M':
     de = -eta A k       dk = -eta A^T e + c M^T de        deta = -e^T A k
@@ -55,7 +55,7 @@ class Config:
     seed: int = 0           # random seed
 
 
-# ---- layers: T tokens, B sequences, d dimension of keys, p of values -----------------------------
+# ---- layers: T tokens, B sequences, keys (d,), values (p,); linear: N rows, D inputs, M outputs --
 
 def linear_forward(x, W, b):
     """y = x W + b.   x (N, D), W (D, M), b (M,) -> y (N, M)."""
@@ -100,12 +100,12 @@ def memory_forward(k, q, v, eta, c):
     T, B, d = k.shape
     k, q, v, eta = k[..., None], q[..., None], v[..., None], eta[..., None, None]   # columns
     kT = k.swapaxes(2, 3)                                                           # (T, B, 1, d)
-    M = np.zeros((T + 1, B, v.shape[2], d), k.dtype)
+    M = np.zeros((T + 1, B, v.shape[2], d), k.dtype)    # M[t]: before token t
     e = np.empty_like(v)                                                            # (T, B, p, 1)
     for t in range(T):
         e[t] = c * (M[t] @ k[t]) - v[t]
         M[t + 1] = M[t] - eta[t] * e[t] @ kT[t]
-    y = M[:-1] @ q
+    y = M[:-1] @ q                                                                  # (T, B, p, 1)
     return y[..., 0], (M, e, k, q, eta, c)
 
 
@@ -118,7 +118,7 @@ def memory_backward(dout, cache):
     for t in reversed(range(len(k))):
         de[t] = -eta[t] * (dM[t + 1] @ k[t])
         dM[t] = dM[t + 1] + c * de[t] @ kT[t] + dy[t] @ qT[t]
-    A, MT = dM[1:], M[:-1].swapaxes(2, 3)               # the other gradients need no loop
+    A, MT = dM[1:], M[:-1].swapaxes(2, 3)               # A[t] = dM': the rest needs no loop
     dk = MT @ (c * de) - A.swapaxes(2, 3) @ (eta * e)
     dq = MT @ dy
     deta = -(e * (A @ k)).sum(axis=(2, 3))
@@ -146,12 +146,12 @@ def softmax_cross_entropy_backward(dout, cache):
 def find_sources(key, junk, keys):
     """The position of the token that holds the answer: the last earlier one with the same key that
     is not junk; -1 if there is none.   key, junk (T, B) -> (T, B)."""
-    rows = np.arange(key.shape[1])
-    last = np.full((len(rows), keys), -1)               # for every key, so far
+    b = np.arange(key.shape[1])
+    last = np.full((len(b), keys), -1)                  # position of the last token of every key
     source = np.empty_like(key)
     for t in range(len(key)):
-        source[t] = last[rows, key[t]]
-        last[rows, key[t]] = np.where(junk[t], source[t], t)
+        source[t] = last[b, key[t]]
+        last[b, key[t]] = np.where(junk[t], source[t], t)
     return source
 
 
@@ -163,8 +163,8 @@ def make_batch(cfg, step, dtype=np.float32):
     key = rng.integers(0, cfg.keys, shape)
     value = rng.integers(0, cfg.values, shape)
     junk = (rng.random(shape) < cfg.junk).astype(int)
-    junk[0, 0] = 0                                      # so that there is a target at all:
-    key[-1, 0] = key[0, 0]                              # the first token's value
+    junk[0, 0] = 0                                      # in any batch at least one token has a
+    key[-1, 0] = key[0, 0]                              # target: the last one of sequence 0
     source = find_sources(key, junk, cfg.keys)
     targets = np.where(source >= 0, np.take_along_axis(value, source, axis=0), -1)
     return key, value, junk, targets
@@ -187,7 +187,7 @@ def init_params(cfg, rng, dtype=np.float32):
 
 def tokens_forward(params, key, value, junk):
     """Ids (T, B) -> k, q of length 1, v, each (T, B, d), eta (T, B)."""
-    k, unit_k = unit_forward(params["Wk"])              # rows first: there are fewer than tokens
+    k, unit_k = unit_forward(params["Wk"])              # rows, since tokens are more than rows
     q, unit_q = unit_forward(params["Wq"])
     k, rows_k = embedding_forward(key, k)
     q, rows_q = embedding_forward(key, q)
@@ -197,7 +197,7 @@ def tokens_forward(params, key, value, junk):
 
 
 def tokens_backward(dk, dq, dv, deta, cache):
-    """-> gradients by name."""
+    """dk, dq, dv (T, B, d), deta (T, B) -> gradients by name."""
     unit_k, unit_q, rows_k, rows_q, rows_v, rows_eta = cache
     return {"Wk": unit_backward(embedding_backward(dk, rows_k), unit_k),
             "Wq": unit_backward(embedding_backward(dq, rows_q), unit_q),
@@ -232,12 +232,12 @@ def recall_loss(logits, targets):
     return loss, dlogits, accuracy
 
 
-def loss_and_grads(params, batch, cfg):
+def loss_and_grads(params, batch, cfg, forward=recall_forward, backward=recall_backward):
     """One forward and one backward pass -> loss, gradients under the keys of params."""
     *tokens, targets = batch
-    logits, cache = recall_forward(params, tokens, cfg)
+    logits, cache = forward(params, tokens, cfg)
     loss, dlogits, _ = recall_loss(logits, targets)
-    grads = recall_backward(dlogits, cache)
+    grads = backward(dlogits, cache)
     return loss, {name: grads[name] for name in params}     # Hebb's eta is 1 and not learned
 
 
@@ -372,12 +372,21 @@ def side_by_side(titles, pictures, gap="   "):
 
 
 def memory_map(weights, key, junk):
-    """An attention map (T, T), with key and junk mark (T,) of every token -> list of lines."""
-    keys = [chr(97 + number % 26) for number in key]
-    marks = [" x"[mark] for mark in junk]
-    rows = ["".join(row) for row in shade(np.abs(weights))]
-    return ["      " + "".join(keys), "      " + "".join(marks),
-            *map("  ".join, zip(keys, marks, rows))]
+    """Attention maps (B, T, T), key, junk (T, B) -> the share of tokens with a source whose largest
+    weight, plus or minus, is there; the map of the first sequence as a list of lines."""
+    source = find_sources(key, junk, key.max() + 1).T   # (B, T)
+    share = (np.abs(weights).argmax(axis=2) == source)[source >= 0].mean()
+    keys = [chr(97 + number % 26) for number in key[:, 0]]
+    marks = [" x"[mark] for mark in junk[:, 0]]
+    rows = ["".join(row) for row in shade(np.abs(weights[0]))]
+    lines = ["      " + "".join(keys), "      " + "".join(marks)]
+    return float(share), lines + [f"{a}  {x}  {row}" for a, x, row in zip(keys, marks, rows)]
+
+
+MAP_LEGEND = """
+The memory as attention. Row: the token at which it is read; column: a token (its key; x: junk).
+Dark: the column's value has a large weight, plus or minus. The right column is the last one before
+the row's token with its key and no x; in the title: how often, of all, it is the darkest."""
 
 
 def print_result(task, cfg, **metrics):
@@ -393,15 +402,13 @@ def print_result(task, cfg, **metrics):
 
 def main(cfg):
     """Check the identities, train both rules, show what they attend to."""
-    start, titles, maps = time.perf_counter(), [], []
-    print("Linear attention is gradient descent on a memory. Three identities: both sides computed"
-          "\non random numbers, and in front their largest difference (1e-15 is rounding)")
+    start, maps = time.perf_counter(), {}
+    print("Identities, on random numbers; in front the largest difference (1e-15 is rounding):")
     identities = check_identities(np.random.default_rng(cfg.seed))
     for statement, error in identities.items():
         print(f"  {error:.0e}   {statement}")
     few = dict(keys=min(4, cfg.keys), values=min(9, cfg.values), length=16, batch_size=256)
     key, value, junk, targets = make_batch(replace(cfg, **few), cfg.steps + 2)
-    source = find_sources(key, junk, cfg.keys).T
     print(f"\nRecall: token c7 gives key c the value 7, except junk ({cfg.junk:.0%}, marked x). The"
           "\ntarget is the value that the key had before, - if none. An example with few keys:")
     print("tokens   " + "".join(f" {chr(97 + a % 26)}{b}{' x'[mark]} "
@@ -421,18 +428,13 @@ def main(cfg):
         print(f"fresh sequences: loss {loss:.4g}, accuracy {accuracy:.3f}; step size {step}")
         (k, q, _, eta), _ = tokens_forward(params, key, value, junk)
         weights = attention_map(memory_forward, k, q, eta, ("hebb", "delta").index(rule))
-        aligned = (np.abs(weights).argmax(axis=2) == source)[source >= 0].mean()
-        titles.append(f"{rule}: {aligned:.0%}")
-        maps.append(memory_map(weights[0], key[:, 0], junk[:, 0]))
-        metrics.update({f"{rule}_accuracy": accuracy, f"{rule}_alignment": float(aligned)})
+        share, lines = memory_map(weights, key, junk)
+        maps[f"{rule}: {share:.0%}"] = lines
+        metrics.update({f"{rule}_accuracy": accuracy, f"{rule}_alignment": share})
         if len(losses) < cfg.steps:                     # Ctrl-C
             break
-    print("\nThe memory as attention, on the example. A row is a token at which the memory is read,"
-          "\na column a token, each with its key; x marks junk. It is dark where the value of the"
-          "\ncolumn's token weighs much, plus or minus. The right one is the last column before the"
-          f"\nrow's token with its key and no x. In the title: how often, over {few['batch_size']} "
-          "sequences, the\nlargest weight is there.")
-    side_by_side(titles, maps)
+    print(MAP_LEGEND)
+    side_by_side(maps, maps.values())
     print("\nNext: python nested_attention.py rules      python nested_attention.py identities")
     print_result("recall", cfg, **metrics, params=size, steps=len(losses),
                  seconds=time.perf_counter() - start)
@@ -455,18 +457,19 @@ Break it (what to change, and what becomes of the accuracy of delta, 100 % as it
     python nested_attention.py rule --rule momentum --mu 0.8     90 %, 47 % at 512 tokens; 0.5:
         99 %, 0.95: 18 % at 512. Momentum goes on writing values that have been replaced
     python nested_attention.py rule --rule adam --beta1 0.9      59 %, for the same reason
-    python nested_attention.py rule --keys 12 --steps 300        97 %, 85 % at 512 tokens, where
-        --rule hebb --alpha token has 76 % and --rule hebb --eta fixed 26 %
-    cms_forward: wait = 1 + 0 * wait    (python nested_attention.py memories)    loss 1.06 for
-        0.83: gradients that are gathered in G while a memory waits stay there
+    python nested_attention.py rule --keys 12 --steps 300        97 %, 85 % at 512 tokens: in 8
+        dimensions 12 keys cannot all be orthogonal. --rule hebb --alpha token has 76 % at 512
+        tokens, --rule hebb --eta fixed 26 %
+    cms_forward: wait = 1 + 0 * wait    (python nested_attention.py memories)    loss 1.065
+        for 0.825: gradients that are gathered in G while a memory waits are never dropped
 
 Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
     1. Learn the first memory, M0 (p, d), in place of 0. Its gradient is dM[0], summed over what?
     2. Use Wk for queries, too. Which gradients add? Does Hebb's rule become better or worse?
     3. Huber's objective has e = clip(M k - v, -1, 1). Where does de pass on to dM, dk and dv?
 
-Papers of these parts: Welch 1974 (bound), Kingma and Ba 2015 (Adam), Yang et al. 2024 (gated delta
-rule). Numbers of equations are those of arXiv 2512.24695 (Nested Learning).
+Papers of these parts: Kingma and Ba 2015 (Adam), Yang et al. 2024 (gated delta rule). Numbers of
+equations are those of arXiv 2512.24695 (Nested Learning).
 """
 
 import argparse
@@ -489,18 +492,17 @@ with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse f
 # One memory serves four rules (Eq.: numbers in the paper, arXiv 2512.24695):
 #     S' = mu S - eta e k^T     momentum: a running sum of steps (Eq. 33)
 #     M' = alpha M + S'         alpha < 1 forgets (64); eta and alpha may depend on the token (76)
-# Delta gradient descent, dgd (56, 57), has M k + e in place of e, so its c is larger by 1. Adam as
-# an inner rule is ours: in the paper it is read as a memory (101-105), and trains slow levels.
-# Memories are read before they are written (94). Read afterwards (16), the delta rule outputs the
+# Delta gradient descent, dgd (56, 57), has M k + e in place of e: c = 2. In the paper Adam is read
+# as a memory (101-105) and trains slow levels; as an inner rule it is ours.
+# Memories are read before they are written (94); after it (16), the delta rule would output the
 # value just written.
 
 @dataclass
 class Rule(Config):
     """Recall by one inner rule, with all its choices."""
     rule: Literal["hebb", "delta", "momentum", "adam", "dgd"] = "delta"  # inner rule
-    objective: Literal["l2", "dot"] = "l2"  # objective of momentum, adam, dgd: delta's or Hebb's
     eta: Literal["fixed", "global", "token"] = "token"  # step size: 1, learned, or two learned ones
-    alpha: Literal["fixed", "global", "token"] = "fixed"  # share of M that is kept, as eta
+    alpha: Literal["fixed", "global", "token"] = "fixed"  # share of M that is kept: 1, or learned
     mu: float = 0.0         # inner momentum; 0: learned
     beta1: float = 0.0      # inner Adam: decay of the average gradient
     beta2: float = 0.9      # inner Adam: decay of the average squared gradient
@@ -607,25 +609,24 @@ def gate_backward(dout, cache):
 
 
 def init_rule(cfg, rng, dtype=np.float32):
-    """Wk, Wq, Wv, Wo, bo as before; eta, alpha, mu with 0, 1 or 2 entries, as chosen."""
+    """Wk, Wq, Wv, Wo, bo as before, and those of eta, alpha, mu that are learned."""
     params = init_params(replace(cfg, rule="hebb"), rng, dtype)
     entries = {"fixed": 0, "global": 1, "token": 2}
-    for name, count, start in (("eta", entries[cfg.eta], 0.5), ("alpha", entries[cfg.alpha], 2.0),
-                               ("mu", cfg.rule == "momentum" and cfg.mu == 0, 0.0)):
-        if count:
-            params[name] = np.full(int(count), start, dtype)
-    return params
+    params["eta"] = np.full(entries[cfg.eta], 0.5, dtype)
+    params["alpha"] = np.full(entries[cfg.alpha], 2.0, dtype)       # alpha, mu: before the sigmoid
+    params["mu"] = np.zeros(int(cfg.rule == "momentum" and cfg.mu == 0), dtype)
+    return {name: array for name, array in params.items() if array.size}
+
+
+RULE_C = {"hebb": 0, "delta": 1, "momentum": 1, "adam": 1, "dgd": 2}    # c of e = c M k - v
 
 
 def inner_memory_forward(k, q, v, eta, alpha, mu, cfg):
     """The memory of cfg.rule -> y (T, B, p)."""
-    l2 = ("dot", "l2").index(cfg.objective)
-    c = {"hebb": 0, "delta": 1, "momentum": l2, "adam": l2, "dgd": l2 + 1}[cfg.rule]
-    betas = cfg.beta1, cfg.beta2
     if cfg.rule == "adam":
-        y, cache = adam_memory_forward(k, q, v, eta, alpha, c, *betas)
+        y, cache = adam_memory_forward(k, q, v, eta, alpha, RULE_C["adam"], cfg.beta1, cfg.beta2)
     else:
-        y, cache = momentum_memory_forward(k, q, v, eta, alpha, mu, c)
+        y, cache = momentum_memory_forward(k, q, v, eta, alpha, mu, RULE_C[cfg.rule])
     return y, (cfg.rule, cache)
 
 
@@ -640,14 +641,14 @@ def inner_memory_backward(dout, cache):
 def rule_forward(params, tokens, cfg):
     """tokens: key, value, junk (T, B) -> logits (T B, values) of the value before each token."""
     key, value, junk = tokens
-    rows = junk if cfg.eta == "token" else 0 * junk
+    rows = junk if cfg.eta == "token" else 0 * junk         # else all tokens use row 0 of eta
     inputs, tokens_cache = tokens_forward(params, key, value, rows)
-    gates, gate_caches = {"alpha": 1.0, "mu": {"momentum": cfg.mu}.get(cfg.rule, 0.0)}, {}
-    for name, number in gates.items():
-        gates[name] = np.full(junk.shape, number, inputs[0].dtype)
+    gate_caches = {}
+    for name, fixed in (("alpha", 1.0), ("mu", cfg.mu if cfg.rule == "momentum" else 0.0)):
+        gate = np.full(junk.shape, fixed, params["Wk"].dtype)
         if name in params:
-            gates[name], gate_caches[name] = gate_forward(junk, params[name])
-    inputs = *inputs, *gates.values()                   # k, q, v, eta, alpha, mu
+            gate, gate_caches[name] = gate_forward(junk, params[name])
+        inputs = *inputs, gate                              # in the end k, q, v, eta, alpha, mu
     y, memory = inner_memory_forward(*inputs, cfg)
     logits, linear = linear_forward(y.reshape(-1, cfg.dim), params["Wo"], params["bo"])
     return logits, (inputs, tokens_cache, gate_caches, memory, y.shape, linear)
@@ -666,75 +667,17 @@ def rule_backward(dout, cache):
 
 
 def rule_loss_and_grads(params, batch, cfg):
-    """One forward and one backward pass -> loss, gradients under the keys of params."""
-    *tokens, targets = batch
-    logits, cache = rule_forward(params, tokens, cfg)
-    loss, dlogits, _ = recall_loss(logits, targets)
-    grads = rule_backward(dlogits, cache)
-    return loss, {name: grads[name] for name in params}
+    """loss_and_grads of the memory of cfg.rule."""
+    return loss_and_grads(params, batch, cfg, rule_forward, rule_backward)
 
 
-def train_rule(cfg):
-    """-> params, losses; loss and accuracy at 1, 4 and 16 times the trained length, by length."""
-    params = init_rule(cfg, np.random.default_rng(cfg.seed))
-    size = sum(p.size for p in params.values())
-    print(f"\nrule {cfg.rule}, eta {cfg.eta}, alpha {cfg.alpha}: {size} parameters")
-    print(f"chance level: loss {math.log(cfg.values):.3f}, accuracy {1 / cfg.values:.3f}")
-    losses = train(params, cfg, make_batch, rule_loss_and_grads)
-    tests = {n: evaluate_recall(params, replace(cfg, length=n), rule_forward)
-             for n in (cfg.length, 4 * cfg.length, 16 * cfg.length)}
-    return params, losses, tests
-
-
-def key_products(params):
-    """|k_i . k_j| for all pairs of keys, and their mean for i != j."""
-    k, _ = unit_forward(params["Wk"])
-    products = np.abs(k @ k.T)
-    return products, float(products[~np.eye(len(k), dtype=bool)].mean())
-
-
-def run_rule(cfg):
-    """Train one inner rule; show longer sequences, the keys, the gates."""
-    start = time.perf_counter()
-    print(f"Recall: {cfg.keys} keys, {cfg.values} values, {cfg.length} tokens per sequence, "
-          f"{cfg.junk:.0%} junk, memory {cfg.dim} x {cfg.dim}")
-    if cfg.keys > cfg.dim:
-        bound = ((cfg.keys - cfg.dim) / (cfg.dim * (cfg.keys - 1))) ** 0.5
-        print(f"{cfg.keys} keys in {cfg.dim} dimensions cannot all be orthogonal: the root mean "
-              f"square of k_i . k_j\nis at least {bound:.2f} (Welch), so writing one key changes "
-              "what is held for others.")
-    before = init_rule(cfg, np.random.default_rng(cfg.seed))
-    params, losses, tests = train_rule(cfg)
-    for length, (loss, accuracy) in tests.items():
-        print(f"fresh sequences of {length:4d} tokens: loss {loss:.4g}, accuracy {accuracy:.3f}")
-    print("\nThe slow level makes the fast level's problem easy: if keys are orthogonal, writing"
-          "\none does not change what is held for others. |k_i . k_j| of all pairs of keys, blank"
-          "\nis 0, @ is 1; in the title the mean without i = j:")
-    products, means = zip(key_products(before), key_products(params))
-    side_by_side([f"untrained: {means[0]:.3f}", f"trained: {means[1]:.3f}"],
-                 [["".join(row) for row in shade(np.repeat(p, 2, axis=1))] for p in products])
-    for name in [name for name in ("eta", "alpha", "mu") if name in params]:
-        first, last = (p[name] if name == "eta" else sigmoid(p[name]) for p in (before, params))
-        print(f"{name}: {first[0]:.2f} untrained; trained "
-              + ", for junk ".join(f"{number:.2f}" for number in last))
-    print("\nNext: python nested_attention.py rules"
-          "      python nested_attention.py rule --keys 12 --steps 300")
-    accuracies = {f"accuracy_{n}": accuracy for n, (_, accuracy) in tests.items()}
-    print_result("rule", cfg, loss=tests[cfg.length][0], **accuracies, key_overlap=means[1],
-                 params=sum(p.size for p in params.values()), steps=len(losses),
-                 seconds=time.perf_counter() - start)
-
-
-# ---- all inner rules side by side: python nested_attention.py rules ------------------------------
+# All rules side by side: python nested_attention.py rules
 
 @dataclass
 class Rules:
     """Recall by ten inner rules, also in sequences longer than in training."""
     keys: int = 8           # different keys
-    values: int = 8         # different values
-    dim: int = 8            # dimension of k, q and v: the memory is a dim x dim matrix
     length: int = 32        # tokens per sequence
-    junk: float = 0.25      # share of tokens that are marked as junk
     batch_size: int = 32    # sequences per step
     steps: int = 150        # optimizer steps
     lr: float = 0.05        # learning rate
@@ -753,50 +696,74 @@ RULES = {   # name in the table: flags of  python nested_attention.py rule  that
     "adam": dict(rule="adam"),
     "dgd": dict(rule="dgd"),
 }
+MAPPED = "hebb", "hebb, gates", "delta, eta 1", "delta"
 
 
-def loss_curve(losses, width=60):
-    """Losses from first to last as one line of text, dark where high, on a logarithmic scale."""
-    parts = np.array_split(losses, min(width, len(losses)))
-    logs = np.log([np.mean(part) + 1e-12 for part in parts])
-    return "".join(shade((logs - logs.min()) / (np.ptp(logs) + 1e-12)))
+def train_rule(cfg):
+    """-> params, losses; loss and accuracy at 1, 4 and 16 times the trained length, by length."""
+    params = init_rule(cfg, np.random.default_rng(cfg.seed))
+    size = sum(p.size for p in params.values())
+    print(f"\nrule {cfg.rule}, eta {cfg.eta}, alpha {cfg.alpha}: {size} parameters")
+    print(f"chance level: loss {math.log(cfg.values):.3f}, accuracy {1 / cfg.values:.3f}")
+    losses = train(params, cfg, make_batch, rule_loss_and_grads)
+    tests = {n: evaluate_recall(params, replace(cfg, length=n), rule_forward)
+             for n in (cfg.length, 4 * cfg.length, 16 * cfg.length)}
+    return params, losses, tests
+
+
+def key_products(params):
+    """|k_i . k_j| of all pairs of keys as a list of lines, and their mean for i != j."""
+    k, _ = unit_forward(params["Wk"])
+    products = np.abs(k @ k.T)
+    lines = ["".join(row) for row in shade(np.repeat(products, 2, axis=1))]
+    return lines, float(products[~np.eye(len(k), dtype=bool)].mean())
 
 
 def run_rules(cfg):
-    """Train every rule from the same start; a table, and the attention maps of four rules."""
-    start, rows, titles, maps, metrics = time.perf_counter(), [], [], [], {}
-    few = Config(keys=min(4, cfg.keys), values=min(9, cfg.values), length=16, batch_size=256,
-                 junk=cfg.junk, seed=cfg.seed)
+    """Train the rule of cfg, or all of RULES from one start; a table; attention maps; the keys."""
+    start, rows, maps, metrics = time.perf_counter(), [], {}, {}
+    single = isinstance(cfg, Rule)
+    base = Rule(**vars(cfg))
+    rules = {cfg.rule: {}} if single else RULES
+    few = replace(base, keys=min(4, cfg.keys), length=16, batch_size=256)
     key, _, junk, _ = make_batch(few, cfg.steps + 2)
-    source = find_sources(key, junk, cfg.keys).T
-    for name, choices in RULES.items():
-        part = Rule(**{**vars(cfg), **choices})
+    lines, overlap = key_products(init_rule(base, np.random.default_rng(cfg.seed)))
+    keys = {f"untrained {overlap:.3f}": lines}
+    for name, choices in rules.items():
+        part = replace(base, **choices)
         params, losses, tests = train_rule(part)
-        rows.append(f"{name:18s}" + "".join(f"{accuracy:11.3f}" for _, accuracy in tests.values())
-                    + f"{tests[cfg.length][0]:11.4f}   {loss_curve(losses, 20)}")
-        if name in ("hebb", "hebb, gates", "delta, eta 1", "delta"):
-            _, ((k, q, _, *gates), *_) = rule_forward(params, (key, 0 * key, junk), part)
-            weights = attention_map(inner_memory_forward, k, q, *gates, part)
-            aligned = (np.abs(weights).argmax(axis=2) == source)[source >= 0].mean()
-            titles.append(f"{name}: {aligned:.0%}")
-            maps.append(memory_map(weights[0], key[:, 0], junk[:, 0]))
-        if name in ("hebb", "delta"):
+        lines, overlap = key_products(params)
+        eta = params.get("eta", np.ones(1))
+        rows.append(f"{name:16s}" + "".join(f"{accuracy:11.3f}" for _, accuracy in tests.values())
+                    + f"{tests[cfg.length][0]:10.4f}{eta[0]:8.2f}{eta[-1]:8.2f}{overlap:9.3f}")
+        if single or name in MAPPED:
             metrics.update({f"{name}_accuracy_{n}": tests[n][1] for n in tests})
+            keys[f"{name} {overlap:.3f}"] = lines
+            if part.rule != "adam":                     # whose y is not linear in the values
+                _, ((k, q, _, *gates), *_) = rule_forward(params, (key, 0 * key, junk), part)
+                weights = attention_map(inner_memory_forward, k, q, *gates, part)
+                share, lines = memory_map(weights, key, junk)
+                maps[f"{name}: {share:.0%}"] = lines
         if len(losses) < cfg.steps:                     # Ctrl-C
             break
     print("\nAccuracy on fresh sequences as long as in training, 4 and 16 times as long; loss at"
-          "\nthe trained length; losses from first to last step (dark is high; logarithmic shades)")
-    print(f"{'rule':18s}" + "".join(f"{n:4d} tokens" for n in tests) + f"{'loss':>11s}")
+          "\nthe trained length; eta of normal tokens and of junk; mean |k_i . k_j|")
+    print(f"{'rule':16s}" + "".join(f"{n:4d} tokens" for n in tests)
+          + f"{'loss':>10s}{'eta':>8s}{'junk':>8s}{'keys':>9s}")
     print(*rows, sep="\n")
-    print("\nThe memories as attention. A row is a token at which the memory is read, a column a"
-          "\ntoken, each with its key; x marks junk. It is dark where the value of the column's"
-          "\ntoken weighs much, plus or minus. The right one is the last column before the row's"
-          "\ntoken with its key and no x. In the title: how often the largest weight is there.")
-    side_by_side(titles, maps)
-    print("\nNext: python nested_attention.py rule --rule dgd"
+    if maps:
+        print(MAP_LEGEND)
+        side_by_side(maps, maps.values())
+    print("\nThe slow level makes the fast level's problem easy: if keys are orthogonal, writing v"
+          "\nfor one does not change M k for the others. |k_i . k_j| of all pairs of keys; blank is"
+          "\n0, @ is 1; in the title the mean for i != j:")
+    side_by_side(keys, keys.values())
+    print("\nNext: python nested_attention.py rule --rule dgd --keys 12"
           "      python nested_attention.py memories")
-    print_result("rules", cfg, **metrics, params=sum(p.size for p in params.values()),
-                 steps=len(losses), seconds=time.perf_counter() - start)
+    print_result("rule" if single else "rules", cfg,
+                 **{name.replace(", ", "_").replace(" ", "_"): x for name, x in metrics.items()},
+                 params=sum(p.size for p in params.values()), steps=len(losses),
+                 seconds=time.perf_counter() - start)
 
 
 # ---- memories of several time scales: python nested_attention.py memories ------------------------
@@ -824,48 +791,51 @@ class Memories:
 
 def cms_forward(k, v, eta, alpha, w, periods):
     """y = sum_l w_l M_l k, e = y - v, G_l <- G_l + w_l e k^T, and every periods[l] tokens
-    M_l <- alpha_l M_l - eta_l G_l, G_l <- 0. Computed as one memory M of L d columns with keys
-    K = (w_1 k, ..., w_L k) and with factors for every column: M <- keep M - rate G, G <- wait G.
-    k (T, B, d), v (T, B, p), eta, alpha, w (L,) -> y (T, B, p)."""
+    M_l <- alpha_l M_l - eta_l G_l, G_l <- 0. In one formula for all tokens and the L levels:
+    M <- keep M - rate G, G <- wait G.   k (T, B, d), v (T, B, p), eta, alpha, w (L,)
+    -> y (T, B, p)."""
     (T, B, d), L = k.shape, len(periods)
-    due = (np.arange(1, T + 1)[:, None] % periods == 0).astype(k.dtype)     # (T, L) of 0 and 1
-    keep = np.repeat(1 - due + due * alpha, d, axis=1)[:, None, None]       # (T, 1, 1, L d)
-    rate = np.repeat(due * eta, d, axis=1)[:, None, None]
-    wait = np.repeat(1 - due, d, axis=1)[:, None, None]
-    K = (w[:, None] * k[:, :, None]).reshape(T, B, L * d, 1)
-    KT, v = K.swapaxes(2, 3), v[..., None]
-    M = np.zeros((T + 1, B, v.shape[2], L * d), k.dtype)
+    due = np.arange(1, T + 1)[:, None] % periods == 0                       # (T, L)
+    due = due[..., None, None, None].astype(k.dtype)                        # to broadcast over M
+    eta, alpha, w = (x[:, None, None, None] for x in (eta, alpha, w))       # (L, 1, 1, 1)
+    keep, rate, wait = 1 - due + due * alpha, due * eta, 1 - due            # (T, L, 1, 1, 1)
+    k, v = k[..., None], v[..., None]                                       # columns
+    kT = k.swapaxes(2, 3)                                                   # (T, B, 1, d)
+    M = np.zeros((T + 1, L, B, v.shape[2], d), k.dtype)
     G, e = np.empty_like(M[1:]), np.empty_like(v)
     gathered = np.zeros_like(M[0])
     for t in range(T):
-        e[t] = M[t] @ K[t] - v[t]
-        G[t] = gathered + e[t] @ KT[t]
+        e[t] = (w * (M[t] @ k[t])).sum(axis=0) - v[t]
+        G[t] = gathered + w * (e[t] @ kT[t])                                # (L, B, p, d)
         M[t + 1] = keep[t] * M[t] - rate[t] * G[t]
         gathered = wait[t] * G[t]
     y = e + v
-    return y[..., 0], (M, G, e, k, K, w, due, keep, rate, wait)
+    return y[..., 0], (M, G, e, k, w, due, keep, rate, wait)
 
 
 def cms_backward(dout, cache):
-    """With A = dM': dG = wait (dG of the next token) - rate A, de = dG K, dy = dout + de,
-    dM = keep A + dy K^T, dK = dG^T e + M^T dy; dkeep = A M and drate = -A G, summed by column."""
-    M, G, e, k, K, w, due, keep, rate, wait = cache
-    (T, B, d), L = k.shape, len(w)
-    dout, KT = dout[..., None], K.swapaxes(2, 3)
-    dM, dG, de = np.zeros_like(M), np.empty_like(G), np.empty_like(e)
+    """With A = dM': dG = wait (dG of the next token) - rate A, de = sum_l w_l dG_l k,
+    dy = dout + de since e = y - v, dM_l = keep_l A_l + w_l dy k^T,
+    dk = sum_l w_l (dG_l^T e + M_l^T dy), dw_l = e^T dG_l k + dy^T M_l k, dkeep = <A, M>,
+    drate = -<A, G>.   -> dk, dv, deta, dalpha, dw."""
+    M, G, e, k, w, due, keep, rate, wait = cache
+    kT, dy = k.swapaxes(2, 3), np.empty_like(e)
+    dM, dG = np.zeros_like(M), np.empty_like(G)
     dgathered = np.zeros_like(M[0])
-    for t in reversed(range(T)):
+    for t in reversed(range(len(k))):
         dG[t] = wait[t] * dgathered - rate[t] * dM[t + 1]
-        de[t] = dG[t] @ K[t]
-        dM[t] = keep[t] * dM[t + 1] + (dout[t] + de[t]) @ KT[t]     # e = y - v: dy = dout + de
+        dy[t] = dout[t, ..., None] + (w * (dG[t] @ k[t])).sum(axis=0)
+        dM[t] = keep[t] * dM[t + 1] + w * (dy[t] @ kT[t])
         dgathered = dG[t]
-    dK = dG.swapaxes(2, 3) @ e + M[:-1].swapaxes(2, 3) @ (dout + de)
-    dK = dK.reshape(T, B, L, d)                         # K = w k
-    dk = (w[:, None] * dK).sum(axis=2)
-    dw = (k[:, :, None] * dK).sum(axis=(0, 1, 3))
-    dkeep = (dM[1:] * M[:-1]).sum(axis=(1, 2)).reshape(T, L, d).sum(axis=2)
-    drate = -(dM[1:] * G).sum(axis=(1, 2)).reshape(T, L, d).sum(axis=2)
-    return dk, -de[..., 0], (due * drate).sum(axis=0), (due * dkeep).sum(axis=0), dw
+    e, dy, k = e[:, None], dy[:, None], k[:, None]                          # (T, 1, B, ., 1)
+    dk = (w * (dG.swapaxes(3, 4) @ e + M[:-1].swapaxes(3, 4) @ dy)).sum(axis=1)
+    dw = (e * (dG @ k) + dy * (M[:-1] @ k)).sum(axis=(0, 2, 3, 4))          # (L,)
+    dkeep = (dM[1:] * M[:-1]).sum(axis=(2, 3, 4), keepdims=True)            # (T, L, 1, 1, 1)
+    drate = -(dM[1:] * G).sum(axis=(2, 3, 4), keepdims=True)
+    deta = (due * drate).sum(axis=0).ravel()                                # rate = due eta
+    dalpha = (due * dkeep).sum(axis=0).ravel()
+    dv = dout - dy[:, 0, ..., 0]                                            # -de
+    return dk[..., 0], dv, deta, dalpha, dw
 
 
 def read_periods(cfg):
@@ -877,7 +847,7 @@ def init_stream(cfg, rng, dtype=np.float32):
     """log_eta, alpha (before the sigmoid) and w of every level; log_scale of the logits."""
     periods = read_periods(cfg)
     pace = 4.0 ** np.arange(len(periods)) if cfg.staggered else periods
-    keep = sigmoid(1.5) ** (periods / pace)             # equal pace: equally much is forgotten
+    keep = sigmoid(1.5) ** (periods / pace)             # at equal pace, equal forgetting per token
     alpha = np.log(keep / (1 - keep))
     params = {"log_eta": np.log(0.5 / pace), "alpha": alpha[:1] if cfg.shared else alpha,
               "w": np.ones(len(periods)), "log_scale": np.ones(1)}
@@ -885,8 +855,8 @@ def init_stream(cfg, rng, dtype=np.float32):
 
 
 def stream_batch(cfg, step, dtype=np.float32):
-    """Home and away in turn -> key, value, away (0 or 1), each (T, B). The permanent values are
-    those of a sequence, the passing ones those of one time away. The targets are the values."""
+    """Home and away in turn -> key, value, away (0 or 1), each (T, B). A sequence has one permanent
+    value per key, and one passing value per key and time away. The targets are the values."""
     rng = np.random.default_rng((cfg.seed, step))
     T, B = cfg.length, cfg.batch_size
     key = rng.integers(0, cfg.keys, (T, B))
@@ -894,8 +864,8 @@ def stream_batch(cfg, step, dtype=np.float32):
     away = np.repeat(position[:, None] >= cfg.home, B, axis=1).astype(int)
     permanent = rng.integers(0, cfg.values, (B, cfg.keys))
     passing = rng.integers(0, cfg.values, (cycle[-1] + 1, B, cfg.keys))
-    rows = np.arange(B)
-    value = np.where(away, passing[cycle[:, None], rows, key], permanent[rows, key])
+    b = np.arange(B)
+    value = np.where(away, passing[cycle[:, None], b, key], permanent[b, key])      # (T, B)
     return key, value, away
 
 
@@ -945,21 +915,23 @@ def draw_timeline(params, cfg, columns=80):
     part = replace(cfg, length=cycle + columns, batch_size=16)
     key, value, away = stream_batch(part, cfg.steps + 2)
     _, ((M, *_), _, _) = stream_forward(params, key, value, part)
-    times = np.arange(cycle, part.length)
-    visits = (np.eye(cfg.keys)[key[times]] * away[times, :, None]).sum(axis=0)
-    b, a = np.unravel_index(visits.argmax(), visits.shape)      # the key seen most when away
-    held = M[times, b].reshape(columns, cfg.values, -1, cfg.keys)[..., a] * params["w"]
+    key, value, away, M = key[cycle:], value[cycle:], away[cycle:], M[cycle:-1]
+    visits = (np.eye(cfg.keys)[key] * away[..., None]).sum(axis=0)          # (B, keys)
+    b, a = np.unravel_index(visits.argmax(), visits.shape)  # the key that is seen most when away
+    held = params["w"][:, None] * M[:, :, b, :, a]          # (columns, L, values)
 
-    def decode(strengths):                                      # (columns, values) -> text
-        best, most = strengths.argmax(axis=1) % 26, strengths.max(axis=1)
-        return "".join("." if m < 0.05 else chr(i + (65 if m > 0.5 else 97))
-                       for i, m in zip(best, most))
-    seen = [chr(97 + value[t, b] % 26) if key[t, b] == a else " " for t in times]
-    return ["phase        " + "".join("-#"[away[t, b]] for t in times),
-            "value seen   " + "".join(seen),
-            *(f"period {period:4d}  {decode(held[:, :, level])}"
-              for level, period in enumerate(read_periods(cfg))),
-            "sum          " + decode(held.sum(axis=2))]
+    def decode(strengths):                                  # (columns, values) -> text
+        text = ""
+        for best, most in zip(strengths.argmax(axis=1) % 26, strengths.max(axis=1)):
+            text += "." if most < 0.05 else chr(best + (65 if most > 0.5 else 97))
+        return text
+
+    seen = [chr(97 + v % 26) if k == a else " " for k, v in zip(key[:, b], value[:, b])]
+    lines = ["phase        " + "".join("-#"[phase] for phase in away[:, b]),
+             "value seen   " + "".join(seen)]
+    for level, period in enumerate(read_periods(cfg)):
+        lines.append(f"period {period:4d}  {decode(held[:, level])}")
+    return [*lines, "sum          " + decode(held.sum(axis=1))]
 
 
 OTHERS = {
@@ -986,18 +958,18 @@ def run_memories(cfg):
         print(f"chance level: loss {math.log(cfg.values):.3f}, accuracy {1 / cfg.values:.3f}")
         params, losses, results[name] = train_stream(part)
         if part is cfg:
-            print("\nOne key through time. A column is a token. Phase: - is home, # is away. Value"
-                  "\nseen: what the token gives to this key, as a character (blank: another key)."
-                  "\nThen what each level holds for the key, and their sum: a capital if strongly,"
-                  "\n. if hardly anything. With several periods the sum returns to the permanent"
-                  "\nvalue before that is seen again.")
+            print("\nOne key in time. Column: a token. Phase: - home, # away. Value seen: what"
+                  "\nthe token gives to this key, as a character (blank: another key). Below: what"
+                  "\neach level and their sum hold for the key (capital: strongly, .: hardly)."
+                  "\nWith several periods the sum returns to the permanent value before the key is"
+                  "\nseen again.")
             print(*draw_timeline(params, cfg), sep="\n")
         if len(losses) < cfg.steps:                     # Ctrl-C
             break
-    print(f"\nFresh sequences of {4 * cfg.length} tokens: loss; accuracy; accuracy when a key is"
-          "\nfirst seen again after a return; updates per token. shared: one alpha for all levels."
-          "\nstaggered is a control: all levels are updated at every token, but start with the"
-          "\nspeeds of 1,4,16. If it is as good, speeds are what counts, and periods save updates.")
+    print(f"\nFresh sequences of {4 * cfg.length} tokens. returned: accuracy when a key is first"
+          "\nseen after a return; updates: per token; shared: one alpha for all levels; staggered,"
+          "\na control: all levels are updated at every token, but start with the speeds of 1,4,16."
+          "\nIf the control is as good, speeds are what counts, and periods save updates.")
     print(f"{'periods':20s}{'loss':>10s}{'accuracy':>10s}{'returned':>10s}{'updates':>10s}")
     for name, (loss, accuracy, returned) in results.items():
         updates = (1 / read_periods(parts[name])).sum()
@@ -1027,7 +999,8 @@ def draw_keys(kind, cfg, rng):
     T, B, d = cfg.length, cfg.batch_size, cfg.dim
     k = rng.standard_normal((T, B, d))
     if kind == "repeated":
-        k = ((k[d] + 0.5 * k[:d]) / d ** 0.5)[np.arange(T) % d]         # all share k[d]
+        few = (k[d] + 0.5 * k[:d]) / d ** 0.5                           # d keys that share k[d]
+        k = few[np.arange(T) % d]
     if kind in ("axes", "rotated"):
         k = k * 300 ** (-0.5 * np.arange(d) / max(1, d - 1))            # variances 1 to 1 / 300
     if kind == "rotated":
@@ -1036,14 +1009,21 @@ def draw_keys(kind, cfg, rng):
     return k
 
 
+INNER = {   # rule: its memory for inputs k, k, v, step size eta (T, B)
+    "delta": lambda k, v, eta: memory_forward(k, k, v, eta, 1),
+    "momentum": lambda k, v, eta: momentum_memory_forward(
+        k, k, v, eta, np.ones_like(eta), np.full_like(eta, 0.9), 1),
+    "adam": lambda k, v, eta: adam_memory_forward(k, k, v, eta, np.ones_like(eta), 1, 0.9, 0.99)}
+
+
 def run_inner(cfg):
     """A table: the error of three rules on four kinds of keys."""
     start, metrics = time.perf_counter(), {}
-    sizes = 2.0 ** np.arange(-9, 2)
+    etas = 2.0 ** np.arange(-9, 2)
     print(f"Three rules learn v = W k, a random {cfg.dim} x {cfg.dim} matrix W, from {cfg.length} "
           "tokens. Squared\nerror on the last quarter of them, divided by that of an empty memory, "
-          f"at the\nbest of {len(sizes)} values of eta: 0 is perfect, 1 is nothing learned.")
-    print(f"{'keys':44s}{'delta':>10s}{'momentum':>10s}{'adam':>10s}")
+          f"at the\nbest of {len(etas)} values of eta: 0 is perfect, 1 is nothing learned.")
+    print(f"{'keys':44s}" + "".join(f"{rule:>10s}" for rule in INNER))
     for kind, text in (("repeated", f"{cfg.dim} similar ones, again and again"),
                        ("fresh", "always new, equal in all directions"),
                        ("axes", "always new, stretched along the axes"),
@@ -1052,27 +1032,21 @@ def run_inner(cfg):
         W = rng.standard_normal((cfg.batch_size, cfg.dim, cfg.dim))
         k = draw_keys(kind, cfg, rng)
         v = (W @ k[..., None])[..., 0]
-        k, v = (np.repeat(x, len(sizes), axis=1) for x in (k, v))       # all step sizes at once
-        eta = np.tile(sizes, (cfg.length, cfg.batch_size))
-        one = np.ones_like(eta)
-        last = -math.ceil(cfg.length / 4)
-        with np.errstate(all="ignore"):                                 # large steps diverge
-            outputs = [memory_forward(k, k, v, eta, 1)[0],
-                       momentum_memory_forward(k, k, v, eta, one, 0.9 * one, 1)[0],
-                       adam_memory_forward(k, k, v, eta, one, 1, 0.9, 0.99)[0]]
-            errors = [((y - v)[last:] ** 2).sum(axis=(0, 2)).reshape(-1, len(sizes)).sum(axis=0)
-                      for y in outputs]
-        empty = (v[last:] ** 2).sum() / len(sizes)
-        delta, momentum, adam = (float(np.nanmin(error) / empty) for error in errors)
-        print(f"{text:44s}{delta:10.4f}{momentum:10.4f}{adam:10.4f}")
-        metrics[f"momentum_over_delta_{kind}"] = momentum / delta
-        metrics[f"adam_over_delta_{kind}"] = adam / delta
+        tail = slice(-math.ceil(cfg.length / 4), None)
+        error = {}
+        for rule, forward in INNER.items():
+            with np.errstate(all="ignore"):                             # large steps diverge
+                outputs = [forward(k, v, np.full(k.shape[:2], eta))[0] for eta in etas]
+                errors = [((y - v)[tail] ** 2).sum() for y in outputs]
+            error[rule] = float(np.nanmin(errors) / (v[tail] ** 2).sum())
+        print(f"{text:44s}" + "".join(f"{value:10.4f}" for value in error.values()))
+        metrics[f"momentum_over_delta_{kind}"] = error["momentum"] / error["delta"]
+        metrics[f"adam_over_delta_{kind}"] = error["adam"] / error["delta"]
     print("Momentum and Adam help if keys repeat. Adam also helps if the curvature follows the"
           "\naxes, since it divides entry by entry; after a rotation it does not. If all directions"
           "\nare equal, delta is best. (In the result line: errors over that of delta.)")
     age = np.arange(40)
-    print("\nHow far back does an update look? The weights of the last 40 gradients, the newest"
-          "\nfirst; blank is 0, @ is 1:")
+    print("\nWeights of the last 40 gradients in an update, the newest first; blank is 0, @ is 1:")
     print(f"momentum, mu 0.9      {''.join(shade(0.9 ** age))}  half of the sum in the first 7")
     print(f"level of period 16    {''.join(shade(age < 16))}  gathered, used once, dropped")
     print("\nNext: python nested_attention.py rule --rule momentum --mu 0.95      python cnn.py")
@@ -1090,19 +1064,20 @@ class Identities:
     seed: int = 0           # random seed
 
 
-def adam_error(k, v, beta=0.9, eps=1e-6):
-    """Adam's last step u, with beta for both averages, less the u that minimizes, entry by entry,
-    sum_i w_i (g_i u - sqrt(shat + eps))^2 + eps u^2, for gradients g_i and their weights w_i."""
+def adam_slope(k, v, beta=0.9, eps=1e-6):
+    """The slope, at Adam's last step u (with beta for both averages), of what u minimizes entry by
+    entry: sum_i w_i (g_i u - sqrt(shat + eps))^2 + eps u^2, for gradients g_i and the weights w_i
+    that they have in the averages."""
     one = np.ones(k.shape[:2])
     _, (_, mhat, r, e, *_) = adam_memory_forward(k, k, v, one, one, 0, beta, beta, eps)
-    u = np.empty_like(r[-1])
-    age = np.arange(len(k))[::-1]
-    root = (beta ** age * (1 - beta) / (1 - beta ** len(k))) ** 0.5     # of the weights
-    for b, i, j in np.ndindex(u.shape):
-        A = np.append(root * e[:, b, i, 0] * k[:, b, j], eps ** 0.5)    # the last row is eps u^2
-        target = np.append(root / r[-1, b, i, j], 0)
-        u[b, i, j] = np.linalg.lstsq(A[:, None], target, rcond=None)[0][0]
-    return mhat[-1] * r[-1] - u
+    g = e @ k[:, :, None]                               # (T, B, p, d)
+    age = np.arange(len(k))[::-1, None, None, None]
+    w = beta ** age * (1 - beta) / (1 - beta ** len(k))
+
+    def objective(u):
+        return (w * (g * u - 1 / r[-1]) ** 2).sum(axis=0) + eps * u ** 2
+    u = mhat[-1] * r[-1]
+    return (objective(u + 1) - objective(u - 1)) / 2    # exact: the objective is quadratic
 
 
 def more_identities(rng):
@@ -1112,20 +1087,20 @@ def more_identities(rng):
     k = k / np.linalg.norm(k, axis=2, keepdims=True)
     v = rng.standard_normal((T, B, p))
     eta, alpha, mu = rng.uniform(0.1, 0.9, (3, T, B))
-    K, V, H = k[..., None], v[..., None], eta[..., None, None]          # columns
-    KT = K.swapaxes(2, 3)
+    k_column, v_column, step = k[..., None], v[..., None], eta[..., None, None]
+    kT = k_column.swapaxes(2, 3)
     _, (M, *_) = memory_forward(k, q, v, eta, c=1)                      # delta rule
-    _, (N, *_) = memory_forward(k, q, v, eta, c=2)                      # dgd on |M k - v|^2 / 2
-    slope = numeric_slope(lambda Nk: ((Nk - V) ** 2 + Nk ** 2) / 2, N[:-1], K)
+    _, (M_dgd, *_) = memory_forward(k, q, v, eta, c=2)                  # dgd on |M k - v|^2 / 2
+    slope = numeric_slope(lambda Mk: ((Mk - v_column) ** 2 + Mk ** 2) / 2, M_dgd[:-1], k_column)
     found = {
         "delta rule  =  M (I - eta k k^T) + eta v k^T":
-            M[:-1] @ (np.eye(d) - H * K @ KT) + H * V @ KT - M[1:],
+            M[:-1] @ (np.eye(d) - step * k_column @ kT) + step * v_column @ kT - M[1:],
         "delta rule  =  dgd on -<M k, v>, which is M - eta (M k - v) k^T":
-            M[:-1] - H * (M[:-1] @ K - V) @ KT - M[1:],
+            M[:-1] - step * (M[:-1] @ k_column - v_column) @ kT - M[1:],
         "dgd on |M k - v|^2 / 2  =  gradient descent on |M k - v|^2 / 2 + |M k|^2 / 2":
-            N[:-1] - H * slope - N[1:],
-        "Adam's last step, beta1 = beta2  =  least squares from past gradients to their size":
-            adam_error(k, v)}
+            M_dgd[:-1] - step * slope - M_dgd[1:],
+        "Adam's last step, beta1 = beta2: slope of a least squares objective  =  0":
+            adam_slope(k, v)}
     levels = np.array([0.5, 0.2]), np.array([0.8, 0.9]), np.array([0.7, 0.4]), np.array([1, 3])
     for name, forward, *more in (
             ("delta rule", memory_forward, eta, 1),
@@ -1266,13 +1241,13 @@ def limits(cfg):
             rows.append((value >= 2, "--" + name, "2 or more", value))
         if name in ("junk", "mu", "beta1", "beta2"):
             rows.append((value < 1, "--" + name, "below 1", value))
-        if name == "periods":
-            ok = re.fullmatch(r"[1-9]\d{0,2}(,[1-9]\d{0,2}){0,7}", value)
-            least = (cfg.home + cfg.away) / 4
-            expected = f"more than (--home + --away) / 4 = {least}"
-            rows += [(ok, "--periods", "up to 8 numbers from 1 to 999, such as 1,4,16", value),
-                     (cfg.length > least, "--length", expected, cfg.length)]
-    if type(cfg) is Inner:
+    if isinstance(cfg, Memories):
+        ok = re.fullmatch(r"[1-9]\d{0,2}(,[1-9]\d{0,2}){0,7}", cfg.periods)
+        rows.append((ok, "--periods", "up to 8 numbers from 1 to 999, as 1,4,16", cfg.periods))
+        least = (cfg.home + cfg.away) / 4
+        expected = f"more than (--home + --away) / 4 = {least}"
+        rows.append((cfg.length > least, "--length", expected, cfg.length))
+    if isinstance(cfg, Inner):
         rows.append((cfg.length > cfg.dim, "--length", f"more than --dim {cfg.dim}", cfg.length))
     return rows
 
@@ -1304,7 +1279,7 @@ GRADCHECK = {
     "cms": lambda rng: [cms_case(rng, 1, 2, 3), cms_case(rng, 3, 1), cms_case(rng, 1)]}
 
 TASKS = {"recall": Task(Config, init_params, make_batch, loss_and_grads, main),
-         "rule": Task(Rule, init_rule, make_batch, rule_loss_and_grads, run_rule),
+         "rule": Task(Rule, init_rule, make_batch, rule_loss_and_grads, run_rules),
          "rules": Task(Rules, None, None, None, run_rules),
          "memories": Task(Memories, init_stream, stream_batch, stream_loss_and_grads, run_memories),
          "inner": Task(Inner, None, None, None, run_inner),

@@ -1,18 +1,19 @@
 """seq2seq.py: one sequence in, another out, of another length.
 
 A recurrent net with one output per input writes before it has read everything. Two LSTMs need not:
-the encoder reads the source; the decoder starts from its last state and writes the target up to
-<eos>. So one state of fixed size holds all of the source: the bottleneck; the picture shows where
-it fails. In training the decoder reads the target, not its own output: teacher forcing.
+the encoder reads the source; the decoder starts from the encoder's last state and writes the target
+up to <eos>. So one state of fixed size has to hold the whole source. This is the bottleneck: the
+picture shows at which lengths it fails. In training the decoder's inputs are the tokens of the
+target, not its own outputs: teacher forcing.
 
 Forward, for a source x_1 .. x_S and a target y_1 .. y_T, with y_0 = <bos> and y_T = <eos>:
     h, c = encoder LSTM over x_1 .. x_S, from zeros; padding leaves h and c as they are
     h_t = decoder LSTM over y_0 .. y_{t-1}, from h, c         logits_t = h_t Wo + bo
-    loss = mean of -log softmax(logits_t)[y_t] over all y_t but padding
+    loss = mean of -log softmax(logits_t)[y_t] over the count targets y_t that are not padding
 Backward (the LSTM is derived in lstm.py):
     dlogits_t = (softmax(logits_t) - onehot(y_t)) / count     dWo = sum_t h_t^T dlogits_t
-    dh_t = dlogits_t Wo^T, and back through the decoder; the dh, dc that leave it at its first step
-    are the gradient of the encoder's last state, and all that goes back into the encoder
+    dh_t = dlogits_t Wo^T, then back through the decoder to its first state, which is the encoder's
+    last one: the dh, dc that arrive there are all of the gradient that the encoder gets
 
 Run    python seq2seq.py      (reverse up to 6 letters; --help lists the other tasks)
 Papers: Sutskever, Vinyals, Le 2014 (two LSTMs), Cho et al. 2014 (encoder and decoder).
@@ -48,7 +49,7 @@ class Config:
     seed: int = 0           # random seed
 
 
-# ---- layers: N sequences, T positions, D inputs, H hidden units, V tokens ------------------------
+# ---- layers: N sequences or rows, T positions, D inputs, M outputs, H hidden units, V tokens -----
 
 def linear_forward(x, W, b):
     """y = x W + b.   x (N, D), W (D, M), b (M,) -> y (N, M)."""
@@ -152,15 +153,18 @@ def pad(sequences):
 
 def make_batch(cfg, step, dtype=np.float32, held_out=False):
     """-> source (N, S): letters; inputs (N, T): BOS, then the letters in reverse order; targets (N,
-    T): these, then EOS. Sequences whose ids sum to a multiple of 11 are held out."""
-    rng, source = np.random.default_rng((cfg.seed, step)), []
+    T): the letters in reverse order, then EOS. Sequences whose ids sum to a multiple of 11 are held
+    out: there are none in training, and no others in tests."""
+    rng = np.random.default_rng((cfg.seed, step))
+    source = []
     for n in rng.integers(2, cfg.length + 1, cfg.batch_size):
         ids = rng.integers(3, len(VOCAB), n)
-        while (ids.sum() % 11 == 0) != held_out:
+        while (ids.sum() % 11 == 0) != held_out:            # draw again
             ids = rng.integers(3, len(VOCAB), n)
         source.append(ids)
     inputs = [[BOS, *ids[::-1]] for ids in source]
-    return pad(source), pad(inputs), pad([[*ids[::-1], EOS] for ids in source])
+    targets = [[*ids[::-1], EOS] for ids in source]
+    return pad(source), pad(inputs), pad(targets)
 
 
 def init_params(cfg, rng, dtype=np.float32, source_size=len(VOCAB), target_size=len(VOCAB)):
@@ -180,7 +184,7 @@ def token_lstm_forward(params, name, ids, state=()):
     E, Wx, Wh, b = (params[f"{name}.{key}"] for key in ("E", "Wx", "Wh", "b"))
     x, embed = embedding_forward(ids.T, E)                  # (T, N, D)
     T, N, D = x.shape
-    h0, c0 = state or np.zeros((2, N, len(Wh)), x.dtype)
+    h0, c0 = state or np.zeros((2, N, len(Wh)), x.dtype)    # state is () or (h0, c0)
     z, project = linear_forward(x.reshape(T * N, D), Wx, b)
     mask = (ids.T != PAD)[:, :, None]                       # (T, N, 1)
     out, lstm = masked_lstm_forward(z.reshape(T, N, -1), h0, c0, Wh, mask)
@@ -197,7 +201,8 @@ def token_lstm_backward(dh, dc, cache):
 
 
 def seq2seq_forward(params, source, inputs):
-    """-> logits (count, V): what follows each token of inputs (N, T), without padding."""
+    """source (N, S), inputs (N, T) -> logits (count, V) of the token after each of the count inputs
+    that are not padding, position by position."""
     (h_source, c), encoder = token_lstm_forward(params, "encoder", source)
     (h, _), decoder = token_lstm_forward(params, "decoder", inputs, (h_source[-1], c))
     real = inputs.T != PAD                                  # (T, N)
@@ -208,10 +213,14 @@ def seq2seq_forward(params, source, inputs):
 def seq2seq_backward(dlogits, cache):
     """seq2seq_forward from bottom to top -> gradients under the keys of params."""
     encoder, decoder, readout, real, source_shape, shape = cache
-    dh, dh_source = np.zeros(shape, dlogits.dtype), np.zeros(source_shape, dlogits.dtype)
-    dh[real], dWo, dbo = linear_backward(dlogits, readout)
-    grads, dh_source[-1], dc = token_lstm_backward(dh, np.zeros_like(dh[0]), decoder)
-    encoder_grads, _, _ = token_lstm_backward(dh_source, dc, encoder)
+    drows, dWo, dbo = linear_backward(dlogits, readout)
+    dh = np.zeros(shape, dlogits.dtype)
+    dh[real] = drows                                        # padding has no logits
+    last_dc = np.zeros_like(dh[0])                          # no output depends on the last c
+    grads, dh0, dc0 = token_lstm_backward(dh, last_dc, decoder)
+    dh_source = np.zeros(source_shape, dlogits.dtype)
+    dh_source[-1] = dh0                                     # the decoder reads no other h of it
+    encoder_grads, _, _ = token_lstm_backward(dh_source, dc0, encoder)
     return {**grads, **encoder_grads, "Wo": dWo, "bo": dbo}
 
 
@@ -282,21 +291,19 @@ def progress(steps, losses, note=lambda: ""):
             signal.signal(signal.SIGINT, previous)
 
 
-def train(params, cfg, make_batch=make_batch, loss_and_grads=loss_and_grads, state=None,
-          losses=None, note=lambda: "", update=adam_update):
-    """Train params in place -> losses. Later parts pass their own functions, or resume."""
-    state = {} if state is None else state
-    losses = [] if losses is None else losses
-    for step in progress(cfg.steps, losses, note):
+def train(params, cfg, make_batch=make_batch, loss_and_grads=loss_and_grads):
+    """Train params in place -> losses. The later parts of the file pass their own functions."""
+    state, losses = {}, []
+    for step in progress(cfg.steps, losses):
         loss, grads = loss_and_grads(params, make_batch(cfg, step), cfg)
-        update(params, grads, state, learning_rate(step, cfg))
+        adam_update(params, grads, state, learning_rate(step, cfg))
         losses.append(float(loss))
     check_finite(losses[-1], params)
     return losses
 
 
 def decode_greedy(params, source, T):
-    """-> ids (N, T), each the likeliest after those before it."""
+    """source (N, S) -> ids (N, T): every token is the likeliest one after those before it."""
     (h, c), _ = token_lstm_forward(params, "encoder", source)
     ids = [np.full(len(source), BOS)]
     for _ in range(T):
@@ -323,13 +330,17 @@ def main(cfg):
     print(f"Reverse 2 to {cfg.length} letters: hidden {cfg.hidden}, lr {cfg.lr}, batch size "
           f"{cfg.batch_size}, {size} parameters\nchance level: loss {math.log(27):.3f}")
     losses = train(params, cfg)
-    source, _, targets = make_batch(replace(cfg, length=cfg.length + 4, batch_size=2000), 0, True)
-    written, n = decode_greedy(params, source, targets.shape[1]), (source != PAD).sum(axis=1)
+    longer = replace(cfg, length=cfg.length + 4, batch_size=2000)
+    source, _, targets = make_batch(longer, 0, held_out=True)
+    written = decode_greedy(params, source, targets.shape[1])
     right = ((written == targets) | (targets == PAD)).all(axis=1)
+    n = (source != PAD).sum(axis=1)                         # letters of every source
     exact = float(right[n <= cfg.length].mean())
     check_finite(exact, params)
     for k in (2, cfg.length, cfg.length + 4):
-        read, wrote = ("".join(VOCAB[i] for i in ids[n == k][0, :k]) for ids in (source, written))
+        row = (n == k).argmax()                             # the first source of k letters
+        read = "".join(VOCAB[i] for i in source[row, :k])
+        wrote = "".join(VOCAB[i] for i in written[row, :k])
         print(f"reads {read:{cfg.length + 4}s}    writes {wrote}")
     print(f"exact match: {exact:.2%} of held-out sequences of 2 to {cfg.length} letters\n\n"
           f"Exact match. Rows: letters in the source; in training there were {cfg.length} at most")
@@ -341,23 +352,23 @@ def main(cfg):
 
 
 # ==== A complete program ends here. Typing along? End it with  main(Config())  and run it. ====
-# ==== The rest adds to it: beam search, scheduled sampling, letters, words, the bottleneck. =====
+# ==== The rest adds to it: beam search, scheduled sampling, letters, words, the bottleneck. ====
 
 MORE = """
 Break it (what to change, and what comes of it; exact match of the default run is 99.4 %)
-    token_lstm_forward: mask all True           20 %: the state runs on through the padding, of
+    token_lstm_forward: mask all True           19 %: the state runs on through the padding, of
                                                 which the held-out batch has more
     seq2seq_forward: (0 * h_source[-1], 0 * c)  2 %: nothing comes from the source
-    make_batch: inputs of [*ids[::-1], EOS]     0 %, at a loss of 0.0007: the decoder reads the very
+    make_batch: inputs = targets                0 %, at a loss of 0.0001: the decoder reads the very
                                                 token that it has to write
-    seq2seq_backward: 0 * dh_source             99.5 %: wrong, and it learns all the same through
-                                                dc; so check gradients, not the loss
-    ... and 0 * dc as well                      87 %: an encoder that is not trained at all is still
-                                                a memory of some letters
-    python seq2seq.py --hidden 32               93 %, 72 % of 6 letters (with 16: 83 %, 48 %)
-    python seq2seq.py --length 12               90 %, 50 % of 12 letters
-    python seq2seq.py words --teacher-forcing 0 as good as with teacher forcing: such short targets
-                                                leave mistakes no time to add up
+    seq2seq_backward: 0 * dh_source             99.5 %: the gradient is wrong, but the encoder
+                                                learns through dc0; so check gradients, not the loss
+    ... and 0 * dc0 as well                     86 %: an encoder that is not trained at all still
+                                                remembers some letters
+    python seq2seq.py --hidden 32               94 %, 75 % of 6 letters (with 16: 82 %, 48 %)
+    python seq2seq.py --length 12               91 %, 56 % of 12 letters
+    python seq2seq.py words --teacher-forcing 0    100 %, as with teacher forcing: in such short
+                                                targets few mistakes can add up
 
 Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
     1. Derive and add a second layer in both LSTMs (Sutskever had four). Is the bottleneck wider?
@@ -367,18 +378,17 @@ Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
        al. 2015 do. Is it better than a fixed one?
 
 Papers of these parts: Bengio et al. 2015 (scheduled sampling), Wu et al. 2016 (beam search with a
-length penalty), Pascanu et al. 2013 (clipping).
+length penalty).
 """
 
 import argparse
 import contextlib
 import ctypes
 import inspect
-import json
 import re
 import sys
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse freed memory, which
     libc = ctypes.CDLL(None)                                    # makes a step up to 3 times faster
@@ -425,7 +435,7 @@ def beam_search(step, state, N, limit, beam, length_penalty):
 
 
 def decode_beam(params, source, limit, beam, length_penalty):
-    """-> ids (N, T) that beam_search finds, their log-probabilities (N,)."""
+    """source (N, S) -> ids (N, T) that beam_search finds, their log-probabilities (N,)."""
     (h, c), _ = token_lstm_forward(params, "encoder", source)
 
     def step(ids, state):
@@ -433,13 +443,13 @@ def decode_beam(params, source, limit, beam, length_penalty):
         logits, _ = linear_forward(h[0], params["Wo"], params["bo"])
         return log_softmax(logits), [h[0], c]
 
-    state = [np.repeat(array, beam, axis=0) for array in (h[-1], c)]
+    state = [np.repeat(array, beam, axis=0) for array in (h[-1], c)]    # (N K, H)
     return beam_search(step, state, len(source), limit, beam, length_penalty)
 
 
 # ---- scheduled sampling: python seq2seq.py words --teacher-forcing 0.5 ---------------------------
-# With teacher forcing the decoder never reads its own mistakes. Bengio et al. 2015 give it, at
-# random, now the right token, now the one that it would have written.
+# With teacher forcing the decoder is never trained on its own mistakes. Bengio et al. 2015 draw
+# every input at random: the token of the target, or the one that the decoder would have written.
 
 def sampled_inputs(params, source, inputs, forced):
     """inputs (N, T), but where forced (N, T) is False, the likeliest token after those before it.
@@ -455,21 +465,11 @@ def sampled_inputs(params, source, inputs, forced):
 
 
 def sampled_loss_and_grads(params, batch, cfg):
-    """loss_and_grads; the batch says last where the inputs are those of the target."""
+    """loss_and_grads of inputs that come from the target only where forced (N, T) is True."""
     source, inputs, targets, forced = batch
     if not forced.all():
         inputs = sampled_inputs(params, source, inputs, forced)
     return loss_and_grads(params, (source, inputs, targets), cfg)
-
-
-def clip_norm(grads, limit):
-    """Scale all gradients so that their joint norm is at most limit, if limit is not 0 (Pascanu et
-    al. 2013).   -> the norm before."""
-    norm = math.sqrt(sum(float((g * g).sum()) for g in grads.values()))
-    if norm > limit > 0:
-        for g in grads.values():
-            g *= limit / norm
-    return norm
 
 
 # ---- letters and words: python seq2seq.py letters, python seq2seq.py words -----------------------
@@ -479,199 +479,149 @@ NUMBERS = [*VOCAB[:3], *map(str, range(26))]
 DIGITS = [*VOCAB[:3], *"0123456789"]
 WORDS = [*VOCAB[:3], *("zero one two three four five six seven eight nine ten eleven twelve "
                        "thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty "
-                       "thirty forty fifty sixty seventy eighty ninety hundred thousand "
-                       "million").split()]
+                       "thirty forty fifty sixty seventy eighty ninety hundred thousand").split()]
 
 
-@dataclass
-class Letters:
-    """Translate 2 to 6 numbers from 0 to 25 into letters from a to z."""
-    pairs = "letters"       # a row of PAIRS; without a type it is no flag
-    length: int = 6         # most tokens of a source
-    reverse_source: bool = True  # the encoder reads the source backwards
-    teacher_forcing: float = 1.0  # teacher forcing ratio: share of inputs from the target
-    embed_dim: int = 64     # embedding dimension
-    hidden: int = 128       # hidden units of the encoder and of the decoder
-    batch_size: int = 32    # sequences per step
-    steps: int = 1200       # optimizer steps
-    lr: float = 0.01        # peak learning rate
-    warmup: int = 50        # steps of linear warmup
-    grad_clip: float = 1.0  # largest gradient norm
-    beam: int = 4           # beam width: partial outputs kept at each step
-    length_penalty: float = 0.7  # exponent of the length that log-probabilities are divided by
-    save: str = ""          # checkpoint file (.npz) to write at every line of progress
-    load: str = ""          # checkpoint file to resume from
-    seed: int = 0           # random seed
-
-
-@dataclass
-class Words(Letters):
-    """Write a number of 1 to 6 digits in English: 407 is four hundred seven."""
-    pairs = "words"
-
-
-def number_to_words(n):
+def number_to_words(number):
     """407 -> ["four", "hundred", "seven"]."""
-    if n < 20:
-        return [WORDS[3 + n]]
-    if n < 100:
-        return [WORDS[21 + n // 10]] + (number_to_words(n % 10) if n % 10 else [])
-    for size, name in ((10 ** 6, "million"), (1000, "thousand"), (100, "hundred")):
-        if n >= size:
-            rest = number_to_words(n % size) if n % size else []
-            return [*number_to_words(n // size), name, *rest]
+    if number < 20:
+        return [WORDS[3 + number]]                          # WORDS[3] is zero
+    if number < 100:
+        unit, words = 10, [WORDS[21 + number // 10]]        # WORDS[23] is twenty
+    else:
+        unit, name = (1000, "thousand") if number >= 1000 else (100, "hundred")
+        words = [*number_to_words(number // unit), name]
+    rest = number % unit
+    return words + number_to_words(rest) if rest else words
 
 
 def draw_letters(rng, n, held_out):
-    """-> n ids of a source, NUMBERS, held out as in make_batch or not; of its target, VOCAB."""
+    """-> n ids of NUMBERS, and the same ids, of VOCAB. Held out as in make_batch."""
     while True:
         ids = rng.integers(3, len(VOCAB), n).tolist()
         if (sum(ids) % 11 == 0) == held_out:
             return ids, ids
 
 
-def draw_reversal(rng, n, held_out):
-    """-> n ids of a source, letters, and of its target: the letters in reverse order."""
-    ids, _ = draw_letters(rng, n, held_out)
-    return ids, ids[::-1]
-
-
 def draw_number(rng, n, held_out):
-    """-> ids of a source, n DIGITS, and of its target, WORDS. From 100 on multiples of 11 are held
-    out, below no number is."""
+    """A number of n digits -> its ids of DIGITS, of WORDS. Multiples of 11 from 100 on are held
+    out; below 100 no number is."""
+    least = 10 ** (n - 1) if n > 1 else 0
     while True:
-        number = int(rng.integers(10 ** (n - 1) * (n > 1), 10 ** n))
+        number = int(rng.integers(least, 10 ** n))
         if n < 3 or (number % 11 == 0) == held_out:
             source = [DIGITS.index(digit) for digit in str(number)]
             return source, [WORDS.index(word) for word in number_to_words(number)]
 
 
-# draws a pair; tokens of sources, of targets; what is between them; fewest; more of them in tests
-PAIRS = {"reverse": (draw_reversal, (VOCAB, VOCAB), ("", ""), 2, 4),
-         "letters": (draw_letters, (NUMBERS, VOCAB), (" ", ""), 2, 4),
-         "words": (draw_number, (DIGITS, WORDS), ("", " "), 1, 0)}      # no million in training
+class PairTask(NamedTuple):
+    """What differs between the tasks letters and words."""
+    name: str
+    draw: object            # (rng, n, held_out) -> ids of a source of n tokens, of its target
+    fewest: int             # tokens of a source
+    beyond: int             # tokens that tests have more than training
+    source_vocab: list
+    target_vocab: list
+    source_gap: str         # what is printed between two tokens
+    target_gap: str
+
+
+@dataclass
+class Letters(Config):
+    """Translate 2 to 6 numbers from 0 to 25 into letters from a to z."""
+    pairs = PairTask("letters", draw_letters, 2, 1, NUMBERS, VOCAB, " ", "")  # no type, so no flag
+    length: int = 6         # most tokens of a source
+    embed_dim: int = 64     # embedding dimension
+    steps: int = 1200       # optimizer steps
+    reverse_source: bool = True  # the encoder reads the source backwards
+    teacher_forcing: float = 1.0  # teacher forcing ratio: share of inputs from the target
+    beam: int = 4           # beam width: partial outputs kept at each step
+    length_penalty: float = 0.7  # exponent of the length that log-probabilities are divided by
+
+
+@dataclass
+class Words(Letters):
+    """Write a number of 1 to 6 digits in English: 407 is four hundred seven."""
+    pairs = PairTask("words", draw_number, 1, 0, DIGITS, WORDS, "", " ")   # no million in training
 
 
 def draw_pairs(cfg, rng, lengths, held_out):
     """Pairs with sources of these lengths -> source, inputs, targets, as of make_batch."""
-    draw, *_ = PAIRS[cfg.pairs]
-    pairs = [draw(rng, n, held_out) for n in lengths]
+    pairs = [cfg.pairs.draw(rng, n, held_out) for n in lengths]
     source = pad([ids[::-1] if cfg.reverse_source else ids for ids, _ in pairs])
     inputs = pad([[BOS, *ids] for _, ids in pairs])
-    return source, inputs, pad([[*ids, EOS] for _, ids in pairs])
+    targets = pad([[*ids, EOS] for _, ids in pairs])
+    return source, inputs, targets
 
 
 def pairs_batch(cfg, step, dtype=np.float32):
     """-> draw_pairs of random lengths; forced (N, T): where the decoder reads the target."""
-    rng, (_, _, _, fewest, _) = np.random.default_rng((cfg.seed, step)), PAIRS[cfg.pairs]
-    lengths = rng.integers(fewest, cfg.length + 1, cfg.batch_size)
-    source, inputs, targets = draw_pairs(cfg, rng, lengths, False)
+    rng = np.random.default_rng((cfg.seed, step))
+    lengths = rng.integers(cfg.pairs.fewest, cfg.length + 1, cfg.batch_size)
+    source, inputs, targets = draw_pairs(cfg, rng, lengths, held_out=False)
     forced = (rng.random(inputs.shape) < cfg.teacher_forcing) | (inputs == PAD)
     return source, inputs, targets, forced
 
 
 def init_pairs(cfg, rng, dtype=np.float32):
-    """init_params for the vocabularies of cfg.pairs."""
-    _, vocabs, *_ = PAIRS[cfg.pairs]
-    return init_params(cfg, rng, dtype, *map(len, vocabs))
+    """init_params for the vocabularies of the task."""
+    source_size, target_size = len(cfg.pairs.source_vocab), len(cfg.pairs.target_vocab)
+    return init_params(cfg, rng, dtype, source_size, target_size)
 
 
-def agree(written, targets):
-    """-> (N, T): where written (N, any number) is targets (N, T), or targets is padding."""
+def exact_match(written, targets):
+    """-> (N,): does written (N, any length) begin with the targets (N, T), padding apart?"""
     T = targets.shape[1]
     written = np.pad(written, ((0, 0), (0, T)), constant_values=PAD)[:, :T]
-    return (written == targets) | (targets == PAD)
+    return ((written == targets) | (targets == PAD)).all(axis=1)
 
 
-def exact_by_length(params, cfg, lengths):
-    """Greedy decoding of 200 held-out sources per length -> exact match by length; shares of right
-    tokens by position in the target, an array per length."""
-    rng, exact, shares = np.random.default_rng((cfg.seed, 10 ** 6)), [], []
-    for n in lengths:
-        source, _, targets = draw_pairs(cfg, rng, [n] * 200, True)
-        right = agree(decode_greedy(params, source, targets.shape[1]), targets)
-        real = targets != PAD
-        exact.append(float(right.all(axis=1).mean()))
-        shares.append((right & real).sum(axis=0) / real.sum(axis=0))
-    check_finite(np.sum(exact), params)
-    return exact, shares
-
-
-def text(cfg, ids, side):
-    """The tokens of ids before EOS, of a source (side 0) or of a target (side 1)."""
-    _, vocabs, between, _, _ = PAIRS[cfg.pairs]
+def show_text(label, ids, vocab, gap, note=""):
+    """Print the tokens of ids before EOS, without padding."""
     ids = [*ids, EOS]
-    return between[side].join(vocabs[side][i] for i in ids[:ids.index(EOS)] if i != PAD)
-
-
-def show_search(params, cfg, n):
-    """Beam search beside greedy decoding for 200 held-out sources of n tokens.   -> exact match of
-    both."""
-    rng = np.random.default_rng((cfg.seed, 10 ** 6, n))
-    source, _, targets = draw_pairs(cfg, rng, [n] * 200, True)
-    limit, found = targets.shape[1] + 2, {}
-    for name, beam in (("greedy", 1), (f"beam {cfg.beam}", cfg.beam)):
-        ids, log_p = decode_beam(params, source, limit, beam, cfg.length_penalty)
-        found[name] = ids, log_p, agree(ids, targets).all(axis=1)
-    (_, greedy_p, greedy), *_, (_, beam_p, best) = found.values()
-    likelier = np.flatnonzero(beam_p > greedy_p + 1e-5)
-    for k in [*likelier, 0, 1][:2]:
-        print(f"    {text(cfg, source[k, ::-1 if cfg.reverse_source else 1], 0)}")
-        for name, (ids, log_p, right) in found.items():
-            wrong = "" if right[k] else "   (wrong)"
-            print(f"        {name:8s}{log_p[k]:8.4f}  {text(cfg, ids[k], 1)}{wrong}")
-    print(f"    {n} tokens: exact match {greedy.mean():.1%} by greedy decoding, {best.mean():.1%} "
-          f"by a beam of {cfg.beam};\n    its output has a higher log-probability for "
-          f"{len(likelier)} of 200 sources")
-    return float(greedy.mean()), float(best.mean())
-
-
-def heading(cfg, params):
-    """What is learned, and the chance level."""
-    _, (_, vocab), _, fewest, _ = PAIRS[cfg.pairs]
-    size, reading = sum(p.size for p in params.values()), ("forwards", "backwards")
-    print(f"{cfg.pairs}, sources of {fewest} to {cfg.length} tokens, read "
-          f"{reading[cfg.reverse_source]}: hidden {cfg.hidden}, lr {cfg.lr},\nbatch size "
-          f"{cfg.batch_size}, {size} parameters\nchance level: loss {math.log(len(vocab) - 2):.3f}")
-    return size
+    text = gap.join(vocab[i] for i in ids[:ids.index(EOS)] if i != PAD)
+    print(f"    {label:20s}{text}{note}")
 
 
 def run_pairs(cfg):
-    """Train; exact match by length; greedy decoding and beam search."""
-    start, state, losses = time.perf_counter(), {}, []
+    """Train; greedy decoding beside beam search on held-out sources of every length."""
+    start, pairs = time.perf_counter(), cfg.pairs
     params = init_pairs(cfg, np.random.default_rng(cfg.seed))
-    meta = dict(task=cfg.pairs, reverse_source=cfg.reverse_source)
-    if cfg.load:
-        load_checkpoint(cfg.load, meta, params, state, losses)
-    if cfg.save:
-        save_checkpoint(cfg.save, meta, params, state, losses, dry_run=True)
-    size = heading(cfg, params)
-
-    def note():
-        if cfg.save:
-            save_checkpoint(cfg.save, meta, params, state, losses)
-        return ""
-
-    def clipped_update(params, grads, state, lr):
-        clip_norm(grads, cfg.grad_clip)
-        adam_update(params, grads, state, lr)
-
-    train(params, cfg, pairs_batch, sampled_loss_and_grads, state, losses, note, clipped_update)
-    *_, fewest, more = PAIRS[cfg.pairs]
-    lengths = range(fewest, cfg.length + 1)
-    shares, _ = exact_by_length(params, cfg, lengths)
-    exact = float(np.mean(shares))
-    print(f"exact match: {exact:.2%} of held-out sources\n\n"
-          "Exact match. Rows: tokens in the source")
-    for n, share in zip(lengths, shares):
-        print(f"{n:5d} |{'#' * round(50 * share):50s}| {share:.1%}")
-    print("\nHeld-out sources, what is written, and the log-probability of it:")
-    greedy, beam = show_search(params, cfg, cfg.length)
-    if more:
-        show_search(params, cfg, cfg.length + 1)
+    size = sum(p.size for p in params.values())
+    print(f"{pairs.name}, sources of {pairs.fewest} to {cfg.length} tokens, read "
+          f"{'backwards' if cfg.reverse_source else 'forwards'}: hidden {cfg.hidden}, lr {cfg.lr},"
+          f"\nbatch size {cfg.batch_size}, {size} parameters"
+          f"\nchance level: loss {math.log(len(pairs.target_vocab) - 2):.3f}")
+    losses = train(params, cfg, pairs_batch, sampled_loss_and_grads)
+    print(f"\nExact match of 200 held-out sources per length (#: greedy decoding), with a beam of "
+          f"{cfg.beam}, and\nfor how many sources the beam's output has the higher probability. "
+          f"Rows: tokens in the source,\nin training {cfg.length} at most")
+    rng, greedy_exact, beam_exact = np.random.default_rng((cfg.seed, 10 ** 6)), [], []
+    for n in range(pairs.fewest, cfg.length + 1 + pairs.beyond):
+        source, _, targets = draw_pairs(cfg, rng, [n] * 200, held_out=True)
+        limit = targets.shape[1] + 2
+        greedy, greedy_log_p = decode_beam(params, source, limit, 1, cfg.length_penalty)
+        best, best_log_p = decode_beam(params, source, limit, cfg.beam, cfg.length_penalty)
+        right = exact_match(greedy, targets)
+        greedy_exact.append(float(right.mean()))
+        beam_exact.append(float(exact_match(best, targets).mean()))
+        gain = best_log_p - greedy_log_p
+        print(f"{n:5d} |{'#' * round(50 * greedy_exact[-1]):50s}| {greedy_exact[-1]:6.1%}   beam "
+              f"{beam_exact[-1]:6.1%}   {(gain > 1e-5).sum():3d} of 200")
+    trained = cfg.length + 1 - pairs.fewest                 # lengths of the training
+    exact = float(np.mean(greedy_exact[:trained]))
+    check_finite(exact, params)
+    print("\nThe longest sources for which the beam gains most, with log-probabilities:")
+    for k in np.argsort(-gain, kind="stable")[:2]:
+        read = source[k, ::-1] if cfg.reverse_source else source[k]
+        show_text("source", read, pairs.source_vocab, pairs.source_gap)
+        for name, ids, log_p in (("greedy", greedy, greedy_log_p), ("beam", best, best_log_p)):
+            wrong = "" if exact_match(ids, targets)[k] else "   (wrong)"
+            show_text(f"{name:8s}{log_p[k]:8.4f}", ids[k], pairs.target_vocab, pairs.target_gap,
+                      wrong)
     print("\nNext: python seq2seq.py words --teacher-forcing 0.5      python seq2seq.py lengths")
-    print_result(cfg.pairs, cfg, exact=exact, greedy=greedy, beam_exact=beam, params=size,
-                 steps=len(losses), seconds=time.perf_counter() - start)
+    print_result(pairs.name, cfg, exact=exact, beam_exact=float(np.mean(beam_exact[:trained])),
+                 params=size, steps=len(losses), seconds=time.perf_counter() - start)
 
 
 # ---- the bottleneck: python seq2seq.py lengths ---------------------------------------------------
@@ -680,16 +630,12 @@ def run_pairs(cfg):
 class Lengths(Config):
     """Exact match by length, inside and beyond training; sources read forwards and backwards."""
     steps: int = 1100       # optimizer steps
-    pairs: Literal["reverse", "letters", "words"] = "reverse"  # what is read and written
 
 
-@dataclass
-class Reverse(Letters):
-    """Write letters in reverse order."""
-    pairs = "reverse"
-
-
-KINDS = {"reverse": Reverse, "letters": Letters, "words": Words}
+def backwards_batch(cfg, step, dtype=np.float32, held_out=False):
+    """make_batch with every source reversed: now what is read first has to be written first."""
+    source, inputs, targets = make_batch(cfg, step, dtype, held_out)
+    return pad([ids[ids != PAD][::-1] for ids in source]), inputs, targets
 
 
 def shade(values):
@@ -712,84 +658,39 @@ def padding_effect(params, batch, cfg):
 
 def run_lengths(cfg):
     """Train twice; where in the targets the mistakes are; a table."""
-    start, rows, metrics = time.perf_counter(), [], {}
-    common = {name: value for name, value in vars(cfg).items() if name != "pairs"}
-    *_, fewest, more = PAIRS[cfg.pairs]
-    lengths = range(fewest, cfg.length + more + 1)
-    for reverse_source, reading in ((False, "forwards"), (True, "backwards")):
-        kind = KINDS[cfg.pairs](reverse_source=reverse_source, **common)
-        params = init_pairs(kind, np.random.default_rng(cfg.seed))
-        heading(kind, params)
-        losses = train(params, kind, pairs_batch, sampled_loss_and_grads)
-        exact, shares = exact_by_length(params, kind, lengths)
-        print("\nShare of right tokens. Columns: positions in the target; rows: tokens in the "
+    start, table, metrics = time.perf_counter(), {}, {}
+    longer = replace(cfg, length=cfg.length + 4, batch_size=2000)
+    for reading, draw_batch in (("forwards", make_batch), ("backwards", backwards_batch)):
+        params = init_params(cfg, np.random.default_rng(cfg.seed))
+        size = sum(p.size for p in params.values())
+        print(f"Reverse 2 to {cfg.length} letters, read {reading}: {size} parameters\n"
+              f"chance level: loss {math.log(27):.3f}")
+        losses = train(params, cfg, draw_batch)
+        source, _, targets = draw_batch(longer, 0, held_out=True)
+        right = decode_greedy(params, source, targets.shape[1]) == targets
+        n = (source != PAD).sum(axis=1)
+        print("\nShare of right tokens. Columns: positions in the target; rows: letters in the "
               f"source,\nread {reading}, in training {cfg.length} at most; blank is 0, @ is 1")
-        for n, share in zip(lengths, shares):
-            print(f"{n:5d} |{' '.join(shade(share))}|")
+        table[reading] = []
+        for k in np.unique(n):
+            rows = right[n == k, :k + 1]                    # k letters and EOS
+            print(f"{k:5d} |{' '.join(shade(rows.mean(axis=0)))}|")
+            table[reading].append(100 * rows.all(axis=1).mean())
         print()
-        rows.append((reading, [100 * x for x in exact]))
-        metrics[reading] = float(np.mean(exact[:cfg.length + 1 - fewest]))
+        metrics[reading] = float(np.mean(table[reading][:cfg.length - 1])) / 100
+        check_finite(metrics[reading], params)
         if len(losses) < cfg.steps:                         # Ctrl-C
             break
-    print("Exact match (%) by tokens in the source; right of the bar: more than in training")
-    for name, cells in (("tokens", lengths), *rows):
+    print("Exact match (%) by letters in the source; right of the bar: more than in training")
+    for name, cells in (("letters", np.unique(n)), *table.items()):
         cells = [f"{x:6.3g}" for x in cells]
-        cut = cfg.length + 1 - fewest
-        print(f"{name:>10s} {''.join(cells[:cut])}  |{''.join(cells[cut:])}")
-    source, inputs, targets, _ = pairs_batch(kind, 0)
-    change = padding_effect(params, (source, inputs, targets), kind)
+        print(f"{name:>10s}{''.join(cells[:cfg.length - 1])}  |{''.join(cells[cfg.length - 1:])}")
+    change = padding_effect(params, make_batch(cfg, 0), cfg)
     print("\nFive more columns of padding, with another embedding, change the loss and all "
           f"gradients\nby {change:.0e} at most")
-    print("\nNext: python seq2seq.py lengths --pairs words      python attention.py lengths")
-    print_result("lengths", cfg, **metrics, padding=change,
+    print("\nNext: python seq2seq.py lengths --hidden 256      python attention.py lengths")
+    print_result("lengths", cfg, **metrics, padding=change, params=size, steps=len(losses),
                  seconds=time.perf_counter() - start)
-
-
-# ---- checkpoints ---------------------------------------------------------------------------------
-
-def save_checkpoint(path, meta, params, state, losses, dry_run=False):
-    """All that a training needs to go on, in one .npz file; written beside it, then renamed. meta:
-    what must agree on loading. dry_run: only try whether it can be written.   Raises InputError."""
-    require(not os.path.isdir(path), f"--save {path}", "a file", "a folder")
-    check_finite(0.0, params)                           # never over a good one
-    arrays = {f"params {name}": value for name, value in params.items()}
-    arrays.update({f"state {name}": value for name, value in state.items()})
-    beside = f"{path}.{os.getpid()}"
-    try:
-        with open(beside, "wb") as file:
-            np.savez(file, meta=json.dumps(meta), losses=losses, **arrays)
-        os.remove(beside) if dry_run else os.replace(beside, path)
-    except (OSError, ValueError) as error:
-        with contextlib.suppress(OSError, ValueError):
-            os.remove(beside)
-        raise InputError(f"--save {path}: expected a file to write, found: {error}") from None
-
-
-def read_checkpoint(path):
-    """A file of save_checkpoint -> meta, losses, arrays by name.   Raises InputError."""
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
-            arrays = dict(saved)
-        meta, losses = json.loads(str(arrays.pop("meta"))), arrays.pop("losses").tolist()
-        return dict(meta), list(losses), arrays
-    except Exception as error:                          # there are many ways to be damaged
-        raise InputError(f"--load {path}: expected a file of --save, found: {error}") from None
-
-
-def load_checkpoint(path, meta, params, state, losses):
-    """Fill params, state, losses from a file of save_checkpoint; meta and shapes must agree."""
-    found, past, arrays = read_checkpoint(path)
-    for name, value in meta.items():
-        require(found.get(name) == value, f"--load {path}", f"{name} {value!r}", found.get(name))
-    saved = {name[7:]: value for name, value in arrays.items() if name.startswith("params ")}
-    for name in sorted(saved.keys() | params.keys()):
-        old, new = (d[name].shape if name in d else "no such array" for d in (saved, params))
-        require(old == new, f"--load {path}", f"{name} {new}", old)
-    params.update(saved)
-    state.update({name[6:]: value if value.ndim else value.item()
-                  for name, value in arrays.items() if name.startswith("state ")})
-    losses.extend(past)
-    print(f"resuming {path} after {len(past)} steps")
 
 
 # ---- flags and errors: the same in every lesson --------------------------------------------------
@@ -898,22 +799,18 @@ def run(tasks):
         sys.exit(130)
 
 
-def lengths_fit(cfg):
-    """The constraints on lengths."""
-    *_, fewest, _ = PAIRS[cfg.pairs]
-    most = 9 if cfg.pairs == "words" else 10 ** 6
-    return [(fewest <= cfg.length <= most, "--length", f"{fewest} to {most}", cfg.length)]
+def length_limits(cfg):
+    """Constraints on the length of sources and on the teacher forcing ratio."""
+    rows = [(cfg.length >= 2, "--length", "2 or more", cfg.length)]
+    if isinstance(cfg, Letters):
+        ratio = cfg.teacher_forcing
+        rows.append((ratio <= 1, "--teacher-forcing", "at most 1", ratio))
+    if isinstance(cfg, Words):
+        rows.append((cfg.length <= 6, "--length", "at most 6", cfg.length))
+    return rows
 
 
-def letters_and_words_fit(cfg):
-    """The constraints on letters and words."""
-    ratio = cfg.teacher_forcing
-    return [*lengths_fit(cfg), (ratio <= 1, "--teacher-forcing", "at most 1", ratio)]
-
-
-CONSTRAINTS = {Config: lambda cfg: [(cfg.length >= 2, "--length", "2 or more", cfg.length)],
-               Letters: letters_and_words_fit, Words: letters_and_words_fit,
-               Lengths: lengths_fit}
+CONSTRAINTS = dict.fromkeys((Config, Letters, Words, Lengths), length_limits)
 
 GRADCHECK = {"masked_lstm": lambda rng: dict(
     z=rng.standard_normal((5, 3, 24)), h0=rng.standard_normal((3, 6)),

@@ -90,12 +90,11 @@ def test_pairs_that_hold_special_tokens(tmp_path):
     file = tmp_path / "pairs.tsv"
     file.write_text("".join(f"<eos> {n} . <pad>\t{n} <bos> .\n" for n in range(100)), encoding="utf-8")
     attention = load("attention.py")
-    for unit in ("words", "characters"):
-        data = attention.pairs_of(attention.Pairs(data=str(file), unit=unit))
-        assert all(len(set(vocab)) == len(vocab) for vocab in data["vocabs"])
-        for pair in data["train"]:
-            for tokens, ids in zip(pair, data["ids"]):
-                assert min(attention.encode(tokens, ids)) >= attention.UNK
+    data = attention.pairs_of(attention.Pairs(data=str(file)))
+    assert all(len(set(vocab)) == len(vocab) for vocab in data["vocabs"])
+    for pair in data["train"]:
+        for tokens, ids in zip(pair, data["ids"]):
+            assert min(attention.encode(tokens, ids)) >= attention.UNK
 
 
 @pytest.mark.parametrize("score", ["additive", "dot", "general"])
@@ -136,7 +135,7 @@ def padding_changes_nothing(module, cfg, params, batch, loss_and_grads):
 
 def test_mae_depends_on_visible_patches_only():
     mae = load("mae.py")
-    rng, (x, visible, masked) = np.random.default_rng(0), mae.make_batch(mae.Config(batch_size=5), 1, np.float64)
+    rng, (x, visible, masked) = np.random.default_rng(0), mae.make_batch(mae.Config(batch_size=5), 1, np.float64)[:3]
     for norm in (False, True):
         cfg = mae.Probe(norm_pixels=norm, batch_size=5)
         params = mae.init_images(cfg, rng, np.float64)
