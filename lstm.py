@@ -1,21 +1,22 @@
 """lstm.py: a memory that gates protect.
 
-A plain recurrent cell, h' = tanh(x Wx + h Wh + b), rewrites its whole state at every step. So it
-forgets, and so does its gradient: on the way back, each step multiplies it by Wh^T and by slopes
+A plain recurrent cell, h' = tanh(x Wx + h Wh + b), rewrites its whole state at every step, so old
+inputs are lost. Gradients are lost as well: each step back multiplies them by Wh^T and by slopes
 below 1. The LSTM has a second state, the cell c, which changes by addition only, and three gates
 between 0 and 1. While the forget gate is near 1, c and its gradient pass through unchanged.
 
-Forward, from h, c to h', c' (z = x Wx + b and h Wh have four blocks each; s is the sigmoid):
+Forward, from h, c to h', c' (z = x Wx + b and Wh have four blocks of columns; s is the sigmoid):
     i = s(z_i + h W_i)       input gate: how much is written
     f = s(z_f + h W_f)       forget gate: how much is kept
     g = tanh(z_g + h W_g)    what is written
-    o = s(z_o + h W_o)       output gate: how much is shown
+    o = s(z_o + h W_o)       output gate: how much of c' is put out
     c' = f c + i g           h' = o tanh(c')
-Backward, from the last step to the first; dh, dc arrive from above and from the step after:
+Backward, from the last step to the first; dh and dc are the gradients of h' and c':
+    dh = (of the output at this step) + (of the next step);    dc = (of the next step)
     dc += dh o (1 - tanh(c')^2)                       c' reaches the loss through h' as well
     dz_i = dc g i (1 - i)      dz_g = dc i (1 - g^2)
     dz_f = dc c f (1 - f)      dz_o = dh tanh(c') o (1 - o)
-    dWh = sum_t h_t^T dz_t     and to the step before: dh = dz Wh^T, dc = dc f
+    dWh = sum_t h_t^T dz_t     for the step before: dh = dz Wh^T, dc = dc f
 
 Run    python lstm.py      (remember a number through noise; --help lists the other tasks)
 Papers: Hochreiter and Schmidhuber 1997 (LSTM), Gers et al. 2000 (the forget gate).
@@ -117,7 +118,7 @@ def mse_backward(dout, cache):
     return (y - targets) * (2 * dout / y.size)
 
 
-# ---- data and model: an LSTM layer; the output is read from its last h ---------------------------
+# ---- data and model: an LSTM layer, and a linear layer on its last h -----------------------------
 
 def make_batch(cfg, step, dtype=np.float32):
     """x (T, N, 1): sequences of T = 1 + length numbers; targets (N, 1): the first of each."""
@@ -138,7 +139,7 @@ def init_params(cfg, rng, dtype=np.float32):
 
 
 def remember_forward(params, x):
-    """The LSTM reads x (T, N, D); y (N, M) is read from its last h."""
+    """An LSTM layer on x (T, N, D), then a linear layer on its last h -> y (N, M)."""
     T, N, D = x.shape
     zeros = np.zeros((N, len(params["Wh"])), x.dtype)
     z, project = linear_forward(x.reshape(T * N, D), params["Wx"], params["b"])
@@ -148,13 +149,13 @@ def remember_forward(params, x):
 
 
 def remember_backward(dy, cache):
-    """remember_forward from bottom to top -> gradients under the keys of params."""
-    (project, lstm, readout, (T, N, H)), grads = cache, {}
-    dh = np.zeros((T, N, H), dy.dtype)                      # only the last h is read
-    dh[-1], grads["Wo"], grads["bo"] = linear_backward(dy, readout)
-    dz, _, _, grads["Wh"] = lstm_backward(dh, np.zeros_like(dh[-1]), lstm)
-    _, grads["Wx"], grads["b"] = linear_backward(dz.reshape(T * N, 4 * H), project)
-    return grads
+    """remember_forward in reverse order -> gradients under the keys of params."""
+    project, lstm, readout, (T, N, H) = cache
+    dh = np.zeros((T, N, H), dy.dtype)                      # 0 but for the last h
+    dh[-1], dWo, dbo = linear_backward(dy, readout)
+    dz, _, _, dWh = lstm_backward(dh, np.zeros_like(dh[-1]), lstm)
+    _, dWx, db = linear_backward(dz.reshape(T * N, 4 * H), project)
+    return {"Wo": dWo, "bo": dbo, "Wh": dWh, "Wx": dWx, "b": db}
 
 
 def loss_and_grads(params, batch, cfg):
@@ -256,7 +257,8 @@ def shade(values):
 
 def draw_cells(params, x):
     """Gates and contents of four cells over time, 70 steps at most, for a sequence x (T, 1, 1)."""
-    _, (_, (h, c, gates, _), _, _) = remember_forward(params, x[:70])
+    _, (_, lstm, _, _) = remember_forward(params, x[:70])
+    h, c, gates, _ = lstm
     i, f, g, o = gates[:, :, 0].swapaxes(0, 1)              # (T, H) each
     tanh_c = np.tanh(c[1:, 0])
     largest = np.argsort(-np.abs(h[-1, 0] * params["Wo"][:, 0]))[:4]
@@ -266,7 +268,7 @@ def draw_cells(params, x):
                          ("|tanh(c)|", np.abs(tanh_c))):
         for k in largest:
             print(f"{name:>14s}  cell {k:2d} |{''.join(shade(values[:, k]))}|")
-            name = ""
+            name = ""                                       # stands before the first cell only
 
 
 def print_result(task, cfg, **metrics):
@@ -281,7 +283,7 @@ def print_result(task, cfg, **metrics):
 
 
 def main(cfg):
-    """Train on the task; show the error on fresh sequences, and what the gates do."""
+    """Learn to remember; print the error on fresh sequences; draw gates and cells."""
     start = time.perf_counter()
     params = init_params(cfg, np.random.default_rng(cfg.seed))
     size = sum(p.size for p in params.values())
@@ -306,16 +308,16 @@ Break it (what to change, and what comes of it)
     init_params: a forget bias of -3            mean error 0.49, as for guessing: cells that begin
                                                 by forgetting send no gradient to the first step
     lstm_backward: dc = 0 * dc                  0.49: no gradient goes back through c
-    lstm_backward: df = f * (1 - f)             0.013, not 0.003: wrong, but it learns all the same,
-                                                so check gradients instead of looking at the loss
+    lstm_backward: df = f * (1 - f)             0.013, not 0.003: the error falls, so only a
+                                                gradient check shows the slip
     masked_lstm_forward: always new_h, new_c    reverse: other padding changes logits by 20
-    python lstm.py --length 40                  0.49: too long to begin with (see long)
+    python lstm.py --length 40                  0.49: 40 steps are too many at first (see long)
 
 Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
     1. Derive and add peepholes (Gers and Schmidhuber 2000): i and f read c, o reads c', each
        through a vector of weights.
     2. Derive and add the GRU of Cho et al. 2014: n = tanh(z_n + (r h) W_n).
-    3. python lstm.py reverse --length 10: which lengths go wrong first? And with --layers 2?
+    3. python lstm.py reverse --length 10: which lengths fail first? And with --layers 2?
 
 Data
     curl -o tinyshakespeare.txt \\
@@ -387,7 +389,7 @@ def rnn_forward(z, h0, Wh):
 def rnn_backward(dout, cache):
     """dh_t = dout_t + dz_{t+1} Wh^T, dz_t = dh_t (1 - h_t^2), dWh = sum_t h_{t-1}^T dz_t."""
     h, Wh = cache
-    dz = 1 - h[1:] * h[1:]                              # the slopes; times dh in the loop
+    dz = 1 - h[1:] * h[1:]                              # slopes of tanh, times dh_t in the loop
     dh = np.zeros_like(h[0])                            # no step comes after the last
     for t in reversed(range(len(dz))):
         dz[t] *= dout[t] + dh
@@ -397,8 +399,8 @@ def rnn_backward(dout, cache):
 
 
 def gru_forward(z, h0, Wh, bn):
-    """h' = (1 - u) n + u h: gate u = s(z_u + h W_u) mixes the old state with a new one,
-    n = tanh(z_n + r (h W_n + bn)); gate r = s(z_r + h W_r): how much of h goes into n.
+    """h' = (1 - u) n + u h: the gate u = s(z_u + h W_u) mixes the old state h and a new one,
+    n = tanh(z_n + r (h W_n + bn)). The gate r = s(z_r + h W_r) scales what h adds to n.
     z = x Wx + b (T, N, 3 H), h0 (N, H), Wh (H, 3 H), bn (H,) -> h (T, N, H)."""
     N, H = h0.shape
     h, gates = [h0], []
@@ -414,15 +416,15 @@ def gru_forward(z, h0, Wh, bn):
 
 
 def gru_backward(dout, cache):
-    """dz_n = dh (1 - u) (1 - n^2), dz_u = dh (h - n) u (1 - u); q = h W_n + bn gets dz_n r, and
-    dz_r = dz_n q r (1 - r); dh of the step before = dh u + (dz_r, dz_u, dz_n r) Wh^T.
+    """dz_n = dh (1 - u) (1 - n^2), dz_u = dh (h - n) u (1 - u). With q = h W_n + bn: dq = dz_n r,
+    dz_r = dz_n q r (1 - r). For the step before: dh = dh u + (dz_r, dz_u, dq) Wh^T.
     -> dz (T, N, 3 H), dh0, dWh, dbn."""
     h, gates, Wh = cache
     r, u, n, q = gates.swapaxes(0, 1)                       # (T, N, H) each
-    dn, du = (1 - u) * (1 - n ** 2), (h[:-1] - n) * u * (1 - u)
-    dr = dn * q * r * (1 - r)
+    dn, du = (1 - u) * (1 - n ** 2), (h[:-1] - n) * u * (1 - u)     # dz_n = dh dn, dz_u = dh du
+    dr = dn * q * r * (1 - r)                               # and dz_r = dh dr
     T, N, H = dout.shape
-    dz, da = np.zeros((2, T, N, 3 * H), dout.dtype)         # a = h Wh
+    dz, da = np.zeros((2, T, N, 3 * H), dout.dtype)         # a = h Wh; a_n gets dq, not dz_n
     dh, WhT = 0, Wh.T.copy()
     for t in reversed(range(T)):
         dh = dh + dout[t]
@@ -500,42 +502,43 @@ def embedding_backward(dout, cache):
 
 
 def init_stack(cell, V, D, M, cfg, rng, dtype):
-    """E (V, D) if tokens come in (V > 0), not D numbers; for layer k: Wxk, Whk, bk (GRU: bnk, too);
-    Wo, bo for M outputs."""
-    H, K = cfg.hidden, CELLS[cell][0]
+    """V > 0: inputs are tokens, rows of E (V, D); V = 0: inputs are D numbers. For layer k: Wxk,
+    Whk, bk, and bnk for a GRU; Wo, bo for M outputs."""
+    H, blocks = cfg.hidden, CELLS[cell][0]
     params = {"E": 0.5 * rng.standard_normal((V, D))} if V else {}
     for k in range(cfg.layers):
-        params[f"Wx{k}"] = rng.standard_normal((D, K * H)) * D ** -0.5
-        params[f"Wh{k}"] = rng.standard_normal((H, K * H)) * H ** -0.5
-        params[f"b{k}"] = np.zeros(K * H)
+        params[f"Wx{k}"] = rng.standard_normal((D, blocks * H)) * D ** -0.5
+        params[f"Wh{k}"] = rng.standard_normal((H, blocks * H)) * H ** -0.5
+        params[f"b{k}"] = np.zeros(blocks * H)
         if "lstm" in cell:
             params[f"b{k}"][H:2 * H] = 1
         if cell == "gru":
             params[f"bn{k}"] = np.zeros(H)
-        D = H
+        D = H                                               # of the next layer
     params["Wo"], params["bo"] = rng.standard_normal((H, M)) * H ** -0.5, np.zeros(M)
     return {name: value.astype(dtype) for name, value in params.items()}
 
 
 def zero_states(params, cell, N):
-    """Where N sequences begin -> (layers, N, 1 or 2, H)."""
+    """The states before the first step, of N sequences -> (layers, N, 1 or 2, H)."""
     layers = sum(name.startswith("Wh") for name in params)
     return np.zeros((layers, N, CELLS[cell][1], len(params["Wo"])), params["Wo"].dtype)
 
 
 def stack_forward(params, x, cell, states, *mask):
-    """x (T, N, D) numbers or (T, N) tokens -> outputs (T, N, M), states after the last step."""
+    """x (T, N, D) numbers or (T, N) tokens -> (outputs (T, N, M), states after the last step),
+    cache. mask only for the cell masked_lstm."""
     T, N = x.shape[:2]
     _, n_states, forward, _ = CELLS[cell]
     lookup, layers, last = None, [], []
     if "E" in params:
         x, lookup = embedding_forward(x, params["E"])
-    for k, state in enumerate(states):
+    for k, state in enumerate(states):                      # state: h0, or h0 and c0
         names = [name for name in (f"Wh{k}", f"bn{k}") if name in params]
+        weights = [params[name] for name in names]
         z, project = linear_forward(x.reshape(T * N, -1), params[f"Wx{k}"], params[f"b{k}"])
-        inputs = [z.reshape(T, N, -1), *state.swapaxes(0, 1), *map(params.get, names), *mask]
-        out, cache = forward(*inputs)
-        x, *c = out if n_states == 2 else (out,)
+        out, cache = forward(z.reshape(T, N, -1), *state.swapaxes(0, 1), *weights, *mask)
+        x, *c = out if n_states == 2 else [out]             # every h; the last c, if there is one
         last.append(np.stack([x[-1], *c], axis=1))
         layers.append((project, cache, names))
     y, readout = linear_forward(x.reshape(T * N, -1), params["Wo"], params["bo"])
@@ -543,16 +546,17 @@ def stack_forward(params, x, cell, states, *mask):
 
 
 def stack_backward(dy, cache):
-    """stack_forward from bottom to top -> dx, gradients under the keys of params."""
-    (lookup, layers, readout, cell), grads = cache, {}
+    """stack_forward in reverse order -> dx, gradients under the keys of params."""
+    lookup, layers, readout, cell = cache
+    grads = {}
     T, N, M = dy.shape
     _, n_states, _, backward = CELLS[cell]
     dx, grads["Wo"], grads["bo"] = linear_backward(dy.reshape(T * N, M), readout)
     for k in reversed(range(len(layers))):
         project, cell_cache, names = layers[k]
         dh = dx.reshape(T, N, -1)
-        dc = [np.zeros_like(dh[0])] * (n_states - 1)        # nothing is read from the last c
-        dz, *rest = backward(dh, *dc, cell_cache)
+        dc = [np.zeros_like(dh[0])] * (n_states - 1)        # nothing depends on the last c
+        dz, *rest = backward(dh, *dc, cell_cache)           # rest: of states, then of names
         grads.update(zip(names, rest[n_states:]))
         dx, grads[f"Wx{k}"], grads[f"b{k}"] = linear_backward(dz.reshape(T * N, -1), project)
     dx = dx.reshape(T, N, -1)
@@ -582,7 +586,8 @@ def init_add(cfg, rng, dtype=np.float32):
 def add_batch(cfg, step, dtype=np.float32):
     """x (T, N, 2): numbers from 0 to 1, and marks: 1 at one step in each half, else 0.
     -> x, targets (N, 1): the sum of the marked numbers."""
-    rng, T, N = np.random.default_rng((cfg.seed, step)), cfg.length, cfg.batch_size
+    rng = np.random.default_rng((cfg.seed, step))
+    T, N = cfg.length, cfg.batch_size
     x = np.stack([rng.random((T, N)), np.zeros((T, N))], axis=2)
     for t in (rng.integers(0, T // 2, N), rng.integers(T // 2, T, N)):
         x[t, np.arange(N), 1] = 1
@@ -591,7 +596,7 @@ def add_batch(cfg, step, dtype=np.float32):
 
 
 def add_loss_and_grads(params, batch, cfg):
-    """The output of the last step counts -> loss, gradients."""
+    """Mean squared error of the output at the last step -> loss, gradients."""
     x, targets = batch
     states = zero_states(params, cfg.cell, x.shape[1])
     (y, _), cache = stack_forward(params, x, cfg.cell, states)
@@ -602,7 +607,7 @@ def add_loss_and_grads(params, batch, cfg):
 
 
 def run_add(cfg):
-    """Train the chosen cell, and beside it the plain one."""
+    """Train the chosen cell, then the plain one."""
     start, metrics, curves = time.perf_counter(), {}, []
     for cell in dict.fromkeys((cfg.cell, "rnn")):
         part = replace(cfg, cell=cell)
@@ -629,7 +634,7 @@ def run_add(cfg):
 
 @dataclass
 class Gradient:
-    """How much of a gradient arrives at earlier steps: plain cell, GRU and LSTM, untrained."""
+    """Norm of a gradient on its way back: plain cell, GRU and LSTM, untrained."""
     length: int = 50        # numbers per sequence
     hidden: int = 64        # hidden units
     layers: int = 1         # recurrent layers
@@ -656,15 +661,15 @@ def run_gradient(cfg):
         rate = norm[0] ** (1 / (cfg.length - 1))
         print(f"{cell:>5s} |{picture}| {norm[0]:.0e} at step 1, {rate:.2f} per step")
         metrics[cell] = float(norm[0])
-    print("Training can open a gate (f of the LSTM, u of the GRU) up to 1: then nothing is lost. "
-          "The\nplain cell has no gate to open.")
+    print("Training can move a gate (f of the LSTM, u of the GRU) to 1, where a gradient keeps its "
+          "norm.\nThe plain cell has no such gate.")
     print("\nNext: python lstm.py add --cell gru      python lstm.py reverse")
     print_result("gradient", cfg, **metrics, seconds=time.perf_counter() - start)
 
 
 # ---- reversal: python lstm.py reverse ------------------------------------------------------------
 
-BOS, PAD = 8, 9             # tokens; 0 to 7 are the characters A to H
+BOS, PAD = 8, 9             # tokens, printed as ?; 0 to 7 are the characters A to H
 
 
 @dataclass
@@ -687,11 +692,12 @@ def init_reverse(cfg, rng, dtype=np.float32):
 def reverse_batch(cfg, step, dtype=np.float32):
     """-> ids (2 T, N): n characters and T - n PAD, then BOS while the net writes; targets (2 T, N):
     T times -1, then the characters in reverse and T - n times -1; mask (2 T, N, 1)."""
-    rng, T, N = np.random.default_rng((cfg.seed, step)), cfg.length, cfg.batch_size
+    rng = np.random.default_rng((cfg.seed, step))
+    T, N = cfg.length, cfg.batch_size
     characters, n = rng.integers(0, 8, (T, N)), rng.integers(1, T + 1, N)
     t = np.arange(T)[:, None]
-    real = t < n                                            # (T, N)
-    backwards = characters[np.maximum(n - 1 - t, 0), np.arange(N)]
+    real = t < n                                            # (T, N), False for padding
+    backwards = characters[np.maximum(n - 1 - t, 0), np.arange(N)]      # where real
     ids = np.concatenate([np.where(real, characters, PAD), np.full((T, N), BOS)])
     targets = np.concatenate([np.full((T, N), -1), np.where(real, backwards, -1)])
     return ids, targets, np.concatenate([real, real])[:, :, None]
@@ -714,25 +720,27 @@ def softmax_cross_entropy_backward(dout, cache):
 
 
 def tokens_loss_and_grads(params, batch, cfg, states=None):
-    """batch: tokens, targets (-1 where nothing counts), and a mask if the cell needs one.
+    """batch: tokens, targets (-1 where the output does not count), a mask if the cell needs one.
     -> loss, gradients, states after the last step."""
     ids, targets, *mask = batch
-    states = zero_states(params, cfg.cell, ids.shape[1]) if states is None else states
+    if states is None:
+        states = zero_states(params, cfg.cell, ids.shape[1])
     (logits, states), cache = stack_forward(params, ids, cfg.cell, states, *mask)
     counts = targets >= 0
     loss, loss_cache = softmax_cross_entropy_forward(logits[counts], targets[counts])
     dlogits = np.zeros_like(logits)
     dlogits[counts] = softmax_cross_entropy_backward(1.0, loss_cache)
-    return loss, stack_backward(dlogits, cache)[1], states
+    _, grads = stack_backward(dlogits, cache)
+    return loss, grads, states
 
 
 def reverse_loss_and_grads(params, batch, cfg):
-    """tokens_loss_and_grads without the states, since every sequence is complete."""
+    """tokens_loss_and_grads without the states, which are not carried over."""
     return tokens_loss_and_grads(params, batch, cfg)[:2]
 
 
 def run_reverse(cfg):
-    """Train; show some sequences, and that padding has no influence."""
+    """Learn to reverse; print some outputs, and the influence of padding."""
     start = time.perf_counter()
     params = init_reverse(cfg, np.random.default_rng(cfg.seed))
     size = sum(p.size for p in params.values())
@@ -761,8 +769,9 @@ def run_reverse(cfg):
 
 
 # ---- text: python lstm.py text --data tinyshakespeare.txt ----------------------------------------
-# A text is one long sequence, so it is cut into windows. States are carried over from a window to
-# the next, gradients are not: truncated backpropagation through time.
+# A text is one long sequence, cut into N streams: the columns of a batch. Each step reads the next
+# window of every stream. States are carried over from window to window, gradients are not:
+# truncated backpropagation through time.
 
 ALL_VERSES = ["the house that Jack built.", "the malt\nThat lay in", "the rat,\nThat ate",
           "the cat,\nThat killed", "the dog,\nThat worried",
@@ -814,12 +823,12 @@ def init_text(cfg, rng, dtype=np.float32):
 
 
 def cut_text(ids, N):
-    """N equal parts, side by side.   ids (N T and less than N more) -> (T, N)."""
+    """Cut ids into N streams of equal length, one per column; a rest of less than N is dropped."""
     return ids[:len(ids) // N * N].reshape(N, -1).T
 
 
 def text_batch(cfg, step, dtype=np.float32):
-    """The next window of N parts of the text -> ids (T, N), targets (T, N): the next characters."""
+    """The next window of all streams -> ids (T, N), targets (T, N): the next characters."""
     streams = cut_text(load_characters(cfg.data, cfg.load)[1], cfg.batch_size)
     T = min(cfg.length, len(streams) - 1)
     start = (step - 1) * T % (len(streams) - T)
@@ -827,12 +836,13 @@ def text_batch(cfg, step, dtype=np.float32):
 
 
 def threaded_text_loss_and_grads(pool, state, params, batch, cfg):
-    """Every thread takes a part of the sequences, with their states: NumPy releases the interpreter
+    """Every thread takes a part of the streams, with their states: NumPy releases the interpreter
     lock while it computes. Gradients of means are averaged, weighted by the sizes of the parts."""
-    arrays = *batch, state["states"]                        # sequences along axis 1
-    parts = list(zip(*(np.array_split(a, cfg.threads, axis=1) for a in arrays)))
-    shares = [ids.shape[1] / cfg.batch_size for ids, _, _ in parts]
-    results = pool.map(lambda part: tokens_loss_and_grads(params, part[:2], cfg, part[2]), parts)
+    ids, targets = (np.array_split(a, cfg.threads, axis=1) for a in batch)      # lists of parts
+    states = np.array_split(state["states"], cfg.threads, axis=1)
+    shares = [part.shape[1] / cfg.batch_size for part in ids]
+    results = pool.map(lambda i, t, s: tokens_loss_and_grads(params, (i, t), cfg, s),
+                       ids, targets, states)
     losses, grads, states = zip(*results)
     state["states"] = np.concatenate(states, axis=1)
     loss = sum(share * loss for share, loss in zip(shares, losses))
@@ -865,7 +875,7 @@ def continue_text(params, cfg, ids, count, rng):
 
 
 def run_text(cfg):
-    """Train on a text, report the validation loss, write some text."""
+    """Learn a text, print the validation loss and a sample."""
     start, rng = time.perf_counter(), np.random.default_rng(cfg.seed)
     chars, train_ids, _ = load_characters(cfg.data, cfg.load)
     most = len(train_ids) // 3
@@ -875,12 +885,12 @@ def run_text(cfg):
     state, meta = {"states": zeros}, dict(task="text", cell=cfg.cell, chars=chars)
     if cfg.load:
         load_checkpoint(cfg.load, meta, params, state, losses)
-    if state["states"].shape != zeros.shape:                # --batch-size is another one
+    if state["states"].shape != zeros.shape:                # another --batch-size
         state["states"] = zeros
     if cfg.save:
         save_checkpoint(cfg.save, meta, params, state, losses, dry_run=True)
     size = sum(p.size for p in params.values())
-    print(f"{cfg.data or 'A rhyme'}: {len(train_ids)} characters to train on, {len(chars)} kinds\n"
+    print(f"{cfg.data or 'A rhyme'}: {len(train_ids)} training characters, {len(chars)} distinct\n"
           f"{cfg.cell}, layers {cfg.layers}, hidden {cfg.hidden}, lr {cfg.lr}, {size} parameters\n"
           f"chance level: loss {math.log(len(chars)):.3f}")
 

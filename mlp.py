@@ -1,18 +1,18 @@
 """mlp.py: layers on layers, trained by backpropagation.
 
 One layer separates two classes by a line. A hidden layer with a nonlinearity bends the line. But
-no data say what a hidden neuron should output. Backpropagation finds out by the chain rule: from
+no data say what a hidden neuron should output. Backpropagation computes it by the chain rule: from
 loss to input, each operation turns the gradient of its output into the gradients of its inputs.
 
 Forward, layer by layer:   z = x W + b   a = tanh(z), the x of the next layer   loss = L(last z)
 Backward, in reverse order; dz, dW, da, ... are the derivatives of the loss by z, W, a, ...
-    dz = (sigmoid(z) - y) / size   at the last layer: binary cross-entropy of targets y
+    dz = (sigmoid(z) - t) / size   at the last layer: mean binary cross-entropy of targets t
     dW = x^T dz         z[n, m] = ... + x[n, d] W[d, m] for every row n, so dW sums over the rows
     db = sum_n dz       b[m] is added to every row
     dx = dz W^T         x[n, d] enters z[n, m] for every m, so dx sums over the outputs
-    dz = da (1 - a^2)   for a = tanh(z), entry by entry; da is the dx of the layer after it
+    dz = da (1 - a^2)   for a = tanh(z), entry by entry; da is the dx of the next layer
 
-Run    python mlp.py      (XOR, then two spirals; python mlp.py --help lists the other tasks)
+Run    python mlp.py      (XOR, then two spirals; --help lists the other tasks)
 Papers: Rumelhart et al. 1986 (backpropagation), Glorot and Bengio 2010, Kingma and Ba 2015 (Adam).
 """
 
@@ -89,7 +89,8 @@ def binary_cross_entropy_backward(dout, cache):
 # ---- data ----------------------------------------------------------------------------------------
 
 def xor_points(rng, n):
-    """The corners of a square, over and over; class 1 where the signs differ.   -> x, labels."""
+    """The corners of a square in turn (rng is not used); class 1 where the signs differ.
+    -> x (n, 2), labels (n,)."""
     x = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)])[np.arange(n) % 4]
     return x, x[:, 0] != x[:, 1]
 
@@ -126,7 +127,7 @@ def init_params(cfg, rng, dtype=np.float32):
 def mlp_forward(params, x):
     """x (N, 2) -> logits (N, 1)."""
     caches = []
-    last = len(params) // 2 - 1
+    last = len(params) // 2 - 1                         # every layer has two parameters, W and b
     for i in range(last):
         x, linear = linear_forward(x, params[f"W{i}"], params[f"b{i}"])
         x, tanh = tanh_forward(x)
@@ -136,8 +137,9 @@ def mlp_forward(params, x):
 
 
 def mlp_backward(dout, cache):
-    """mlp_forward from bottom to top -> gradients under the keys of params."""
-    (caches, linear), grads = cache, {}
+    """mlp_forward in reverse order -> gradients under the keys of params."""
+    caches, linear = cache
+    grads = {}
     last = len(caches)
     dx, grads[f"W{last}"], grads[f"b{last}"] = linear_backward(dout, linear)
     for i in reversed(range(last)):
@@ -252,9 +254,9 @@ def print_result(task, cfg, **metrics):
 
 
 def main(cfg):
-    """Learn XOR, then the points of the configuration; draw what the net outputs in the plane."""
+    """Learn XOR, then the points of the configuration; draw the output of the net in the plane."""
     start, metrics = time.perf_counter(), {}
-    for points in dict.fromkeys(["xor", cfg.points]):
+    for points in dict.fromkeys(["xor", cfg.points]):   # once, if they are the same
         part = replace(cfg, points=points)
         params = init_params(part, np.random.default_rng(cfg.seed))
         size = sum(p.size for p in params.values())
@@ -283,11 +285,11 @@ def main(cfg):
 
 MORE = """
 Break it (what to change, and what comes of it)
-    tanh_forward: return x, 0 * x               XOR stays at loss 0.693, spirals at 65 %: linear
-                                                layers, one after the other, are a linear layer
+    tanh_forward: return x, 0 * x               XOR stays at loss 0.693, spirals at 65 %: without a
+                                                nonlinearity, all layers together are one layer
     init_params: 0 * rng.standard_normal        50 %: hidden neurons start equal and stay equal
-    tanh_backward: return dout                  XOR 75 %, spirals 65 %: it learns, but not well, so
-                                                check gradients instead of looking at the loss
+    tanh_backward: return dout                  XOR 75 %, spirals 65 %: the loss falls, so only a
+                                                gradient check shows the error
     python mlp.py net --hidden 16,16,16,16,16,16,16,16,16,16 --init small     50 %: the signal fades
     python mlp.py net --hidden 16,16,16,16,16,16,16,16,16,16 --init small --norm batch        99 %
     python mlp.py net --points xor --hidden 2 --seed 1      stuck at 50 %; seed 2 reaches 100 %
@@ -384,8 +386,8 @@ def silu_backward(dout, cache):
 
 
 def batchnorm_forward(x, gamma, beta, running=None, eps=1e-5):
-    """y = gamma xhat + beta, xhat = (x - mean) / sqrt(var + eps), mean and var over the rows of x;
-    in evaluation running = (mean, var) of the training data.   x (N, D), gamma, beta (D,)."""
+    """y = gamma xhat + beta, xhat = (x - mean) / sqrt(var + eps), mean and var over the rows of x,
+    or, in evaluation, running = (mean, var) of the training data.   x (N, D), gamma, beta (D,)."""
     mean, var = running or (x.mean(axis=0), x.var(axis=0))
     inv_std = (var + eps) ** -0.5
     xhat = (x - mean) * inv_std
@@ -393,8 +395,8 @@ def batchnorm_forward(x, gamma, beta, running=None, eps=1e-5):
 
 
 def batchnorm_backward(dout, cache):
-    """g = gamma dout, dx = (g - mean(g) - xhat mean(g xhat)) / std, since every x moves mean and
-    std, too; in evaluation they are constants. dgamma = sum_n dout xhat, dbeta = sum_n dout."""
+    """g = gamma dout, dx = (g - mean(g) - xhat mean(g xhat)) / std: mean and std depend on every x;
+    in evaluation they are constants. dgamma = sum_n dout xhat, dbeta = sum_n dout."""
     xhat, gamma, inv_std, running = cache
     g = gamma * dout
     if running is None:
@@ -449,14 +451,13 @@ LOSSES = {"mse": (mse_forward, mse_backward),
 
 
 # ---- a net with choices: python mlp.py net --activation relu --norm batch ------------------------
-# A hidden layer is act(x W + b) or act(batchnorm(x W)): a bias before BatchNorm would be subtracted
-# with the mean.
+# A hidden layer is act(x W + b) or act(batchnorm(x W)), without b: BatchNorm would subtract b with
+# the mean.
 
 @dataclass
 class Net(Config):
-    """Any net, on points in the plane."""
+    """A net of any depth and width on points in the plane, with a choice of every part."""
     points: Literal["spirals", "xor", "gates"] = "spirals"  # points and their classes
-    hidden: str = "32,32"   # widths of the hidden layers
     activation: Literal["relu", "sigmoid", "tanh", "gelu", "silu"] = "tanh"  # nonlinearity
     init: Literal["he", "xavier", "normal", "small"] = "xavier"  # scale of the first weights
     norm: Literal["none", "batch"] = "none"  # normalisation before each nonlinearity
@@ -482,15 +483,17 @@ GATES = {"AND": (0, 0, 0, 1), "OR": (0, 1, 1, 1), "NAND": (1, 1, 1, 0), "XOR": (
 
 
 def gate_points(rng, n):
-    """The corners of a square, over and over; a column for each gate.   -> x, labels (n, 4)."""
-    return xor_points(rng, n)[0], np.array(list(GATES.values())).T[np.arange(n) % 4]
+    """The corners of a square in turn; a column for each gate.   -> x (n, 2), labels (n, 4)."""
+    x, _ = xor_points(rng, n)
+    table = np.array(list(GATES.values())).T            # (4 corners, 4 gates)
+    return x, table[np.arange(n) % 4]
 
 
 POINTS = {"spirals": spiral_points, "xor": xor_points, "gates": gate_points}
 
 
 def net_batch(cfg, step, dtype=np.float32):
-    """-> x (N, 2), targets: classes (N,) for softmax, else columns (N, K) of 0 and 1."""
+    """Fresh points -> x (N, 2), targets: classes (N,) for softmax, else K columns of 0 or 1."""
     rng = np.random.default_rng((cfg.seed, step))
     x, labels = POINTS[cfg.points](rng, cfg.batch_size)
     if cfg.loss == "softmax":
@@ -498,13 +501,15 @@ def net_batch(cfg, step, dtype=np.float32):
     return x.astype(dtype), labels.reshape(len(x), -1).astype(dtype)
 
 
-def init_layers(sizes, init, norm, rng, dtype):
-    """W0, b0, W1, b1, ...; under BatchNorm gamma and beta in place of b, except in the last."""
+def init_layers(shapes, init, norm, rng, dtype):
+    """W0, b0, W1, b1, ... of shapes [(D, M), ...]; with BatchNorm gamma, beta in place of b, except
+    in the last layer."""
+    with_norm = {"none": False, "batch": True}[norm]
     params = {}
-    for i, (D, M) in enumerate(zip(sizes, sizes[1:])):
+    for i, (D, M) in enumerate(shapes):
         std = {"he": (2 / D) ** 0.5, "xavier": (2 / (D + M)) ** 0.5, "normal": 1.0, "small": 0.01}
         params[f"W{i}"] = rng.standard_normal((D, M)) * std[init]
-        if {"none": False, "batch": True}[norm] and i < len(sizes) - 2:
+        if with_norm and i < len(shapes) - 1:
             params[f"gamma{i}"], params[f"beta{i}"] = np.ones(M), np.zeros(M)
         else:
             params[f"b{i}"] = np.zeros(M)
@@ -513,13 +518,15 @@ def init_layers(sizes, init, norm, rng, dtype):
 
 def init_net(cfg, rng, dtype=np.float32):
     """-> the parameters of init_layers."""
-    outputs = {"gates": 4}.get(cfg.points, 1 + (cfg.loss == "softmax"))
+    outputs = 2 if cfg.loss == "softmax" else 1
+    if cfg.points == "gates":
+        outputs = len(GATES)
     sizes = [2, *map(int, cfg.hidden.split(",")), outputs]
-    return init_layers(sizes, cfg.init, cfg.norm, rng, dtype)
+    return init_layers(list(zip(sizes, sizes[1:])), cfg.init, cfg.norm, rng, dtype)
 
 
 def layer_params(params, i):
-    """The parameters of layer i, without the i in their names."""
+    """The parameters of layer i under the names W, b, gamma, beta."""
     names = [name for name in ("W", "b", "gamma", "beta") if f"{name}{i}" in params]
     return {name: params[f"{name}{i}"] for name in names}
 
@@ -535,9 +542,10 @@ def hidden_layer_forward(x, p, activation, running=None):
 
 
 def hidden_layer_backward(dout, cache):
-    """hidden_layer_forward from bottom to top -> dx, gradients under the keys of p."""
+    """hidden_layer_forward in reverse order -> dx, gradients under the keys of p."""
     linear, norm, act, activation = cache
-    dy, g = ACTIVATIONS[activation][1](dout, act), {}
+    g = {}
+    dy = ACTIVATIONS[activation][1](dout, act)
     if norm is not None:
         dy, g["gamma"], g["beta"] = batchnorm_backward(dy, norm)
     dx, g["W"], db = linear_backward(dy, linear)
@@ -547,21 +555,24 @@ def hidden_layer_backward(dout, cache):
 
 
 def net_forward(params, x, activation, running=None):
-    """x (N, D) -> logits (N, K). In evaluation running has mean and var of every BatchNorm."""
+    """x (N, D) -> logits (N, K).   running: in evaluation a pair (mean, var) for every BatchNorm.
+    The task names has x (N, T, D): a layer whose W has n D rows joins n neighbours of the T."""
     last = sum(name[0] == "W" for name in params) - 1
     caches = []
     for i in range(last):
-        p, shape = layer_params(params, i), x.shape
-        x = x.reshape(-1, len(p["W"]))                  # names: neighbours join; else no change
-        x, cache = hidden_layer_forward(x, p, activation, running and running[i])
+        p = layer_params(params, i)
+        shape = x.shape
+        x = x.reshape(-1, len(p["W"]))                  # no change, except where neighbours join
+        x, cache = hidden_layer_forward(x, p, activation, running[i] if running else None)
         caches.append((shape, cache))
     logits, linear = linear_forward(x, params[f"W{last}"], params[f"b{last}"])
     return logits, (caches, linear)
 
 
 def net_backward(dout, cache):
-    """net_forward from bottom to top -> dx, gradients under the keys of params."""
-    (caches, linear), grads = cache, {}
+    """net_forward in reverse order -> dx, gradients under the keys of params."""
+    caches, linear = cache
+    grads = {}
     last = len(caches)
     dx, grads[f"W{last}"], grads[f"b{last}"] = linear_backward(dout, linear)
     for i in reversed(range(last)):
@@ -588,7 +599,7 @@ def net_loss_and_grads(params, batch, cfg):
 
 
 def batch_statistics(params, x, activation):
-    """Mean and var of every x W over the training data x, for evaluation (Ioffe and Szegedy 2015,
+    """Mean and var of every x W over training data x, for evaluation (Ioffe and Szegedy 2015,
     algorithm 2).   -> a list of pairs, or None without BatchNorm."""
     running = []
     for i in range(sum(name[:5] == "gamma" for name in params)):
@@ -607,7 +618,7 @@ def sgd_update(params, grads, state, lr):
 
 
 def momentum_update(params, grads, state, lr, mu=0.9):
-    """s <- mu s + g,  w <- w - lr s: a running sum of gradients, the older the less."""
+    """s <- mu s + g,  w <- w - lr s: a sum of gradients, each weighted by mu^(its age in steps)."""
     for name, g in grads.items():
         s = state[name] = mu * state.get(name, 0) + g
         params[name] -= lr * s
@@ -634,19 +645,14 @@ def learning_rate(step, cfg):
     return cfg.lr * warmup * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / cfg.steps))
 
 
-def update_rule(cfg):
-    """The update function of cfg.optimizer."""
-    return {"sgd": sgd_update, "momentum": momentum_update, "adam": adam_update,
-            "adamw": functools.partial(adamw_update, weight_decay=cfg.weight_decay)}[cfg.optimizer]
-
-
 def scheduled_rate(step, cfg):
-    """Linear warmup, times 1 (constant), or 1, then 0.1 from 60 % and 0.01 from 85 % of the steps
-    (step), or half a cosine (cosine)."""
+    """Linear warmup, then cfg.lr (constant), or cfg.lr times 0.1 after 60 % and times 0.01 after
+    85 % of the steps (step), or learning_rate (cosine)."""
     done = (step - 1) / cfg.steps
-    factor = {"constant": 1.0, "step": 1.0 if done < 0.6 else 0.1 if done < 0.85 else 0.01,
-              "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
-    return cfg.lr * min(1, step / max(1, cfg.warmup)) * factor[cfg.schedule]
+    drops = (done >= 0.6) + (done >= 0.85)              # 0, 1 or 2
+    lr = cfg.lr * min(1, step / max(1, cfg.warmup))
+    rates = {"constant": lr, "step": lr * 0.1 ** drops, "cosine": learning_rate(step, cfg)}
+    return rates[cfg.schedule]
 
 
 def side_by_side(titles, pictures, gap="   "):
@@ -665,19 +671,24 @@ def loss_curve(losses, width=60):
 
 
 def class_probability(logits, loss):
-    """Logits -> (N, K), near 1 where the net outputs class 1."""
+    """Logits -> (N, K), near 1 for class 1. A softmax over two logits is a sigmoid of their
+    difference."""
     return {"mse": logits, "binary": sigmoid(logits),
-            "softmax": sigmoid(logits[:, -1:] - logits[:, :1])}[loss]   # softmax of two classes
+            "softmax": sigmoid(logits[:, -1:] - logits[:, :1])}[loss]
 
 
 def train_net(cfg):
     """-> params, running statistics of BatchNorm, losses, test loss, test accuracy."""
+    update = {"sgd": sgd_update, "momentum": momentum_update, "adam": adam_update,
+              "adamw": functools.partial(adamw_update, weight_decay=cfg.weight_decay)}
     params = init_net(cfg, np.random.default_rng(cfg.seed))
-    losses = train(params, cfg, net_batch, net_loss_and_grads, update_rule(cfg), scheduled_rate)
+    losses = train(params, cfg, net_batch, net_loss_and_grads, update[cfg.optimizer],
+                   scheduled_rate)
     x, targets = net_batch(replace(cfg, batch_size=2000), cfg.steps + 1)        # fresh points
     running = batch_statistics(params, x, cfg.activation)
     logits, _ = net_forward(params, x, cfg.activation, running)
-    loss = LOSSES[cfg.loss][0](logits, targets)[0]
+    loss_forward, _ = LOSSES[cfg.loss]
+    loss, _ = loss_forward(logits, targets)
     check_finite(loss, params)
     right = (class_probability(logits, cfg.loss) > 0.5) == targets.reshape(len(x), -1)
     return params, running, losses, float(loss), float(right.mean())
@@ -706,19 +717,9 @@ def try_png(path):
     os.remove(f"{path}.{os.getpid()}")
 
 
-def tile_images(images, columns, scale):
-    """Images (N, H, W, C) of 1 or 3 channels in rows of `columns`, in white frames; every pixel
-    becomes a square of scale x scale.   -> one image (., ., 3)"""
-    images = np.repeat(images.repeat(scale, axis=1).repeat(scale, axis=2), 3 // images.shape[3], 3)
-    images = np.pad(images, ((0, -len(images) % columns), (4, 4), (4, 4), (0, 0)),
-                    constant_values=1)
-    rows = images.reshape(-1, columns, *images.shape[1:]).swapaxes(1, 2)  # (rows, H, columns, W, 3)
-    return rows.reshape(len(rows) * rows.shape[1], -1, 3)
-
-
 def color_regions(prob, points, labels, size=400):
     """draw_regions in color: orange where prob is near 1, blue where it is near 0, a dark square
-    for every point.   -> (size, size, 3)"""
+    for every point, a white frame.   -> (size + 8, size + 8, 3)"""
     edge = 1.1 * np.abs(points).max()
     x1, x2 = np.meshgrid(np.linspace(-edge, edge, size), np.linspace(edge, -edge, size))
     p = prob(np.stack([x1.ravel(), x2.ravel()], axis=1)).reshape(size, size, 1)
@@ -728,7 +729,7 @@ def color_regions(prob, points, labels, size=400):
     rows = ((1 - points[:, 1] / edge) / 2 * (size - 1)).round().astype(int)
     for row, col, label in zip(rows, cols, labels):
         image[row - 3:row + 4, col - 3:col + 4] = 0.5 * (orange if label > 0 else blue)
-    return image
+    return np.pad(image, ((4, 4), (4, 4), (0, 0)), constant_values=1)
 
 
 def run_net(cfg):
@@ -744,17 +745,18 @@ def run_net(cfg):
     x, targets = net_batch(replace(cfg, batch_size=200), cfg.steps + 2)
     labels = targets.reshape(len(x), -1)
 
-    def output(k):
-        return lambda grid: class_probability(
-            net_forward(params, grid, cfg.activation, running)[0], cfg.loss)[:, k]
+    def prob(grid):
+        logits, _ = net_forward(params, grid, cfg.activation, running)
+        return class_probability(logits, cfg.loss)      # (N, K), one column per output
     titles = list(GATES) if cfg.points == "gates" else [cfg.points]
     cols, rows = (48, 24) if len(titles) == 1 else (21, 11)
+    outputs = range(len(titles))
     print("The plane: dark where an output is near 1 (class x), blank where it is near 0 (class o)")
-    side_by_side(titles, [draw_regions(output(k), x, labels[:, k], cols, rows)
-                          for k in range(len(titles))])
+    side_by_side(titles, [draw_regions(lambda grid: prob(grid)[:, k], x, labels[:, k], cols, rows)
+                          for k in outputs])
     if cfg.png:
-        regions = [color_regions(output(k), x, labels[:, k]) for k in range(len(titles))]
-        write_png(cfg.png, tile_images(np.stack(regions), 2 if len(regions) > 1 else 1, 1))
+        images = [color_regions(lambda grid: prob(grid)[:, k], x, labels[:, k]) for k in outputs]
+        write_png(cfg.png, np.concatenate(images, axis=1))
         print(f"{cfg.png}: {', '.join(titles)}; orange is class x, blue is class o")
     print(f"test loss {loss:.3g}, {accuracy:.2%} right on "
           + ("2000 fresh points" if cfg.points == "spirals" else "the four corners"))
@@ -768,16 +770,16 @@ def run_net(cfg):
 
 @dataclass
 class Inits:
-    """Spread of activations and gradients by layer, before training."""
+    """Print the spread of activations and gradients by layer, before training."""
     layers: int = 8         # hidden layers
-    dim: int = 100          # width of each
+    dim: int = 100          # width of each layer
     batch_size: int = 128   # rows of noise
     seed: int = 0           # random seed
 
 
 def run_inits(cfg):
-    """A table: for every activation and initialisation the standard deviation of activations and
-    weight gradients in each layer."""
+    """Print the spread of activations and weight gradients by layer, for two activations and four
+    initialisations."""
     start, metrics = time.perf_counter(), {}
     rng = np.random.default_rng(cfg.seed)
     x = rng.standard_normal((cfg.batch_size, 784)).astype(np.float32)
@@ -787,16 +789,19 @@ def run_inits(cfg):
           "grow nor vanish, from left to right (a) or from right to left (dW).")
     print(f"{'':20s}" + "".join(f"{f'layer {i}':>9s}" for i in range(1, cfg.layers + 1)))
     sizes = [784] + cfg.layers * [cfg.dim] + [10]
+    shapes = list(zip(sizes, sizes[1:]))
     for activation in ("tanh", "relu"):
         for init in ("he", "xavier", "normal", "small"):
-            params = init_layers(sizes, init, "none", np.random.default_rng(cfg.seed), np.float32)
-            logits, (caches, linear) = net_forward(params, x, activation)
+            rng = np.random.default_rng(cfg.seed)
+            params = init_layers(shapes, init, "none", rng, np.float32)
+            logits, cache = net_forward(params, x, activation)
             _, loss_cache = softmax_cross_entropy_forward(logits, targets)
-            dlogits = softmax_cross_entropy_backward(1.0, loss_cache)
-            _, grads = net_backward(dlogits, (caches, linear))
-            outputs = [linear_cache[0] for _, (linear_cache, *_) in caches[1:]] + [linear[0]]
-            a = [float(output.std()) for output in outputs]
-            dW = [float(grads[f"W{i}"].std()) for i in range(cfg.layers)]
+            _, grads = net_backward(softmax_cross_entropy_backward(1.0, loss_cache), cache)
+            y, a, dW = x, [], []
+            for i in range(cfg.layers):
+                y, _ = hidden_layer_forward(y, layer_params(params, i), activation)
+                a.append(float(y.std()))
+                dW.append(float(grads[f"W{i}"].std()))
             for name, values in (("a", a), ("dW", dW)):
                 print(f"{activation:>6s} {init:>8s} {name:>3s} "
                       + "".join(f"{value:9.1e}" for value in values))
@@ -810,12 +815,10 @@ def run_inits(cfg):
 
 @dataclass
 class Optimizers:
-    """Two spirals by sgd, momentum, adam and adamw from the same start."""
+    """Learn two spirals by sgd, momentum, adam and adamw, from the same initial weights."""
     hidden: str = "32,32"   # widths of the hidden layers
     batch_size: int = 128   # points per step
     steps: int = 2000       # optimizer steps
-    schedule: Literal["constant", "step", "cosine"] = "cosine"  # learning rate over the steps
-    warmup: int = 50        # steps of linear warmup
     seed: int = 0           # random seed
 
 
@@ -838,16 +841,16 @@ def run_optimizers(cfg):
 
 
 # ---- names: python mlp.py names --data names.txt -------------------------------------------------
-# The next character of a name from the characters before it (Bengio et al. 2003): each is a row of
-# E, the rows are joined and go through a net. With --fuse 2 the first layer joins only pairs of
-# neighbours, the second layer pairs of pairs, and so on (WaveNet).
+# Predict the next character of a name from the T = context characters before it (Bengio et al.
+# 2003). Each of these is a row of E. The first layer joins all T rows; with --fuse 2 the first one
+# joins neighbours to pairs, the second layer joins pairs to fours, and so on (WaveNet).
 
 @dataclass
 class Names:
-    """The next character of a name."""
+    """Predict the next character of a name."""
     hidden: str = "128,128,128"  # widths of the hidden layers
     context: int = 8        # characters before the next one
-    embed_dim: int = 24     # embedding dimension of a character
+    embed_dim: int = 24     # embedding dimension
     fuse: int = 0           # neighbours that a layer joins; 0: the first layer joins all
     batch_size: int = 256   # characters per step
     steps: int = 20000      # optimizer steps at most
@@ -941,17 +944,14 @@ def names_batch(cfg, step, dtype=np.float32):
 
 def init_names(cfg, rng, dtype=np.float32):
     """E (V, D) and the layers of init_layers; a layer that joins n rows has W (n D, M)."""
-    V, D, left = len(load_windows(cfg.data, cfg.context)["chars"]), cfg.embed_dim, cfg.context
-    params = {"E": rng.standard_normal((V, D)).astype(dtype)}
-    widths = list(map(int, cfg.hidden.split(",")))
-    for i, M in enumerate([*widths, V]):
-        joined = min(cfg.fuse or left, left)
-        norm = "batch" if i < len(widths) else "none"
-        layer = init_layers([joined * D, M, 1], "xavier", norm, rng, dtype)
-        del layer["W1"], layer["b1"]
-        params.update({f"{name[:-1]}{i}": value for name, value in layer.items()})
-        D, left = M, left // joined
-    return params
+    V, D, rows = len(load_windows(cfg.data, cfg.context)["chars"]), cfg.embed_dim, cfg.context
+    E = rng.standard_normal((V, D)).astype(dtype)
+    shapes = []
+    for M in [*map(int, cfg.hidden.split(",")), V]:
+        n = rows if cfg.fuse == 0 else min(cfg.fuse, rows)
+        shapes.append((n * D, M))
+        D, rows = M, rows // n
+    return {"E": E, **init_layers(shapes, "xavier", "batch", rng, dtype)}
 
 
 def names_forward(params, ids, running=None):
@@ -963,7 +963,7 @@ def names_forward(params, ids, running=None):
 
 
 def names_backward(dout, cache):
-    """names_forward from bottom to top -> gradients under the keys of params."""
+    """names_forward in reverse order -> gradients under the keys of params."""
     embedding, net = cache
     dx, grads = net_backward(dout, net)
     return {**grads, "E": embedding_backward(dx, embedding)}
@@ -986,8 +986,7 @@ def evaluate(forward, x, targets):
 
 
 def draw_embedding(E, chars, cols=64, rows=16):
-    """The first 40 characters in the plane of the two principal components of E (V, D); and for
-    each the one with the nearest embedding."""
+    """Print the first 40 characters in the plane of the two principal components of E (V, D)."""
     centered = (E - E.mean(axis=0))[:40]
     _, _, components = np.linalg.svd(centered, full_matrices=False)
     xy = centered @ components[:2].T                    # (V, 2)
@@ -997,14 +996,10 @@ def draw_embedding(E, chars, cols=64, rows=16):
         picture[round(float(y) * (rows - 1)), round(float(x) * (cols - 1))] = char
     print("Embeddings of the characters, in the plane in which they differ most:")
     print("\n".join("".join(line) for line in picture))
-    unit = E / np.linalg.norm(E, axis=1, keepdims=True)
-    nearest = (unit @ unit.T - 2 * np.eye(len(unit))).argmax(axis=1)
-    print("Pairs of a character and the one with the nearest embedding:")
-    print(" ".join(a + chars[b] for a, b in zip(chars[:32], nearest)))
 
 
 def run_names(cfg):
-    """Learn names, invent some, report the test loss."""
+    """Learn names, sample new ones, print the test loss."""
     start, rng = time.perf_counter(), np.random.default_rng(cfg.seed)
     data = load_windows(cfg.data, cfg.context)
     chars, (ids, _) = data["chars"], data["train"]
@@ -1016,15 +1011,16 @@ def run_names(cfg):
           f"{cfg.context} before it,\n{len(chars)} different ones; hidden layers {cfg.hidden}, "
           f"{size} parameters,\n{cfg.steps} steps ({cfg.epochs} epochs at most)")
     print(f"chance level: loss {math.log(len(chars)):.3f}")
-    sample = ids[np.random.default_rng(0).permutation(len(ids))[:10000]]
+    sample = ids[np.random.default_rng(0).permutation(len(ids))[:10000]]    # for BatchNorm
+    validation = []
 
     def measure(split):
-        x = params["E"][sample]
-        running = batch_statistics(params, x, "gelu")
+        running = batch_statistics(params, params["E"][sample], "gelu")
         return evaluate(lambda part: names_forward(params, part, running)[0], *data[split])
 
     def note():
-        return f"  validation {measure('validation')[0]:.4f}"
+        validation.append(measure("validation")[0])
+        return f"  validation {validation[-1]:.4f}"
     update = functools.partial(adamw_update, weight_decay=cfg.weight_decay)
     losses = train(params, cfg, names_batch, names_loss_and_grads, update, learning_rate, note)
     loss, accuracy = measure("test")
@@ -1032,13 +1028,17 @@ def run_names(cfg):
     draw_embedding(params["E"], chars)
     running, names = batch_statistics(params, params["E"][sample], "gelu"), []
     for _ in range(10):
-        name = [0] * cfg.context
-        while len(name) == cfg.context or name[-1] and len(name) < cfg.context + 20:
+        name = [0] * cfg.context                        # before a name there are only dots
+        for _ in range(20):
             logits, _ = names_forward(params, np.array([name[-cfg.context:]]), running)
             p = np.exp(logits[0].astype(float) - logits.max())
             name.append(rng.choice(len(p), p=p / p.sum()))
-        names.append("".join(chars[i] for i in name[cfg.context:] if i))
-    print("invented:", ", ".join(names))
+            if name[-1] == 0:
+                break
+        names.append("".join(chars[i] for i in name if i > 0))
+    print("samples:", ", ".join(names))
+    print(f"lowest validation loss {min(validation):.4f}, last {validation[-1]:.4f} (a rise is "
+          "overfitting)")
     expected = f"   (expected on names.txt: {2.0 if cfg.fuse == 0 else 1.97})" if cfg.data else ""
     print(f"test loss {loss:.4f} nats per character{expected}")
     print("\nNext: python mlp.py names --fuse 2      python vanilla_rnn.py")
@@ -1050,7 +1050,7 @@ def run_names(cfg):
 
 @dataclass
 class Mnist:
-    """Handwritten digits: ReLU, He initialisation, BatchNorm, AdamW."""
+    """Classify handwritten digits, with ReLU, He initialisation, BatchNorm and AdamW."""
     hidden: str = "512,256"  # widths of the hidden layers
     batch_size: int = 128   # images per step
     steps: int = 8000       # optimizer steps
@@ -1119,7 +1119,7 @@ def mnist_batch(cfg, step, dtype=np.float32):
 def init_mnist(cfg, rng, dtype=np.float32):
     """-> the parameters of init_layers."""
     sizes = [784, *map(int, cfg.hidden.split(",")), 10]
-    return init_layers(sizes, "he", "batch", rng, dtype)
+    return init_layers(list(zip(sizes, sizes[1:])), "he", "batch", rng, dtype)
 
 
 def mnist_loss_and_grads(params, batch, cfg):
@@ -1127,11 +1127,12 @@ def mnist_loss_and_grads(params, batch, cfg):
     x, labels = batch
     logits, cache = net_forward(params, x, "relu")
     loss, loss_cache = softmax_cross_entropy_forward(logits, labels)
-    return loss, net_backward(softmax_cross_entropy_backward(1.0, loss_cache), cache)[1]
+    _, grads = net_backward(softmax_cross_entropy_backward(1.0, loss_cache), cache)
+    return loss, grads
 
 
 def run_mnist(cfg):
-    """Learn to read digits; show some that the net gets wrong."""
+    """Learn to read digits; draw three that the net gets wrong."""
     require(cfg.data, "--data", "the folder of MNIST (--help says where to get it)", cfg.data)
     start, data = time.perf_counter(), load_mnist(cfg.data)
     params = init_mnist(cfg, np.random.default_rng(cfg.seed))
@@ -1139,6 +1140,7 @@ def run_mnist(cfg):
     print(f"{len(data['train'][0])} images of 28 x 28 pixels: hidden layers {cfg.hidden}, "
           f"{size} parameters")
     print("chance level: loss 2.303")
+    sample = data["train"][0][:10000]                   # for the statistics of BatchNorm
 
     def forward(x):
         return net_forward(params, x, "relu", batch_statistics(params, sample, "relu"))[0]
@@ -1146,18 +1148,17 @@ def run_mnist(cfg):
     def note():
         loss, accuracy = evaluate(forward, *data["validation"])
         return f"  validation {loss:.4f}, {accuracy:.2%} right"
-    sample = data["train"][0][:10000]
     update = functools.partial(adamw_update, weight_decay=cfg.weight_decay)
     losses = train(params, cfg, mnist_batch, mnist_loss_and_grads, update, learning_rate, note)
     x, labels = data["test"]
     loss, accuracy = evaluate(forward, x, labels)
     check_finite(loss, params)
     outputs = forward(x[:2000]).argmax(axis=1)
-    wrong = np.flatnonzero(outputs != labels[:2000])[:5]
+    wrong = np.flatnonzero(outputs != labels[:2000])[:3]
     ink = (x[wrong].reshape(-1, 14, 2, 28).mean(axis=2) + 0.4) / 3      # characters are tall
-    print("Test images that the net gets wrong; blank is paper, @ ink, a line two rows of pixels:")
-    side_by_side([f"{labels[n]} taken for {outputs[n]}"[:17] for n in wrong],
-                 [["".join(row) for row in shade(image)] for image in ink[:3]])
+    print("Test images that the net gets wrong: blank is 0, @ is 1; a line is two rows of pixels")
+    side_by_side([f"{labels[n]} taken for {outputs[n]}" for n in wrong],
+                 [["".join(row) for row in shade(image)] for image in ink])
     print(f"test accuracy {accuracy:.2%} of {len(x)} images (expected on MNIST: 98.5 %)")
     print("\nNext: python mlp.py mnist --data DIR --hidden 1000      python vanilla_rnn.py")
     print_result("mnist", cfg, accuracy=accuracy, test_loss=loss, params=size, steps=len(losses),
@@ -1270,15 +1271,11 @@ def run(tasks):
         sys.exit(130)
 
 
-def layer_cases(rng):
-    """Inputs of hidden_layer_forward for gradcheck.py: with a bias, with BatchNorm."""
-    x, W = rng.standard_normal((6, 3)), rng.standard_normal((3, 5))
-    norm = {"W": W, "gamma": rng.standard_normal(5), "beta": rng.standard_normal(5)}
-    return [dict(x=x, p={"W": W, "b": rng.standard_normal(5)}, activation="tanh"),
-            dict(x=x, p=norm, activation="gelu")]
-
-
-GRADCHECK = {"hidden_layer": layer_cases}
+GRADCHECK = {"hidden_layer": lambda rng: [                # with a bias; with BatchNorm
+    dict(x=rng.standard_normal((6, 3)), p={"W": rng.standard_normal((3, 5)),
+         "b": rng.standard_normal(5)}, activation="tanh"),
+    dict(x=rng.standard_normal((6, 3)), p={"W": rng.standard_normal((3, 5)),
+         "gamma": rng.standard_normal(5), "beta": rng.standard_normal(5)}, activation="gelu")]}
 
 
 def widths_are_right(cfg):
@@ -1288,13 +1285,13 @@ def widths_are_right(cfg):
 
 
 def loss_fits(cfg):
-    """The constraint on --loss: four gates are no classes of which only one is right."""
+    """The constraint on --loss: softmax needs exactly one right class, but each gate is 0 or 1."""
     ok = (cfg.points, cfg.loss) != ("gates", "softmax")
     return ok, "--loss", "binary or mse for gates", cfg.loss
 
 
 def fuse_fits(cfg):
-    """The constraint on --fuse: after some hidden layers all characters are joined."""
+    """The constraint on --fuse: the hidden layers must join all characters of the context."""
     layers = cfg.hidden.count(",") + 1
     ok = cfg.fuse == 0 or cfg.context in [cfg.fuse ** (k + 1) for k in range(layers)]
     expected = f"0, or a number with --context {cfg.context} among its first {layers} powers"

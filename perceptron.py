@@ -1,21 +1,22 @@
 """perceptron.py: one neuron, taught by Rosenblatt's rule and by gradient descent.
 
 A neuron multiplies each input by a weight, adds the products and a bias, and fires if the sum is
-positive. Rosenblatt's rule learns the weights from mistakes, and Novikoff proved that it stops if
-there are weights that make none. For XOR there are none. With a smooth output instead, the weights
-can follow the gradient of a loss, here and in all other lessons.
+positive. Rosenblatt's rule changes the weights after each mistake. Novikoff proved that the number
+of mistakes is finite if some weights classify every example correctly. For XOR, no weights do. With
+a smooth output, the weights can follow the gradient of a loss, as in all other lessons.
 
 Perceptron rule, for y = -1 or +1 and x with a constant 1 appended, whose weight is the bias:
     if y (w . x) <= 0:  w <- w + y x
     mistakes <= (R / margin)^2,  R = max |x|, margin = min y (w . x) / |w| of any w without mistakes
-XOR requires w1 - w2 + b > 0 and -w1 + w2 + b > 0, so (add them) b > 0, but also w1 + w2 + b < 0
-and -w1 - w2 + b < 0, so b < 0. With x1 x2 as a third input, a weight of -1 for it is enough.
+XOR of inputs -1 and +1 requires w1 - w2 + b > 0 and -w1 + w2 + b > 0; their sum is b > 0. It also
+requires w1 + w2 + b < 0 and -w1 - w2 + b < 0; their sum is b < 0. With a third input, x1 x2, XOR
+is solved by the weight -1 for x1 x2 and 0 for all others.
 
 Sigmoid neuron, for t = 0 or 1:
     forward     z = x W + b     s = 1 / (1 + e^-z)
                 loss = -mean(t log s + (1 - t) log(1 - s)) = mean(log(1 + e^z) - t z)
-    backward    dz = (s - t) / size, since s is the derivative of log(1 + e^z)
-                dW = x^T dz     db = sum_n dz     then W <- W - lr dW, b <- b - lr db
+    backward    dz = (s - t) / size     size: number of z; s is the derivative of log(1 + e^z)
+                dW = x^T dz     db = sum_n dz     n: rows of x;  W <- W - lr dW,  b <- b - lr db
 
 Run    python perceptron.py                            AND, OR, NAND, XOR
        python perceptron.py names --data names.txt     a bigram model, counted and trained
@@ -44,7 +45,7 @@ import numpy as np
 @dataclass
 class Config:
     """Learn the gates AND, OR, NAND and XOR, one neuron each."""
-    inputs: int = 2         # inputs to begin with: 2 are x1 and x2, the third is x1 x2
+    inputs: int = 2         # inputs at the start: 2 (x1, x2) or 3 (x1, x2, x1 x2)
     lr: float = 20.0        # initial learning rate, falling to 0
     steps: int = 1000       # updates
     seed: int = 0           # random seed
@@ -52,9 +53,10 @@ class Config:
 
 # ---- the perceptron rule on truth tables: false is -1 as an input, 0 as a target -----------------
 
-X1, X2 = np.array([(-1, -1, 1, 1), (-1, 1, -1, 1)])
+X1 = np.array([-1, -1, 1, 1])
+X2 = np.array([-1, 1, -1, 1])
 GATES = {"AND": (0, 0, 0, 1), "OR": (0, 1, 1, 1), "NAND": (1, 1, 1, 0), "XOR": (0, 1, 1, 0)}
-TARGETS = np.array(list(GATES.values())).T              # (4 rows, 4 gates)
+TARGETS = np.array(list(GATES.values())).T              # (4 rows of the table, 4 gates)
 
 
 def features(x1, x2, inputs):
@@ -64,7 +66,7 @@ def features(x1, x2, inputs):
 
 def perceptron_rule(x, y, epochs=100):
     """For each example, in each epoch: if y (w . x) <= 0, then w <- w + y x.
-    x (N, D), y (N,) of -1 or +1 -> w (D,), number of mistakes, best accuracy on the way."""
+    x (N, D), y (N,) of -1 or +1 -> w (D,), number of mistakes, best accuracy after an update."""
     w = np.zeros_like(x[0])
     mistakes, best = 0, 0.0
     for _ in range(epochs):
@@ -77,7 +79,7 @@ def perceptron_rule(x, y, epochs=100):
 
 
 def show_rule(inputs):
-    """Print what the perceptron rule makes of every gate."""
+    """Train on every gate by the perceptron rule; print mistakes, bound, accuracy and weights."""
     x = np.column_stack([features(X1, X2, inputs), np.ones(4, int)])    # (4, inputs + 1)
     for name, y in zip(GATES, 2 * TARGETS.T - 1):                       # targets 0, 1 -> -1, +1
         w, mistakes, best = perceptron_rule(x, y)
@@ -91,7 +93,7 @@ def show_rule(inputs):
 # ---- the sigmoid neuron: N examples, D inputs, M neurons (one per gate) --------------------------
 
 def make_batch(cfg, step, dtype=np.float32):
-    """All rows in every step -> x (4, inputs), targets (4, 4)."""
+    """All rows of the truth table at every step -> x (4, inputs), targets (4, 4)."""
     return features(X1, X2, cfg.inputs).astype(dtype), TARGETS.astype(dtype)
 
 
@@ -179,7 +181,7 @@ def progress(steps, losses, note=lambda: ""):
 
 
 def train(params, cfg, make_batch=make_batch, loss_and_grads=loss_and_grads):
-    """Gradient descent: changes params in place -> losses. Later parts pass their own functions."""
+    """Gradient descent on params, in place -> losses. Later parts pass their own functions."""
     losses = []
     for step in progress(cfg.steps, losses):
         loss, grads = loss_and_grads(params, make_batch(cfg, step), cfg)
@@ -198,14 +200,14 @@ def shade(values):
 
 
 def draw_gates(params, cfg):
-    """Print the outputs over the plane side by side, with o and x at the rows of the table."""
-    x1, x2 = np.meshgrid(np.linspace(-1, 1, 17), np.linspace(1, -1, 9))
+    """Print the four outputs in the plane, side by side, with o or x at the corners (targets)."""
+    x1, x2 = np.meshgrid(np.linspace(-1, 1, 17), np.linspace(1, -1, 9))     # 9 lines of 17
     x = features(x1.ravel(), x2.ravel(), cfg.inputs)
     logits, _ = linear_forward(x, params["W"], params["b"])
     pictures = shade(sigmoid(logits)).reshape(9, 17, 4)
     for a, b, targets in zip(X1, X2, TARGETS):
-        pictures[4 - 4 * b, 8 + 8 * a] = np.where(targets, "x", "o")
-    for line in pictures.transpose(0, 2, 1):                            # (4, 17)
+        pictures[4 - 4 * b, 8 + 8 * a] = np.where(targets, "x", "o")    # where x1 = a, x2 = b
+    for line in pictures.transpose(0, 2, 1):                            # (4 gates, 17)
         print("    ".join("".join(part) for part in line))
 
 
@@ -221,7 +223,7 @@ def print_result(task, cfg, **metrics):
 
 
 def main(cfg):
-    """Learn the gates in both ways from x1 and x2, then from x1, x2 and x1 x2."""
+    """Learn the gates by both methods from x1 and x2, then from x1, x2 and x1 x2."""
     start = time.perf_counter()
     metrics = {}
     for inputs in range(cfg.inputs, 4):
@@ -255,20 +257,21 @@ MORE = """
 Break it (what to change, and what comes of it)
     linear_forward: drop + b         all boundaries pass through the origin: OR and NAND 50 % right,
                                      loss 0.43 in place of 0.17
-    init_params: 0.01 -> 0, or 10    the same loss in the end, 0.174: it is convex in W and b
+    init_params: 0.01 -> 0, or 10    the same final loss, 0.174: the loss is convex in W and b
     features: x1 * x2 -> x1 + x2     XOR 75 % right at best: a sum tells the neuron nothing new
-    X1, X2: -1 -> 0                  the margin shrinks: AND takes 18 mistakes, its bound is 87
+    X1, X2: -1 -> 0                  the margin shrinks: AND takes 18 mistakes; the bound is 87
     perceptron_rule: <= -> <         w = 0 never makes a mistake, so nothing is learned
     names, softmax_cross_entropy_backward: -= 1 -> += 1     the loss climbs to 1400
     names, embedding_backward: dE[ids] += dout              repeated ids are lost: 2.18, not 2.14
     names --lr 2000 without "- logits.max(...)"             loss inf; with it, 2.14 in the end
 
 Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
-    1. Two clouds of random points with a gap between them, to be separated by perceptron_rule: how
-       do its mistakes and Novikoff's bound grow when the gap shrinks?
+    1. Separate two clouds of random points, with a gap between them, by perceptron_rule. How do
+       the mistakes and Novikoff's bound grow when the gap shrinks?
     2. Derive and add the loss mean(max(0, -y z)) (perceptron_loss_forward, _backward). With lr = 1
-       and batches of one example, gradient descent on it is the perceptron rule: where is it not?
-    3. names: count every pair once more than it occurs. What are the counted and the test loss now?
+       and batches of one example, gradient descent on this loss is the perceptron rule, except in
+       one case. Which?
+    3. names: add 1 to the count of every pair. What are the loss of the counts and the test loss?
 
 Data
     names.txt: curl -O https://raw.githubusercontent.com/karpathy/makemore/master/names.txt
@@ -298,9 +301,9 @@ with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse f
     libc.mallopt(-8, 1)                                         # one pool for all threads
 
 
-# ---- softmax over V classes, for both of the next parts ------------------------------------------
-# The loss log(sum_v e^z_v) - z_target has the derivative p - onehot(target): output minus target,
-# like that of the sigmoid neuron.
+# ---- softmax over V classes, for the next two parts ----------------------------------------------
+# The loss log(sum_v e^z_v) - z_target has the derivative p - onehot(target) by z, p = softmax(z):
+# output minus target, as in the sigmoid neuron.
 
 def softmax_cross_entropy_forward(logits, targets):
     """-mean_n log softmax(logits)[n, targets_n].   logits (N, V), targets (N,) ids -> scalar."""
@@ -318,18 +321,10 @@ def softmax_cross_entropy_backward(dout, cache):
     return dlogits * (dout / len(targets))
 
 
-def side_by_side(titles, pictures, gap="   "):
-    """Print several pictures, each a list of lines, next to each other under their titles."""
-    columns = [[title, *lines] for title, lines in zip(titles, pictures)]
-    widths = [max(map(len, column)) for column in columns]
-    for row in zip(*columns):
-        print(gap.join(map(str.ljust, row, widths)).rstrip())
-
-
 # ---- a bigram language model: python perceptron.py names --data names.txt ------------------------
 # The probability of the next character, given the last one, is a table of V x V numbers: the counts
-# of all pairs, each row divided by its sum. A softmax layer on one_hot(last) learns the same table;
-# since one_hot(last) @ W is a row of W, its forward pass looks rows up and multiplies nothing.
+# of all pairs, each row divided by its sum. A softmax layer with input onehot(last) learns the same
+# table. onehot(last) @ W is a row of W, so the forward pass only selects rows.
 
 @dataclass
 class Names:
@@ -384,16 +379,16 @@ def split_words(words):
 
 @functools.lru_cache
 def bigrams(path):
-    """-> all characters, first "." for both ends of a word; training, validation and test pairs:
-    for each the ids of characters (N,) and of the next ones (N,)."""
+    """-> dict: chars, of which the first, ".", begins and ends every word; train, validation, test:
+    each ids of characters (N,), targets (N,): ids of the next characters."""
     words = read_words(path)
     chars = "." + "".join(sorted(set("".join(words)) - {"."}))
     index = {c: i for i, c in enumerate(chars)}
-    splits = []
-    for part in split_words(words):
+    data = {"chars": chars}
+    for split, part in zip(("train", "validation", "test"), split_words(words)):
         ids = np.array([index[c] for c in "." + ".".join(part) + "."])
-        splits.append((ids[:-1], ids[1:]))
-    return chars, splits
+        data[split] = ids[:-1], ids[1:]
+    return data
 
 
 def embedding_forward(ids, E):
@@ -411,14 +406,14 @@ def embedding_backward(dout, cache):
 
 def init_names(cfg, rng, dtype=np.float32):
     """Small random weights W (V, V), a row per last character, and biases b (V,)."""
-    V = len(bigrams(cfg.data)[0])
+    V = len(bigrams(cfg.data)["chars"])
     return {"W": 0.01 * rng.standard_normal((V, V), dtype), "b": np.zeros(V, dtype)}
 
 
 def names_batch(cfg, step, dtype=np.float32):
     """Random pairs of the training split -> ids (N,), targets (N,)."""
     rng = np.random.default_rng((cfg.seed, step))
-    ids, targets = bigrams(cfg.data)[1][0]
+    ids, targets = bigrams(cfg.data)["train"]
     pick = rng.integers(0, len(ids), cfg.batch_size)
     return ids[pick], targets[pick]
 
@@ -433,9 +428,10 @@ def names_loss_and_grads(params, batch, cfg):
 
 
 def run_names(cfg):
-    """Count all pairs, train on the same pairs, compare the two tables, draw new words."""
-    start = time.perf_counter()
-    chars, [(ids, targets), _, (test_ids, test_targets)] = bigrams(cfg.data)
+    """Count all pairs, train on the same pairs, compare the two tables, sample new words."""
+    start, data = time.perf_counter(), bigrams(cfg.data)
+    chars, (ids, targets) = data["chars"], data["train"]
+    test_ids, test_targets = data["test"]
     V = len(chars)
     size = V * V + V
     print(f"{cfg.data or 'Built-in names'}: {len(ids)} pairs of {V} characters, {size} parameters")
@@ -460,13 +456,13 @@ def run_names(cfg):
     else:
         print("the test loss is high: many pairs of the test names do not occur in so few names")
 
-    common = np.sort(np.argsort(-counts.sum(axis=1), kind="stable")[:30])
-    print(f"Rows: the {len(common)} most frequent characters; columns: the next character;")
-    print("shades: square roots of probabilities, blank is 0, @ is 1; a . begins or ends a word")
-    header = "  " + "".join(chars[i] for i in common)
-    tables = [[f"{chars[i]} " + "".join(shade(table[i, common] ** 0.5)) for i in common]
-              for table in (p_counted, p)]
-    side_by_side(["counted", "trained"], [[header, *table] for table in tables])
+    shown = chars[:45]                                                  # more are too wide
+    print("Counted (left) and trained (right) probabilities. Rows: a character; columns: the next;"
+          "\na . begins and ends a word. Shades: square root of a probability, blank is 0, @ is 1")
+    print(f"  {shown}     {shown}")
+    for i, char in enumerate(shown):
+        left, right = ["".join(shade(table[i, :45] ** 0.5)) for table in (p_counted, p)]
+        print(f"{char} {left}   {char} {right}")
     words = []
     for _ in range(10):
         word = [rng.choice(V, p=p[0])]
@@ -561,7 +557,7 @@ def mnist_loss_and_grads(params, batch, cfg):
 
 
 def run_mnist(cfg):
-    """Train on MNIST, draw the weights of each neuron, report the test accuracy."""
+    """Train on MNIST, draw the weights of each neuron, print the test accuracy."""
     start = time.perf_counter()
     require(cfg.data, "--data", "the folder of MNIST (--help: how to get it)", cfg.data)
     data = load_mnist(cfg.data)
@@ -573,14 +569,15 @@ def run_mnist(cfg):
     logits, _ = linear_forward(x, params["W"], params["b"])
     check_finite(logits.sum(), params)
     right = logits.argmax(axis=1) == labels
-    print("Weights (means of 2 x 2 pixels): @ is evidence for its digit, blank against it")
-    W = params["W"].reshape(14, 2, 14, 2, 10).mean(axis=(1, 3))         # (14, 14, 10)
-    pictures = [["".join(row) for row in shade(0.5 + 1.5 * W[:, :, k])] for k in range(10)]
     sizes = np.bincount(labels, minlength=10)
     shares = np.bincount(labels, right, minlength=10) / np.maximum(sizes, 1)
-    titles = [f"{k}: {share:.1%} right" for k, share in enumerate(shares)]
+    W = params["W"].reshape(14, 2, 14, 2, 10).mean(axis=(1, 3))         # means of 2 x 2 pixels
+    pictures = shade(0.5 + 1.5 * W)                                     # (14, 14, 10 digits)
+    print("Weights of each neuron: @ is evidence for its digit, blank is evidence against it")
     for k in (0, 5):
-        side_by_side(titles[k:k + 5], pictures[k:k + 5])
+        print("   ".join(f"{d}: {shares[d]:.1%} right".ljust(14) for d in range(k, k + 5)))
+        for line in pictures[:, :, k:k + 5].transpose(0, 2, 1):         # (5 digits, 14)
+            print("   ".join("".join(part) for part in line))
     print(f"test accuracy {right.mean():.4f} on {len(x)} images (expected on MNIST: 0.925)")
     print("Next: python perceptron.py names      python mlp.py mnist --data mnist")
     print_result("mnist", cfg, accuracy=float(right.mean()), params=7850, steps=len(losses),

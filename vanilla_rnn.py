@@ -2,15 +2,15 @@
 
 A recurrent network reads a sequence step by step; the hidden state h of one step is an input of the
 next, so h_t depends on all inputs up to step t. For the gradient, unroll the loop: T steps are T
-layers that share Wx, Wh and b, and the gradient of a shared weight is the sum over all the steps.
+layers that share Wx, Wh and b, and the gradient of a shared weight is the sum over all steps.
 
 Forward, t = 1 ... T:    h_t = tanh(z_t), z_t = x_t Wx + h_{t-1} Wh + b       y_t = h_t Wo + bo
 Backward, t = T ... 1:   dh_t = dy_t Wo^T + dz_{t+1} Wh^T    h_t enters both y_t and z_{t+1}
                          dz_t = dh_t (1 - h_t^2)             slope of tanh
                          dWh = sum_t h_{t-1}^T dz_t    dWx = sum_t x_t^T dz_t    db = sum_t dz_t
-Step by step, a gradient on its way back is multiplied by Wh^T and by slopes of tanh. If Wh makes
-vectors longer (spectral radius, the largest |eigenvalue|, above 1), it may explode; clipping scales
-it to a given norm. If Wh makes them shorter, it vanishes: step 1 does not learn what step T needs.
+Each step back multiplies the gradient by Wh^T and by slopes of tanh, which are at most 1. With a
+spectral radius of Wh (largest |eigenvalue|) above 1, the gradient may explode; clipping scales it
+to a given norm. Below 1, the gradient vanishes: step 1 does not learn what step T needs.
 
 Run    python vanilla_rnn.py      (the next value of a wave; --help lists the other tasks)
 Papers: Elman 1990, Werbos 1990, Pascanu et al. 2013 (clipping), Kingma and Ba 2015 (Adam).
@@ -71,7 +71,7 @@ def rnn_forward(z, h0, Wh):
 def rnn_backward(dout, cache):
     """dh_t = dout_t + dz_{t+1} Wh^T, dz_t = dh_t (1 - h_t^2), dWh = sum_t h_{t-1}^T dz_t."""
     h, Wh = cache
-    dz = 1 - h[1:] * h[1:]                              # the slopes; times dh in the loop
+    dz = 1 - h[1:] * h[1:]                              # slopes of tanh, times dh_t in the loop
     dh = np.zeros_like(h[0])                            # no step comes after the last
     for t in reversed(range(len(dz))):
         dz[t] *= dout[t] + dh
@@ -94,11 +94,11 @@ def mse_backward(dout, cache):
 # ---- data ----------------------------------------------------------------------------------------
 
 def make_batch(cfg, step, dtype=np.float32):
-    """Sums of two random sines, fresh ones at every step.   -> x, targets (T, N, 1): the next x."""
+    """Random sums of two sines, of periods 25 and 9.2 -> x, targets (T, N, 1): the next x."""
     rng = np.random.default_rng((cfg.seed, step))
     t = 2 * np.pi * np.arange(cfg.length + 1)[:, None, None]
-    a, b = rng.uniform(0.2, 0.8, (2, cfg.batch_size, 1))
-    p, q = rng.uniform(0, 2 * np.pi, (2, cfg.batch_size, 1))
+    a, b = rng.uniform(0.2, 0.8, (2, cfg.batch_size, 1))                        # amplitudes
+    p, q = rng.uniform(0, 2 * np.pi, (2, cfg.batch_size, 1))                    # phases
     waves = (a * np.sin(t / 25 + p) + b * np.sin(t / 9.2 + q)).astype(dtype)    # (T + 1, N, 1)
     return waves[:-1], waves[1:]
 
@@ -106,7 +106,7 @@ def make_batch(cfg, step, dtype=np.float32):
 # ---- model: input projection, recurrence, output layer -------------------------------------------
 
 def init_params(cfg, rng, dtype=np.float32, inputs=1, outputs=1):
-    """Wx, Wh, b, Wo, bo. All eigenvalues of an orthogonal matrix have absolute value 1."""
+    """Wx, Wh, b, Wo, bo. Wh is orthogonal (|eigenvalues| = 1) times radius."""
     H = cfg.hidden
     params = {"Wx": rng.standard_normal((inputs, H)) * inputs ** -0.5,
               "Wh": cfg.radius * np.linalg.qr(rng.standard_normal((H, H)))[0], "b": np.zeros(H),
@@ -117,20 +117,20 @@ def init_params(cfg, rng, dtype=np.float32, inputs=1, outputs=1):
 def elman_forward(params, x, h0):
     """x (T, N, D), h0 (N, H) -> (y (T, N, M), the last h (N, H)), cache."""
     T, N, D = x.shape
-    z, project = linear_forward(x.reshape(T * N, D), params["Wx"], params["b"])     # all t at once
+    z, project = linear_forward(x.reshape(T * N, D), params["Wx"], params["b"])     # for all steps
     h, rnn = rnn_forward(z.reshape(T, N, -1), h0, params["Wh"])
     y, out = linear_forward(h.reshape(T * N, -1), params["Wo"], params["bo"])
     return (y.reshape(T, N, -1), h[-1]), (project, rnn, out)
 
 
 def elman_backward(dy, cache, rnn_backward=rnn_backward):
-    """elman_forward from bottom to top -> dx, gradients under the keys of params."""
-    (project, rnn, out), grads = cache, {}
+    """elman_forward in reverse order -> dx, gradients under the keys of params."""
+    project, rnn, out = cache
     T, N, M = dy.shape
-    dh, grads["Wo"], grads["bo"] = linear_backward(dy.reshape(T * N, M), out)
-    dz, _, grads["Wh"] = rnn_backward(dh.reshape(T, N, -1), rnn)
-    dx, grads["Wx"], grads["b"] = linear_backward(dz.reshape(T * N, -1), project)
-    return dx.reshape(T, N, -1), grads
+    dh, dWo, dbo = linear_backward(dy.reshape(T * N, M), out)
+    dz, _, dWh = rnn_backward(dh.reshape(T, N, -1), rnn)
+    dx, dWx, db = linear_backward(dz.reshape(T * N, -1), project)
+    return dx.reshape(T, N, -1), {"Wo": dWo, "bo": dbo, "Wh": dWh, "Wx": dWx, "b": db}
 
 
 def loss_and_grads(params, batch, cfg):
@@ -205,15 +205,14 @@ def progress(steps, losses, note=lambda: ""):
             signal.signal(signal.SIGINT, previous)
 
 
-def train(params, cfg, make_batch=make_batch, loss_and_grads=loss_and_grads, clip=clip_norm,
-          update=adam_update, rate=lambda step, cfg: cfg.lr, state=None, losses=None,
-          note=lambda: ""):
+def train(params, cfg, make_batch=make_batch, loss_and_grads=loss_and_grads, update=adam_update,
+          rate=lambda step, cfg: cfg.lr, state=None, losses=None, note=lambda: ""):
     """Train params in place -> losses. The later parts of the file pass their own functions."""
     state = {} if state is None else state
     losses = [] if losses is None else losses
     for step in progress(cfg.steps, losses, note):
         loss, grads = loss_and_grads(params, make_batch(cfg, step), cfg)
-        clip(grads, cfg.grad_clip)
+        clip_norm(grads, cfg.grad_clip)
         update(params, grads, state, rate(step, cfg))
         losses.append(float(loss))
     check_finite(losses[-1], params)
@@ -221,21 +220,23 @@ def train(params, cfg, make_batch=make_batch, loss_and_grads=loss_and_grads, cli
 
 
 def gradient_norms(params, x, h0):
-    """log10 of the norm of the last output's gradient by z_t, 0 for the last t.   -> (T,)."""
+    """log10 of (the norm of d (last output) / d z_t, divided by that for the last t).   -> (T,)."""
     (_, h), (_, rnn, _) = elman_forward(params, x, h0)
     dh = np.zeros((len(x), *h.shape), h.dtype)
     dh[-1] = params["Wo"][:, 0]                         # y = h Wo + bo
-    norms = np.linalg.norm(rnn_backward(dh, rnn)[0], axis=(1, 2))
+    dz, _, _ = rnn_backward(dh, rnn)
+    norms = np.linalg.norm(dz, axis=(1, 2))
     return np.log10(norms / norms[-1] + 1e-30)
 
 
 def draw_curves(a, b, rows=9):
     """Print two curves, . for a, o for b, @ for both; before each row its value.   a, b (T,)."""
     levels = np.linspace(max(a.max(), b.max()), min(a.min(), b.min()), rows)
-    row_a, row_b = (abs(levels[:, None] - curve).argmin(axis=0) for curve in (a, b))
+    row_a = abs(levels[:, None] - a).argmin(axis=0)     # (T,), the nearest row
+    row_b = abs(levels[:, None] - b).argmin(axis=0)
     for row, level in enumerate(levels):
-        marks = np.array(list(" .o@"))[(row_a == row) + 2 * (row_b == row)]
-        print(f"{level:6.2f} |{''.join(marks)}|")
+        marks = (row_a == row) + 2 * (row_b == row)     # 0: no curve, 1: a, 2: b, 3: both
+        print(f"{level:6.2f} |{''.join(' .o@'[k] for k in marks)}|")
 
 
 def print_result(task, cfg, **metrics):
@@ -254,7 +255,8 @@ def main(cfg):
     start = time.perf_counter()
     params = init_params(cfg, np.random.default_rng(cfg.seed))
     size = sum(p.size for p in params.values())
-    waves, targets = make_batch(replace(cfg, batch_size=500, length=cfg.length + 59), 0)    # fresh
+    fresh = replace(cfg, batch_size=500, length=cfg.length + 59)    # 60 targets beyond the input
+    waves, targets = make_batch(fresh, 0)
     x, h0 = waves[:cfg.length], np.zeros((500, cfg.hidden), waves.dtype)
     before = gradient_norms(params, x, h0)
     print(f"The next value of a wave, {cfg.length} steps: hidden {cfg.hidden}, radius {cfg.radius}"
@@ -268,10 +270,10 @@ def main(cfg):
     errors = ((y - targets) ** 2).mean(axis=(1, 2))
     mse, free_mse = float(errors[:-60].mean()), float(errors[-60:].mean())
     check_finite(free_mse, params)
-    print(f"mean squared error {mse:.5f} on 500 fresh waves, {free_mse:.5f} on the next 60 steps, "
-          "where each\ninput is the output before. Columns are steps: . true, o predicted, @ both")
+    print(f"mean squared error {mse:.5f} on 500 fresh waves, {free_mse:.5f} on their next 60 values"
+          ",\nwhere each output is the next input. Columns are steps: . true, o predicted, @ both")
     draw_curves(targets[-80:, 0, 0], y[-80:, 0, 0])
-    print("log10 of the last output's gradient norm, step by step: . before training, o after it")
+    print("log10 of the norm of the last output's gradient by step: . before training, o after it")
     draw_curves(before[-80:], after[-80:])
     print("\nNext: python vanilla_rnn.py explode      python vanilla_rnn.py --radius 0.5")
     print_result("wave", cfg, mse=mse, free_mse=free_mse, gradient=float(10 ** after[0]),
@@ -284,17 +286,17 @@ def main(cfg):
 MORE = """
 Break it (what to change, and what comes of it)
     rnn_backward: dz = np.ones_like(h[1:])      mean squared error 1.7; the output 0 has 0.28
-    rnn_backward: dh = 0 * dz[t]                0.0029 instead of 0.0020, but 0.07 instead of 0.007
-                                                alone: no gradient goes back through time
-    rnn_backward: h[1:] in place of h[:-1]      0.08: wrong, but it learns something, so check
-                                                gradients instead of looking at the loss
-    python vanilla_rnn.py --radius 0            0.0026, 0.03 alone: at first the state forgets all
+    rnn_backward: dh = 0 * dz[t]                0.0029, not 0.0020, and 0.07, not 0.007, on the next
+                                                60 values: no gradient goes back through time
+    rnn_backward: h[1:] in place of h[:-1]      0.08: the loss falls, so only a gradient check shows
+                                                the error
+    python vanilla_rnn.py --radius 0            0.0026, and 0.03: with Wh = 0 there is no memory yet
     python vanilla_rnn.py explode --radius 1.7  does not diverge, even without clipping
     python vanilla_rnn.py recall --window 1     76 % (windows of 2) and 67 % of the bits, not 100 %
 
 Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
     1. Derive and add a recurrence with ReLU, and start it with Wh = identity (Le et al. 2015).
-    2. Derive and add a second layer that reads the h of the first (then see lstm.py).
+    2. Derive and add a second layer whose inputs are the h of the first (then see lstm.py).
     3. python vanilla_rnn.py recall --delay 40: how many steps does full backpropagation need?
 
 Data
@@ -303,7 +305,7 @@ Data
     python vanilla_rnn.py text --data tinyshakespeare.txt --hidden 512 --batch-size 64 --steps 2000
 
 Papers of these parts: Williams and Peng 1990 (truncation), Bengio et al. 1994 (why gradients
-vanish), Mikolov 2012 (text by recurrent nets, clipping by value).
+vanish), Mikolov 2012 (text by recurrent nets).
 """
 
 import argparse
@@ -316,7 +318,7 @@ import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse freed memory, which
     libc = ctypes.CDLL(None)                                    # makes a step up to 3 times faster
@@ -333,8 +335,7 @@ class Explode(Config):
     radius: float = 1.8     # spectral radius of Wh before training
     steps: int = 300        # optimizer steps of each training
     lr: float = 0.1         # learning rate of plain gradient descent
-    grad_clip: float = 2.0  # largest gradient norm, where clipping is by norm
-    value_clip: float = 0.03  # largest gradient entry, where clipping is by value
+    grad_clip: float = 2.0  # largest gradient norm in the clipped training
 
 
 def sgd_update(params, grads, state, lr):
@@ -343,28 +344,22 @@ def sgd_update(params, grads, state, lr):
         params[name] -= lr * g
 
 
-def clip_value(grads, limit):
-    """Cut every entry of every gradient to -limit ... limit, if limit is not 0.   -> the largest
-    absolute value before."""
-    largest = max(float(abs(g).max()) for g in grads.values())
-    if limit > 0:
-        for g in grads.values():
-            np.clip(g, -limit, limit, out=g)
-    return largest
+def descend(cfg):
+    """Learn the wave by plain gradient descent, which may diverge without clipping.
+    -> losses, norms of the gradients before clipping."""
+    params, losses, norms = init_params(cfg, np.random.default_rng(cfg.seed)), [], []
 
-
-def descend(cfg, clip):
-    """Learn the wave by plain gradient descent, which may diverge if it is not clipped.
-    -> losses, what clip has measured at each step."""
-    params, losses, sizes = init_params(cfg, np.random.default_rng(cfg.seed)), [], []
+    def measured(params, batch, cfg):
+        loss, grads = loss_and_grads(params, batch, cfg)
+        norms.append(clip_norm(grads, 0))               # limit 0: the norm, no clipping
+        return loss, grads
     try:
-        train(params, cfg, clip=lambda grads, limit: sizes.append(clip(grads, limit)),
-              update=sgd_update, losses=losses)
+        train(params, cfg, loss_and_grads=measured, update=sgd_update, losses=losses)
     except FloatingPointError as error:
         if cfg.grad_clip > 0:
             raise
         print(f"at step {len(losses)}: {error}")
-    return losses, sizes
+    return losses, norms
 
 
 def shade(values):
@@ -375,8 +370,8 @@ def shade(values):
 
 def run_explode(cfg):
     """The gradient on its way back for five radii; then the wave with and without clipping."""
-    start, metrics, rows = time.perf_counter(), {}, {}
-    print("A gradient of norm 1 at step 50 on its way back to step 1, untrained. Columns: steps.\n"
+    start, metrics, rows = time.perf_counter(), {}, []
+    print("The norm of a gradient from step 50 back to step 1, before training. Columns: steps.\n"
           "Shades: = is norm 1; one shade darker is 6 times more, one shade lighter 6 times less")
     for radius in (0.5, 0.9, 1.0, 1.1, 1.5):
         rng = np.random.default_rng(cfg.seed)
@@ -384,37 +379,37 @@ def run_explode(cfg):
         z, dh = rng.standard_normal((2, 50, cfg.batch_size, cfg.hidden))
         dh[:-1] = 0                                     # it starts at the last step
         _, cache = rnn_forward(0.1 * z, np.zeros_like(z[0]), params["Wh"])
-        norms = np.linalg.norm(rnn_backward(dh, cache)[0], axis=(1, 2))
+        dz, _, _ = rnn_backward(dh, cache)
+        norms = np.linalg.norm(dz, axis=(1, 2))
         norms /= norms[-1]
         strip = "".join(shade(0.5 + np.log10(norms + 1e-30) / 8))
         print(f"radius {radius}   step 1 |{strip}| step 50   at step 1: {norms[0]:.0e}")
         metrics[f"radius_{radius}".replace(".", "_")] = float(norms[0])
     print("Slopes of tanh are below 1, so a radius slightly above 1 does not explode the gradient.")
-    for name, radius, clip, limit in (("control", 1.0, clip_norm, 0.0),
-                                      ("unclipped", cfg.radius, clip_norm, 0.0),
-                                      ("clipped", cfg.radius, clip_norm, cfg.grad_clip),
-                                      ("value", cfg.radius, clip_value, cfg.value_clip)):
+    shown = [k for k in (1, 3, 10, 30, 100) if k < cfg.steps] + [cfg.steps]
+    for name, radius, limit in (("control", 1.0, 0.0), ("unclipped", cfg.radius, 0.0),
+                                ("clipped", cfg.radius, cfg.grad_clip)):
         print(f"\n{name}: the wave by plain gradient descent, lr {cfg.lr}, radius {radius}, "
               f"clipping {f'at {limit}' if limit else 'off'}\nchance level: loss 0.280")
-        losses, sizes = descend(replace(cfg, radius=radius, grad_clip=limit), clip)
-        rows[name] = losses, sum(size > limit > 0 for size in sizes), max(sizes)
+        losses, norms = descend(replace(cfg, radius=radius, grad_clip=limit))
+        cells = [f"{losses[k - 1]:.3g}" if k <= len(losses) else "" for k in shown]
+        cells += [sum(norm > limit > 0 for norm in norms), f"{max(norms):.2g}"]
+        rows.append(f"{name:10s}" + "".join(f"{cell:>10}" for cell in cells))
         metrics.update({f"{name}_loss": losses[-1], f"{name}_steps": len(losses)})
         if losses[-1] < 1e10 and len(losses) < cfg.steps:       # Ctrl-C
             break
-    shown = [k for k in (1, 3, 10, 30, 100) if k < cfg.steps] + [cfg.steps]
-    print("\nLoss by step (blank: diverged), number of clipped updates, largest gradient norm\n"
-          "(value: largest gradient entry)")
-    print(f"{'':10s}" + "".join(f"{f'step {k}':>10s}" for k in shown) + "   clipped   largest")
-    for name, (losses, clipped, largest) in rows.items():
-        cells = [f"{losses[k - 1]:.3g}" if k <= len(losses) else "" for k in shown]
-        print(f"{name:10s}" + "".join(f"{c:>10s}" for c in cells) + f"{clipped:10d}{largest:10.2g}")
+    print("\nLoss by step (blank: diverged), number of clipped updates, largest gradient norm")
+    heads = [f"step {k}" for k in shown] + ["clipped", "largest"]
+    print(" " * 10 + "".join(f"{head:>10}" for head in heads))
+    print("\n".join(rows))
     print("\nNext: python vanilla_rnn.py explode --radius 1.7      python vanilla_rnn.py recall")
     print_result("explode", cfg, **metrics, seconds=time.perf_counter() - start)
 
 
 # ---- memory, and truncated backpropagation: python vanilla_rnn.py recall -------------------------
-# A pattern of bits, a random delay, then a cue at which the bits are due. Truncated backpropagation
-# cuts a sequence into windows: the hidden state passes from one to the next, the gradient does not.
+# A pattern of bits, a random delay, then a cue; during the cue the targets are the bits in order.
+# Truncated backpropagation cuts a sequence into windows. The hidden state passes from each window
+# to the next; the gradient does not pass back.
 
 @dataclass
 class Recall:
@@ -426,11 +421,9 @@ class Recall:
     radius: float = 1.0     # spectral radius of Wh before training
     batch_size: int = 64    # sequences per optimizer step
     steps: int = 1000       # optimizer steps of each training
-    optimizer: Literal["adam", "sgd"] = "adam"  # update rule
     lr: float = 0.005       # peak learning rate
     warmup: int = 50        # steps of linear warmup
-    clip_by: Literal["norm", "value", "none"] = "norm"  # what grad_clip limits
-    grad_clip: float = 1.0  # largest norm of the gradient, or largest entry
+    grad_clip: float = 1.0  # largest gradient norm; 0: no limit
     seed: int = 0           # random seed
 
 
@@ -457,17 +450,17 @@ def learning_rate(step, cfg):
 
 
 def draw_patterns(cfg, rng, n, dtype=np.float32):
-    """-> x (T, n, 2): bits as -1 and 1, and the cue; asked (T, n): whether the output counts;
-    targets (T, n, 1); delays (n,)."""
+    """-> x (T, n, 2): bits as -1 and 1, and the cue; asked (T, n): True during the cue, where the
+    output counts; targets (T, n, 1); delays (n,)."""
     t = np.arange(2 * cfg.bits + cfg.delay)[:, None]
     bits = rng.integers(0, 2, (cfg.bits, n))
     delays = rng.integers(1, cfg.delay + 1, n)
-    since = t - cfg.bits - delays                       # (T, n), steps since the cue began
+    since = t - cfg.bits - delays                       # (T, n), steps since the cue begins
     asked = (since >= 0) & (since < cfg.bits)
     x = np.zeros((len(t), n, 2), dtype)
     x[:cfg.bits, :, 0] = 2 * bits - 1
     x[:, :, 1] = asked
-    targets = bits[since % cfg.bits, np.arange(n)]      # right where asked
+    targets = bits[since % cfg.bits, np.arange(n)]      # of no meaning where nothing is asked
     return x, asked, targets[:, :, None].astype(dtype), delays
 
 
@@ -483,10 +476,12 @@ def init_recall(cfg, rng, dtype=np.float32):
 
 
 def truncated(dout, cache, window):
-    """rnn_backward, window by window: no gradient passes from one to the window before it."""
-    h, Wh = cache
-    parts = [rnn_backward(dout[t:t + window], (h[t:t + window + 1], Wh))
-             for t in range(0, len(dout), window)]
+    """rnn_backward of every window alone: no gradient passes back to the window before it."""
+    h, Wh = cache                                       # h (T + 1, N, H), from h0 on
+    parts = []
+    for t in range(0, len(dout), window):
+        part = h[t:t + window + 1], Wh                  # begins with the h before the window
+        parts.append(rnn_backward(dout[t:t + window], part))
     dz, dh0, dWh = zip(*parts)
     return np.concatenate(dz), dh0[0], sum(dWh)
 
@@ -507,11 +502,10 @@ def run_recall(cfg):
     start, metrics, rows = time.perf_counter(), {}, []
     x, asked, targets, delays = draw_patterns(cfg, np.random.default_rng((cfg.seed, 0)), 2000)
     ranges = [r for r in np.array_split(np.arange(1, cfg.delay + 1), 4) if len(r)]
-    clip = {"norm": clip_norm, "value": clip_value, "none": lambda grads, limit: None}[cfg.clip_by]
-    update = {"adam": adam_update, "sgd": sgd_update}[cfg.optimizer]
     print(f"{cfg.bits} bits after a delay of 1 to {cfg.delay} steps: hidden {cfg.hidden}, radius "
-          f"{cfg.radius}, {cfg.optimizer}, lr {cfg.lr}")
-    for window in dict.fromkeys(min(w, len(x)) for w in (len(x), 2 * cfg.window, cfg.window)):
+          f"{cfg.radius}, lr {cfg.lr}")
+    windows = [len(x)] + [w for w in (2 * cfg.window, cfg.window) if w < len(x)]
+    for window in windows:
         name = f"windows of {window}" if window < len(x) else "full"
         params = init_recall(cfg, np.random.default_rng(cfg.seed))
         size = sum(p.size for p in params.values())
@@ -519,7 +513,7 @@ def run_recall(cfg):
               "chance level: loss 0.693, 50 % of the bits")
         backward = functools.partial(truncated, window=window)
         loss_of = functools.partial(recall_loss_and_grads, rnn_backward=backward)
-        losses = train(params, cfg, recall_batch, loss_of, clip, update, learning_rate)
+        losses = train(params, cfg, recall_batch, loss_of, rate=learning_rate)
         (y, _), _ = elman_forward(params, x, np.zeros((2000, cfg.hidden), x.dtype))
         check_finite(y.sum(), params)
         right = asked & ((y > 0) == targets)[:, :, 0]
@@ -533,18 +527,18 @@ def run_recall(cfg):
     heads = [f"{r[0]}-{r[-1]}" for r in ranges] + ["all"]
     print(f"{'backpropagation':>16s}" + "".join(f"{head:>9s}" for head in heads))
     print("\n".join(rows))
-    print("All made equal numbers of updates on equal patterns. Truncated, the gradient of an\n"
-          "output stays in its window: the net learns to read what the state holds when the\n"
-          "window begins, but nothing trains it to store a pattern there. (In a long text an\n"
-          "update follows every window, so truncation also means more updates per character.)")
+    print("Every row: as many updates, on the same patterns. With truncation, the gradient of an\n"
+          "output ends where its window begins: nothing trains earlier steps to store the bits.\n"
+          "(In a long text an update follows every window, so truncation also means more updates.)")
     print("\nNext: python vanilla_rnn.py recall --radius 0.5      python vanilla_rnn.py text")
     print_result("recall", cfg, **metrics, params=size, steps=len(losses),
                  seconds=time.perf_counter() - start)
 
 
 # ---- text: python vanilla_rnn.py text --data tinyshakespeare.txt ---------------------------------
-# A text is one long sequence. N streams read N parts of it side by side, one window per step. The
-# hidden state is carried over from window to window, the gradient is not (truncation).
+# A text is one long sequence, cut into N streams: the columns of a batch. Each step reads the next
+# window of every stream. The hidden state is carried over from window to window, the gradient is
+# not (truncation).
 
 @dataclass
 class Text(Config):
@@ -634,12 +628,12 @@ def load_characters(path, checkpoint):
 
 
 def cut_text(ids, N):
-    """N equal parts, side by side.   ids (N T and less than N more) -> (T, N)."""
+    """Cut ids into N streams of equal length, one per column; a rest of less than N is dropped."""
     return ids[:len(ids) // N * N].reshape(N, -1).T
 
 
 def text_batch(cfg, step, dtype=np.float32):
-    """The next window of N parts of the text -> ids (T, N), targets (T, N): the next characters."""
+    """The next window of all streams -> ids (T, N), targets (T, N): the next characters."""
     streams = cut_text(load_characters(cfg.data, cfg.load)[1], cfg.batch_size)
     T = min(cfg.length, len(streams) - 1)
     start = (step - 1) * T % (len(streams) - T)
@@ -661,7 +655,7 @@ def text_forward(params, ids, states):
 
 
 def tokens_loss_and_grads(params, batch, cfg, states=None):
-    """states: h after the window before, or None for zeros -> loss, gradients, h after this one."""
+    """states: the last h of the previous window, or None for zeros -> loss, gradients, last h."""
     ids, targets = batch
     if states is None:
         states = np.zeros((1, ids.shape[1], cfg.hidden), params["E"].dtype)
@@ -675,12 +669,13 @@ def tokens_loss_and_grads(params, batch, cfg, states=None):
 
 
 def threaded_text_loss_and_grads(pool, state, params, batch, cfg):
-    """Every thread takes a part of the sequences, with their states: NumPy releases the interpreter
+    """Every thread takes a part of the streams, with their states: NumPy releases the interpreter
     lock while it computes. Gradients of means are averaged, weighted by the sizes of the parts."""
-    arrays = *batch, state["states"]                        # sequences along axis 1
-    parts = list(zip(*(np.array_split(a, cfg.threads, axis=1) for a in arrays)))
-    shares = [ids.shape[1] / cfg.batch_size for ids, _, _ in parts]
-    results = pool.map(lambda part: tokens_loss_and_grads(params, part[:2], cfg, part[2]), parts)
+    ids, targets = (np.array_split(a, cfg.threads, axis=1) for a in batch)      # lists of parts
+    states = np.array_split(state["states"], cfg.threads, axis=1)
+    shares = [part.shape[1] / cfg.batch_size for part in ids]
+    results = pool.map(lambda i, t, s: tokens_loss_and_grads(params, (i, t), cfg, s),
+                       ids, targets, states)
     losses, grads, states = zip(*results)
     state["states"] = np.concatenate(states, axis=1)
     loss = sum(share * loss for share, loss in zip(shares, losses))
@@ -688,7 +683,7 @@ def threaded_text_loss_and_grads(pool, state, params, batch, cfg):
 
 
 def heldout_loss(params, cfg):
-    """Mean loss over the last tenth of the text, cut into streams, h carried over."""
+    """Mean loss over the last tenth of the text, cut into streams; h is carried over."""
     ids = load_characters(cfg.data, cfg.load)[2]
     streams = cut_text(ids, min(20, math.ceil(len(ids) / 200)))         # (length, N)
     states, total = np.zeros((1, streams.shape[1], cfg.hidden), np.float32), 0.0
@@ -712,7 +707,7 @@ def sample_characters(params, cfg, ids, count, rng):
 
 
 def run_text(cfg):
-    """Learn a text, report the validation loss, write some text."""
+    """Learn a text, print the validation loss and a sample."""
     start, rng = time.perf_counter(), np.random.default_rng(cfg.seed)
     chars, train_ids, _ = load_characters(cfg.data, cfg.load)
     most = len(train_ids) // 3
@@ -727,7 +722,7 @@ def run_text(cfg):
     if cfg.save:
         save_checkpoint(cfg.save, meta, params, state, losses, dry_run=True)
     size = sum(p.size for p in params.values())
-    print(f"{cfg.data or 'A rhyme'}: {len(train_ids)} characters for training, {len(chars)} kinds\n"
+    print(f"{cfg.data or 'A rhyme'}: {len(train_ids)} training characters, {len(chars)} distinct\n"
           f"hidden {cfg.hidden}, lr {cfg.lr}, {size} parameters\n"
           f"chance level: loss {math.log(len(chars)):.3f}")
 

@@ -435,10 +435,10 @@ NEW = [path.name for path in LESSONS if ENDS in lesson(path.name)]
 
 
 def cuts(name, every):
-    """Places to cut a spine: after every so many lines."""
+    """A spine cut after every so many lines, and the whole."""
     lines = spine(name).splitlines(keepends=True)
     first = next(k for k, line in enumerate(lines) if line.startswith("class Config")) + 2
-    return ["".join(lines[:end]) for end in range(first, len(lines) + 1, every)]
+    return ["".join(lines[:end]) for end in [*range(first, len(lines), every), len(lines)]]
 
 
 @pytest.mark.parametrize("name", NEW)
