@@ -1,9 +1,9 @@
 """gan.py: two networks in a game: one generates points, the other tells them from real ones.
 
 A generator G turns noise z into points. A discriminator D outputs the logit of a point being real.
-D learns to tell the points x of a data set from those of G, and G learns to be taken for real. No
-likelihood is computed: all that G learns about the data is the derivative of D by its input. Each
-player has a loss of its own, in which the other one, its rival, is a constant, as data are.
+D learns to tell the points x of a data set from those of G, and G learns to make points that D
+takes for real. No likelihood is computed: all that G learns about the data is the derivative of D
+by its input. Each player has a loss of its own, in which the other one, its rival, is a constant.
 
 Forward: a is an output of D, bce(a, t) = log(1 + e^a) - t a the cross-entropy of a target t
     loss of D    mean bce(D(x), 1) + mean bce(D(G(z)), 0)       real is 1, generated is 0
@@ -12,8 +12,8 @@ Backward:
     both         da = (sigmoid(a) - t) / N, then back through the layers of D
     loss of D    takes the gradients of D's weights, and stops at its input
     loss of G    takes dx, the gradient of D's input; dx is the dout of G's last layer
-Nothing in the loss of G asks for all of the data. G may settle on a small part of it, that of which
-D is least sure: mode collapse. The losses do not show it, so this file measures the points.
+Nothing in the loss of G asks for points like all of the data. G may settle on a small part of the
+data: mode collapse. The losses do not show it, so this file measures the generated points.
 
 Run    python gan.py      (eight Gaussians; python gan.py --help lists the other tasks)
 Papers: Goodfellow et al. 2014 (GAN), Radford et al. 2016 (DCGAN: Adam with beta1 0.5), Metz et al.
@@ -51,7 +51,7 @@ class Config:
     seed: int = 0           # random seed
 
 
-# ---- layers: N rows, D inputs, M outputs ---------------------------------------------------------
+# ---- layers: N rows; in linear D inputs and M outputs, elsewhere D is the discriminator ----------
 
 def linear_forward(x, W, b):
     """y = x W + b.   x (N, D), W (D, M), b (M,) -> y (N, M)."""
@@ -128,23 +128,23 @@ def sliced_wasserstein(a, b):
     return float(np.abs(np.sort(a @ lines, axis=0) - np.sort(b @ lines, axis=0)).mean())
 
 
-# ---- model: a generator and a discriminator ------------------------------------------------------
+# ---- model: a generator and a discriminator; Z numbers of noise, P numbers per point -------------
 
 def init_params(cfg, rng, dtype=np.float32, size=2):
     """g_W1, g_b1, ..., g_b3 of the generator, d_W1, ..., d_W3 of the discriminator, without d_b3;
-    W (D, M) with standard deviation sqrt(2 / D) (He 2015). size: numbers per point."""
+    W (n, m) with standard deviation sqrt(2 / n) (He 2015). size: P, the numbers per point."""
     H, params = cfg.hidden, {}
     for player, sizes in (("g", (cfg.noise_dim, H, H, size)), ("d", (size, H, H, 1))):
         for i in (1, 2, 3):
-            D, M = sizes[i - 1:i + 1]
-            params[f"{player}_W{i}"] = rng.standard_normal((D, M)) * (2 / D) ** 0.5
-            params[f"{player}_b{i}"] = np.zeros(M)
-    del params["d_b3"]
+            n, m = sizes[i - 1], sizes[i]
+            params[f"{player}_W{i}"] = rng.standard_normal((n, m)) * (2 / n) ** 0.5
+            params[f"{player}_b{i}"] = np.zeros(m)
+    del params["d_b3"]                                  # it would add the same to every logit
     return {name: value.astype(dtype) for name, value in params.items()}
 
 
 def generator_forward(params, noise):
-    """noise (N, Z) -> points (N, D)."""
+    """noise (N, Z) -> points (N, P)."""
     y, linear1 = linear_forward(noise, params["g_W1"], params["g_b1"])
     y, relu1 = relu_forward(y)
     y, linear2 = linear_forward(y, params["g_W2"], params["g_b2"])
@@ -166,12 +166,12 @@ def generator_backward(dout, cache):
 
 
 def discriminator_forward(params, x):
-    """x (N, D) points -> logits (N, 1) of being real."""
+    """points x (N, P) -> logits (N, 1) of being real."""
     y, linear1 = linear_forward(x, params["d_W1"], params["d_b1"])
     y, leaky1 = leaky_relu_forward(y)
     y, linear2 = linear_forward(y, params["d_W2"], params["d_b2"])
     y, leaky2 = leaky_relu_forward(y)
-    logits, linear3 = linear_forward(y, params["d_W3"], 0.0)        # only differences count
+    logits, linear3 = linear_forward(y, params["d_W3"], 0.0)        # without d_b3
     return logits, (linear1, leaky1, linear2, leaky2, linear3)
 
 
@@ -189,7 +189,7 @@ def discriminator_backward(dout, cache):
 
 def make_batch(cfg, step, dtype=np.float32, rivals=None):
     """-> real points (N, 2), noise (N, Z), the parameters of the rivals that each network plays
-    against: in training the same as params; if none are given, those of the start."""
+    against: in training the same as params; if none are given, those of init_params."""
     rng = np.random.default_rng((cfg.seed, step))
     real = draw_ring(rng, cfg.batch_size).astype(dtype)
     noise = rng.standard_normal((cfg.batch_size, cfg.noise_dim)).astype(dtype)
@@ -279,8 +279,8 @@ def train(params, cfg, make_batch=make_batch, loss_and_grads=loss_and_grads, upd
     states, losses = {"d": {}, "g": {}}, []
     for step in progress(cfg.steps, losses, note):
         loss, grads = loss_and_grads(params, make_batch(cfg, step, rivals=params), cfg)
-        both = step % cfg.critic_steps == 0
-        for player in ["d", "g"] if both else ["d"]:
+        players = ["d", "g"] if step % cfg.critic_steps == 0 else ["d"]
+        for player in players:
             own = {name: g for name, g in grads.items() if name[0] == player}
             update(params, own, states[player], decayed_rate(step, cfg), cfg.beta1, cfg.beta2)
         losses.append(float(loss))
@@ -289,7 +289,7 @@ def train(params, cfg, make_batch=make_batch, loss_and_grads=loss_and_grads, upd
 
 
 def generated(params, cfg, n):
-    """n points that the generator makes of fresh noise, always the same."""
+    """n generated points; their noise is not that of the training, and the same in every call."""
     rng = np.random.default_rng((cfg.seed, 10 ** 6))
     noise = rng.standard_normal((n, cfg.noise_dim)).astype(np.float32)
     return generator_forward(params, noise)[0]
@@ -319,7 +319,7 @@ def draw_density(points, edge=2.6, cols=40, rows=20):
 
 
 def mode_digits(points):
-    """The share of the points on each mode, in tenths; a dot where it is below 1/80."""
+    """The share of the points on each mode, in tenths; a dot stands for less than 1/80."""
     return "".join(f"{10 * share:.0f}" if share > 1 / 80 else "." for share in mode_shares(points))
 
 
@@ -418,12 +418,12 @@ with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse f
     libc.mallopt(-8, 1)                                         # one pool for all threads
 
 
-# ---- losses: what a player makes of logits and targets -------------------------------------------
-# Both players have a loss on real and generated points: D with targets 1 and 0 for them, G with
-# these exchanged (the real ones are a constant for G). The sign of a target t is s = 2 t - 1.
+# ---- losses of a player: a = logits, t = targets, s = 2 t - 1, the sign of a target --------------
+# Both players have a loss on real and generated points. The targets of D are 1 for real points and
+# 0 for generated ones, those of G are exchanged (to G, the terms of real points are constants).
 
 def hinge_forward(logits, targets):
-    """mean max(0, 1 - s a): 0 where a has the right sign and is beyond 1."""
+    """mean max(0, 1 - s a): 0 where a has the right sign and |a| > 1."""
     sign = 2 * targets - 1
     return np.maximum(0, 1 - sign * logits).mean(), (logits, sign)
 
@@ -435,8 +435,8 @@ def hinge_backward(dout, cache):
 
 
 def wasserstein_forward(logits, targets):
-    """mean(-s a). On real and generated points: mean D(G(z)) - mean D(x), and -1 times the
-    Wasserstein distance, if D has slope 1 at most and is the best of all such functions."""
+    """mean(-s a). Summed over real and generated points: mean D(G(z)) - mean D(x). The least that a
+    function D with slopes of at most 1 can reach is -1 times the Wasserstein distance."""
     sign = 2 * targets - 1
     return -(sign * logits).mean(), sign
 
@@ -466,10 +466,10 @@ GAMES = {"non-saturating": (BCE, BCE), "minimax": (BCE, (minimax_forward, minima
 
 
 # ---- constraints on the slope of D ---------------------------------------------------------------
-# The slope is g = dD/dx, the dx of discriminator_backward for dout = 1. A penalty on it has to be
-# differentiated once more, by the weights. With leaky ReLU, whose slopes m are constants between
-# the kinks, g is the output of a net without biases in reverse order, V3 -> V2 -> V1 -> g, and its
-# backward pass runs in the direction in which D's forward pass does.
+# The slope is g = dD/dx, the dx of discriminator_backward for dout = 1. A penalty on g has to be
+# differentiated once more, by the weights. The slopes m1, m2 of the leaky ReLUs are constants
+# between the kinks. So g is the output of a net without biases that runs through the layers of D
+# from last to first, V3 -> V2 -> V1 -> g, and its backward pass runs from first to last.
 
 def input_gradient_forward(masks, W1, W2, W3):
     """g = V1 W1^T,  V1 = m1 (V2 W2^T),  V2 = m2 (V3 W3^T),  V3 = 1.
@@ -481,8 +481,8 @@ def input_gradient_forward(masks, W1, W2, W3):
 
 
 def input_gradient_backward(dout, cache):
-    """dW1 = dg^T V1, R1 = m1 (dg W1), dW2 = R1^T V2, R2 = m2 (R1 W2), dW3 = R2^T V3: the direction
-    dg is pushed through D, and meets at every layer the gradient that came from above."""
+    """dW1 = dg^T V1, R1 = m1 (dg W1), dW2 = R1^T V2, R2 = m2 (R1 W2), dW3 = R2^T V3: dg goes
+    through the layers of D; at each, its product with the V of this layer is dW."""
     m1, m2, V1, V2, W1, W2 = cache
     R1 = m1 * (dout @ W1)                               # (N, H)
     R2 = m2 * (R1 @ W2)                                 # (N, H)
@@ -502,20 +502,21 @@ def gradient_penalty_backward(dout, cache):
 
 
 def spectral_norm_forward(W, vectors):
-    """W / s, s = v^T W u.   W (D, M), vectors u (M,), v (D,), constants: see singular_vectors."""
+    """W / sigma, sigma = v^T W u.   W (n, m), u (m,) and v (n,) constants: see singular_vectors."""
     u, v = vectors
-    s = v @ W @ u
-    return W / s, (W / s, s, u, v)
+    sigma = v @ W @ u
+    return W / sigma, (W / sigma, sigma, u, v)
 
 
 def spectral_norm_backward(dout, cache):
-    """dW = (dout - sum(dout W / s) v u^T) / s, since s changes with W[d, m] by v[d] u[m]."""
-    normed, s, u, v = cache
-    return (dout - (dout * normed).sum() * v[:, None] * u) / s
+    """dW = (dout - sum(dout W / sigma) v u^T) / sigma, since the derivative of sigma by W is v u^T.
+    """
+    normed, sigma, u, v = cache
+    return (dout - (dout * normed).sum() * v[:, None] * u) / sigma
 
 
 def singular_vectors(W, rounds=10):
-    """Power iteration: u, v for which v^T W u is the largest singular value of W, nearly."""
+    """Power iteration -> u, v for which v^T W u is close to the largest singular value of W."""
     u = W[0]
     for _ in range(rounds):
         v = W @ u
@@ -539,15 +540,16 @@ SLOPES = {"none": None, "clipping": None, "spectral": None, "penalty": 1.0, "r1"
 
 
 def game_batch(cfg, step, dtype=np.float32, rivals=None):
-    """make_batch with a number from 0 to 1 per row, between real and generated, before rivals."""
+    """make_batch, and before rivals mix (N, 1) from 0 to 1: mix real + (1 - mix) generated points
+    are those at which the gradient penalty is measured."""
     real, noise, rivals = make_batch(cfg, step, dtype, rivals)
     mix = np.random.default_rng((cfg.seed, step, 1)).random((cfg.batch_size, 1)).astype(dtype)
     return real, noise, mix, rivals
 
 
 def normalize_weights(params, rivals):
-    """Each W of D over its largest singular value, whose vectors are constants, from the rivals (in
-    training these are params).   -> all parameters, caches by name."""
+    """Each W of D divided by its largest singular value. The singular vectors are constants, those
+    of the rivals, which in training are params.   -> all parameters, caches by name."""
     params, caches = dict(params), {}
     for name in ("d_W1", "d_W2", "d_W3"):
         vectors = singular_vectors(rivals[name])
@@ -601,8 +603,9 @@ def play(cfg, title, note, init=init_params, batch=game_batch):
     of D is moved into [-strength, strength] after a step.   -> params, 4000 points of G, losses."""
     params = init(cfg, np.random.default_rng(cfg.seed))
     (d_forward, _), (g_forward, _) = GAMES[cfg.loss]
-    logits, targets, slope = np.zeros(2), np.array([1, 0]), SLOPES[cfg.constraint] or 0
+    logits, targets = np.zeros(2), np.array([1, 0])     # of a real and of a generated point
     guess = 2 * (d_forward(logits, targets)[0] + g_forward(logits, 1 - targets)[0])
+    slope = SLOPES[cfg.constraint] or 0                 # g is 0: the penalty is slope^2
     print(f"\n{title}: loss {cfg.loss}, constraint {cfg.constraint}, "
           f"{sum(p.size for p in params.values())} parameters\nchance level: loss "
           f"{guess + cfg.strength * slope ** 2:.3f}, D outputs 0 (the sum of both losses)")
@@ -744,7 +747,8 @@ def run_shapes(cfg):
                                       init_shapes, shapes_batch)
         good, exact, templates = quality(images > 0)
         index, wrong = nearest_template(images > 0)
-        shares = bars[name] = np.bincount(index[wrong <= 6], minlength=40) / len(images)
+        shares = np.bincount(index[wrong <= 6], minlength=40) / len(images)
+        bars[name] = shares
         shapes = int((shares.reshape(10, 4).max(axis=1) >= 1 / 400).sum())
         print(f"{good:.0%} of 4000 images have at most 2 wrong pixels, {exact:.0%} none. In all\n"
               f"{templates} of 40 templates, {shapes} of 10 shapes occur. The first ten, @ is ink:")
@@ -868,13 +872,13 @@ def run(tasks):
         sys.exit(130)
 
 
-def averages_move(cfg):
-    """The constraints on --beta1 and --beta2."""
+def game_constraints(cfg):
+    """What must hold between the values of every task."""
     return [(cfg.beta1 < 1, "--beta1", "a number below 1", cfg.beta1),
             (cfg.beta2 < 1, "--beta2", "a number below 1", cfg.beta2)]
 
 
-CONSTRAINTS = {Config: averages_move, Game: averages_move, Shapes: averages_move}
+CONSTRAINTS = dict.fromkeys((Config, Game, Shapes), game_constraints)
 
 GRADCHECK = {
     **dict.fromkeys(("hinge", "wasserstein", "minimax"), "logits 3 5, targets<2 3 5"),

@@ -1,21 +1,20 @@
 """mae.py: mask most of an image and learn to fill it in.
 
-Labels are rare, images are not. A masked autoencoder learns from images alone: cut an image into
-patches, mask three out of four, and predict their pixels from the rest. The features that it learns
-on the way tell images apart, too. An encoder, a transformer, sees the visible patches only, so it
-is fast. A light decoder receives its outputs, and in place of every masked patch a mask token.
+A masked autoencoder learns from images without labels: mask three out of four patches, predict
+their pixels from the rest. The features that it learns on the way tell images apart, too. Its
+encoder, a transformer, processes only the visible patches, which makes it fast. A small decoder
+receives the encoder's outputs and, for every masked patch, a mask token, the same vector for all.
 
-Forward, for patches x (N, T, P); v are the positions of the visible patches, h of the masked ones
-    encoder    z = blocks(gather(x Wp + bp + Penc, v))
+Forward, for patches x (N, T, P); Penc, Pdec are learned position embeddings
+    encoder    z = blocks(gather(x Wp + bp + Penc, visible))
     decoder    y = blocks(restore([z Wd + bd, mask tokens]) + Pdec),  restore: to the order of x
-    loss       mean (gather(y, h) Wx + bx - gather(x, h))^2            masked patches only
-    block      x = x + attention(norm(x)),   x = x + mlp(norm(x)),     as derived in transformer.py
+    loss       mean (gather(y, masked) Wx + bx - gather(x, masked))^2
+    block      x = x + attention(norm(x)),   then x = x + mlp(norm(x)),   see transformer.py
 Backward
-    y = gather(x, ids)            dx = dy at ids, 0 elsewhere: what was not taken has no influence
-    y = [z, mask tokens]          dz = its part of dy; dtoken = the sum of the rest of dy
+    y = gather(x, ids)            dx = dy at ids, 0 elsewhere: y does not depend on other tokens
+    y = [z, mask tokens]          dz = the first part of dy; dtoken = the sum of the second part
 
 Run    python mae.py      (ten shapes; python mae.py --help lists the other tasks)
-
 Papers: Dosovitskiy et al. 2021 (patches as tokens), He et al. 2022 (masked autoencoders).
 """
 
@@ -38,7 +37,7 @@ import numpy as np
 
 @dataclass
 class Config:
-    """Fill in images of ten shapes, at any position, in any size and colour."""
+    """Fill in images of ten shapes, at any position, in any size and color."""
     patch_size: int = 4     # pixels per side of a patch; an image has 16 x 16
     mask_ratio: float = 0.75  # share of masked patches
     layers: int = 2         # blocks of the encoder
@@ -110,14 +109,14 @@ def bidirectional_attention_forward(q, k, v):
 
 
 def bidirectional_attention_backward(dout, cache):
-    """dv = p^T dout, dp = dout v^T, ds = p (dp - sum_s p dp), dq = ds k / sqrt(d),
-    dk = ds^T q / sqrt(d)."""
+    """dv = p^T dout, dp = dout v^T, dscores = p (dp - the sum of p dp over the keys),
+    dq = dscores k / sqrt(d), dk = dscores^T q / sqrt(d)."""
     q, k, v, p = cache
     dv = p.swapaxes(2, 3) @ dout
     dp = dout @ v.swapaxes(2, 3)
-    ds = p * (dp - (p * dp).sum(axis=3, keepdims=True))
-    ds *= q.shape[3] ** -0.5
-    return ds @ k, ds.swapaxes(2, 3) @ q, dv
+    dscores = p * (dp - (p * dp).sum(axis=3, keepdims=True))
+    dscores *= q.shape[3] ** -0.5                                   # both dq and dk need it
+    return dscores @ k, dscores.swapaxes(2, 3) @ q, dv
 
 
 def gather_forward(x, ids):
@@ -126,7 +125,7 @@ def gather_forward(x, ids):
 
 
 def gather_backward(dout, cache):
-    """dx = dout at ids, 0 elsewhere."""
+    """dx = dout at ids, 0 elsewhere; no position is written twice, so nothing has to be added."""
     ids, shape = cache
     dx = np.zeros(shape, dout.dtype)
     np.put_along_axis(dx, ids[:, :, None], dout, axis=1)
@@ -192,19 +191,22 @@ def to_images(x, patch, size):
     return x.reshape(len(x), size, size, -1)
 
 
-def random_masking(rng, N, T, cfg):
-    """For each image a random order of its patches: the first are visible, the others masked.
-    -> ids of the visible patches (N, K), of the masked ones (N, T - K)."""
-    order = rng.random((N, T)).argsort(axis=1)
-    return np.split(order, [round(T * (1 - cfg.mask_ratio))], axis=1)
+def random_masking(x, cfg, rng):
+    """A random order of the patches of each image: the first K are visible, the others masked.
+    -> x (N, T, P), ids of the visible ones (N, K), the masked ones (N, T - K), their pixels."""
+    N, T, _ = x.shape
+    order = rng.random((N, T)).argsort(axis=1)          # a permutation of 0 ... T - 1 in each row
+    K = round(T * (1 - cfg.mask_ratio))
+    visible, masked = order[:, :K], order[:, K:]
+    targets, _ = gather_forward(x, masked)
+    return x, visible, masked, targets
 
 
 def make_batch(cfg, step, dtype=np.float32):
-    """New shapes at every step.   -> patches (N, T, P), ids of visible and of masked patches."""
+    """New shapes at every step.   -> as random_masking."""
     rng = np.random.default_rng((cfg.seed, step))
-    x = draw_shapes(rng.integers(0, 10, cfg.batch_size), 16, rng)
-    x = to_patches(x.astype(dtype), cfg.patch_size)
-    return x, *random_masking(rng, *x.shape[:2], cfg)
+    images = draw_shapes(rng.integers(0, 10, cfg.batch_size), 16, rng)
+    return random_masking(to_patches(images.astype(dtype), cfg.patch_size), cfg, rng)
 
 
 # ---- model: encoder, decoder ---------------------------------------------------------------------
@@ -212,20 +214,19 @@ def make_batch(cfg, step, dtype=np.float32):
 def init_params(cfg, rng, dtype=np.float32, size=16, channels=3):
     """Wp, bp, Penc, blocks "enc0.", "enc1.", ..., a norm "enc."; Wd, bd, mask_token, Pdec, blocks
     "dec0.", ..., a norm "dec.", Wx, bx."""
-    T, P = (size // cfg.patch_size) ** 2, channels * cfg.patch_size ** 2
-    E = cfg.decoder_dim
+    T, P, E = (size // cfg.patch_size) ** 2, channels * cfg.patch_size ** 2, cfg.decoder_dim
     params = {"mask_token": 0.02 * rng.standard_normal(E)}
     shapes, norms = {"Wp": (P, cfg.dim), "Wd": (cfg.dim, E), "Wx": (E, P)}, []
     for side, D, layers in (("enc", cfg.dim, cfg.layers), ("dec", E, cfg.decoder_layers)):
         params[f"P{side}"] = 0.02 * rng.standard_normal((T, D))
-        norms.append((f"{side}.", "", D))
+        norms.append((f"{side}.", "", D))               # "enc.gamma", "enc.beta"
         for i in range(layers):
-            norms += [(f"{side}{i}.", "1", D), (f"{side}{i}.", "2", D)]
             shapes.update({f"{side}{i}.Wqkv": (D, 3 * D), f"{side}{i}.Wo": (D, D),
                            f"{side}{i}.W1": (D, 4 * D), f"{side}{i}.W2": (4 * D, D)})
+            norms += [(f"{side}{i}.", "1", D), (f"{side}{i}.", "2", D)]         # "enc0.gamma1"
     for name, (n, m) in shapes.items():
         params[name] = rng.standard_normal((n, m)) * (2 / (n + m)) ** 0.5
-        params[name.replace("W", "b")] = np.zeros(m)
+        params[name.replace("W", "b")] = np.zeros(m)    # the bias of Wqkv is bqkv, and so on
     for prefix, k, D in norms:
         params[f"{prefix}gamma{k}"], params[f"{prefix}beta{k}"] = np.ones(D), np.zeros(D)
     return {name: value.astype(dtype) for name, value in params.items()}
@@ -255,12 +256,13 @@ def vit_block_forward(x, p, heads, N):
 def vit_block_backward(dout, cache):
     """vit_block_forward from bottom to top; x is used twice, so gradients add. -> dx, gradients."""
     norm1, qkv, attention, out, norm2, up, gelu, down = cache
-    g, (N, H, T, d) = {}, attention[0].shape
+    N, H, T, d = attention[0].shape                                 # of q
+    g = {}
     dy, g["W2"], g["b2"] = linear_backward(dout, down)
     dy = gelu_backward(dy, gelu)
     dy, g["W1"], g["b1"] = linear_backward(dy, up)
     dy, g["gamma2"], g["beta2"] = layernorm_backward(dy, norm2)
-    dout = dout + dy
+    dout = dout + dy                                    # the residual path, and that of the mlp
     dy, g["Wo"], g["bo"] = linear_backward(dout, out)
     dy = dy.reshape(N, T, H, d).swapaxes(1, 2)                      # (N, H, T, d)
     dqkv = np.stack(bidirectional_attention_backward(dy, attention))            # (3, N, H, T, d)
@@ -274,7 +276,7 @@ def blocks_forward(x, params, side, heads):
     """The blocks "enc0.", "enc1.", ... or "dec0.", ..., then a norm.   x (N, T, D) -> (N T, D)."""
     N, T, D = x.shape
     x, caches = x.reshape(N * T, D), []
-    while f"{side}{len(caches)}.Wo" in params:
+    while f"{side}{len(caches)}.Wo" in params:          # len(caches): the number of the next block
         x, cache = vit_block_forward(x, part(params, f"{side}{len(caches)}."), heads, N)
         caches.append(cache)
     x, norm = layernorm_forward(x, params[f"{side}.gamma"], params[f"{side}.beta"])
@@ -283,7 +285,8 @@ def blocks_forward(x, params, side, heads):
 
 def blocks_backward(dout, cache):
     """blocks_forward from bottom to top.   dout (N T, D) -> dx (N, T, D), gradients."""
-    (caches, norm, side, N), grads = cache, {}
+    caches, norm, side, N = cache
+    grads = {}
     dx, grads[f"{side}.gamma"], grads[f"{side}.beta"] = layernorm_backward(dout, norm)
     for i in reversed(range(len(caches))):
         dx, g = vit_block_backward(dx, caches[i])
@@ -292,7 +295,7 @@ def blocks_backward(dout, cache):
 
 
 def encoder_forward(params, x, visible, heads):
-    """x (N, T, P) patches, visible (N, K) ids -> (N K, D): what it makes of the visible ones."""
+    """The visible patches as tokens.   x (N, T, P), visible (N, K) ids -> (N K, D)."""
     N, T, P = x.shape
     x, embed = linear_forward(x.reshape(N * T, P), params["Wp"], params["bp"])
     x = x.reshape(N, T, -1) + params["Penc"]
@@ -314,12 +317,12 @@ def encoder_backward(dout, cache):
 def decoder_forward(params, x, visible, masked, heads):
     """x (N K, D) from the encoder, ids of visible and masked patches -> pixels of the masked ones
     (N (T - K), P)."""
-    (N, K), E = visible.shape, params["mask_token"]
+    (N, K), E = visible.shape, len(params["mask_token"])
     x, embed = linear_forward(x, params["Wd"], params["bd"])
-    tokens = np.broadcast_to(E, (*masked.shape, len(E)))            # (N, T - K, E)
-    x = np.concatenate([x.reshape(N, K, -1), tokens], axis=1)       # (N, T, E)
-    order = np.concatenate([visible, masked], axis=1)               # where each of them belongs
-    x, restore = gather_forward(x, order.argsort(axis=1))
+    tokens = np.broadcast_to(params["mask_token"], (*masked.shape, E))
+    x = np.concatenate([x.reshape(N, K, E), tokens], axis=1)        # (N, T, E)
+    order = np.concatenate([visible, masked], axis=1)               # the position of each of them
+    x, restore = gather_forward(x, order.argsort(axis=1))           # argsort inverts an order
     x, blocks = blocks_forward(x + params["Pdec"], params, "dec", heads)
     x, gather = gather_forward(x.reshape(*order.shape, -1), masked)
     x, pixels = linear_forward(x.reshape(masked.size, -1), params["Wx"], params["bx"])
@@ -329,12 +332,12 @@ def decoder_forward(params, x, visible, masked, heads):
 def decoder_backward(dout, cache):
     """decoder_forward from bottom to top -> dx (N K, D), gradients."""
     embed, restore, blocks, gather, pixels, K = cache
-    ids, (N, T, E) = gather
+    ids, (N, T, E) = gather                                         # see gather_forward
     dx, dWx, dbx = linear_backward(dout, pixels)
     dx = gather_backward(dx.reshape(*ids.shape, E), gather)         # (N, T, E)
     dx, grads = blocks_backward(dx.reshape(N * T, E), blocks)
     grads.update(Wx=dWx, bx=dbx, Pdec=dx.sum(axis=0))
-    dx = gather_backward(dx, restore)
+    dx = gather_backward(dx, restore)                               # K visible, T - K mask tokens
     grads["mask_token"] = dx[:, K:].sum(axis=(0, 1))                # one token, used everywhere
     dx, grads["Wd"], grads["bd"] = linear_backward(dx[:, :K].reshape(N * K, E), embed)
     return dx, grads
@@ -342,10 +345,9 @@ def decoder_backward(dout, cache):
 
 def loss_and_grads(params, batch, cfg):
     """One forward and one backward pass -> squared error on masked patches, gradients."""
-    x, visible, masked = batch
+    x, visible, masked, targets = batch
     z, encoder = encoder_forward(params, x, visible, cfg.heads)
     y, decoder = decoder_forward(params, z, visible, masked, cfg.heads)
-    targets, _ = gather_forward(x, masked)
     loss, loss_cache = mse_forward(y, targets.reshape(y.shape))
     dz, grads = decoder_backward(mse_backward(1.0, loss_cache), decoder)
     return loss, {**grads, **encoder_backward(dz, encoder)}
@@ -437,14 +439,15 @@ def side_by_side(titles, pictures, gap="   "):
         print(gap.join(map(str.ljust, row, widths)).rstrip())
 
 
-def draw_images(columns, size, patch, wide=2, low=-1.0, high=1.0):
-    """Images side by side; columns: title -> patches (N, T, P), nan is blank. A pixel is wide = 2
-    characters, which are tall, or 1, then every other row of pixels is left out."""
-    for patches in zip(*columns.values()):
-        images = to_images(np.stack(patches), patch, size)                  # (3, S, S, C)
-        images = images[..., images[0].std(axis=(0, 1)).argmax()]           # the strongest color
-        light = 0.11 + 0.89 * np.clip((images - low) / (high - low), 0, 1)  # 0.11 is not blank
-        text = shade(np.where(np.isnan(images), 0, light))[:, ::3 - wide].repeat(wide, axis=2)
+def draw_images(columns, size, patch, row_step=1):
+    """Images side by side; columns: title -> patches (N, T, P) from -1 to 1, nan is blank. As a
+    character is tall, a pixel is two of them, or one where only every other row is drawn."""
+    for patches in zip(*columns.values()):              # one image of every column
+        images = to_images(np.stack(patches), patch, size)          # (columns, S, S, C)
+        strongest = images[0].std(axis=(0, 1)).argmax()             # the color of most contrast
+        light = np.clip(0.5 + 0.5 * images[:, ::row_step, :, strongest], 0, 1)
+        light = np.where(np.isnan(light), 0, 0.11 + 0.89 * light)   # only masked pixels are blank
+        text = shade(light).repeat(2 // row_step, axis=2)
         side_by_side(columns, [["".join(line) for line in image] for image in text], "  ")
 
 
@@ -464,13 +467,12 @@ def main(cfg):
     start = time.perf_counter()
     params = init_params(cfg, np.random.default_rng(cfg.seed))
     size = sum(p.size for p in params.values())
-    x, visible, masked = make_batch(replace(cfg, batch_size=1000), cfg.steps + 1)
+    x, visible, masked, targets = make_batch(replace(cfg, batch_size=1000), cfg.steps + 1)
     print(f"Ten shapes, 16 x 16 pixels in color, {x.shape[1]} patches, {visible.shape[1]} visible: "
           f"encoder {cfg.layers} x {cfg.dim},\ndecoder {cfg.decoder_layers} x {cfg.decoder_dim}, "
           f"{size} parameters")
-    targets, _ = gather_forward(x, masked)
-    mean = gather_forward(x, visible)[0].mean(axis=1, keepdims=True)
-    chance = float(((targets - mean) ** 2).mean())
+    known, _ = gather_forward(x, visible)
+    chance = float(((targets - known.mean(axis=1, keepdims=True)) ** 2).mean())
     print(f"chance level: loss {chance:.3f}, every masked patch the mean of the visible ones")
     losses = train(params, cfg)
     z, _ = encoder_forward(params, x, visible, cfg.heads)
@@ -480,7 +482,7 @@ def main(cfg):
     seen, filled = x.copy(), x.copy()
     np.put_along_axis(seen, masked[:, :, None], np.nan, axis=1)
     np.put_along_axis(filled, masked[:, :, None], y.reshape(targets.shape), axis=1)
-    print("New images, their strongest color, dark (.) to bright (@); blank patches are masked:")
+    print("New images, the color of most contrast, dark (.) to bright (@); blank: masked patches")
     draw_images({"original": x[:3], "visible patches": seen[:3], "reconstruction": filled[:3]},
                 16, cfg.patch_size)
     print("Next: python mae.py probe      python mae.py --mask-ratio 0.5")
@@ -501,14 +503,14 @@ Tasks
 
 Break it (python mae.py probe --steps 1500; as it is: error 0.216, probe 30 % with 200 labels and
           61 % with 19,000)
-    decoder_forward: x + 0 * params["Pdec"]     error 0.297, 27 %, 53 %: a mask token does not know
-                                                its position, and all masked patches look alike
-    --mask-ratio 0.25                           0.184, 30 %, 66 %: small gaps are easy to fill; of
-    --mask-ratio 0.5                            0.190, 33 %, 64 %  16 patches, 4 are very few
-    --norm-pixels                               0.255, 33 %, 61 %: in patches of one color, what is
-                                                left is noise; on photographs it helps
+    decoder_forward: x + 0 * params["Pdec"]     error 0.297, 27 %, 53 %: mask tokens without a
+                                                position all become the same patch
+    --mask-ratio 0.25                           0.184, 30 %, 66 %: small gaps are easy to fill
+    --mask-ratio 0.5                            0.190, 33 %, 64 %
+    --norm-pixels                               0.255, 33 %, 61 %: in a patch of one color, only
+                                                noise is left; on photographs it helps
     encoder_features: only tokens.mean          25 %, 48 %, and 16 % for the untrained encoder: a
-                                                mean forgets how much the patches differ
+                                                mean does not tell how much the patches differ
 
 Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
     1. python mae.py probe --mask-ratio 0.5, and with 0.25 and 0.9: which probe is best? Its error?
@@ -551,7 +553,7 @@ with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse f
 class Probe(Config):
     """Learn features of shapes without labels, then classify shapes with few labels."""
     steps: int = 2400       # optimizer steps
-    norm_pixels: bool = False  # predict patches of mean 0 and variance 1 instead of pixels
+    norm_pixels: bool = False  # targets: patches of mean 0 and variance 1, not pixels
     weight_decay: float = 0.05  # AdamW weight decay
     threads: int = 1        # micro-batches, each on a thread of its own
     png: str = ""           # file to write twelve reconstructions to, in color
@@ -562,6 +564,8 @@ class Probe(Config):
     flip: ClassVar[bool] = False
     crop: ClassVar[int] = 0
     data: ClassVar[str] = "shapes"
+    probe: ClassVar[bool] = True
+    finetune: ClassVar[bool] = False
 
 
 @dataclass
@@ -570,12 +574,14 @@ class Finetune(Probe):
     steps: int = 1500       # optimizer steps
     labels: float = 0.01    # share of the labels for fine-tuning
     tune_steps: int = 400   # optimizer steps of fine-tuning, at most --steps
+    probe: ClassVar[bool] = False
+    finetune: ClassVar[bool] = True
 
 
 @dataclass
 class Cifar(Finetune):
     """Natural images of ten classes, 32 x 32 pixels."""
-    norm_pixels: bool = True  # predict patches of mean 0 and variance 1 instead of pixels
+    norm_pixels: bool = True  # targets: patches of mean 0 and variance 1, not pixels
     layers: int = 4         # blocks of the encoder
     dim: int = 128          # embedding dimension of the encoder
     decoder_layers: int = 2  # blocks of the decoder
@@ -584,12 +590,13 @@ class Cifar(Finetune):
     steps: int = 20000      # optimizer steps
     lr: float = 0.0025      # peak learning rate
     warmup: int = 500       # steps of linear warmup
-    flip: bool = True       # mirror half of the images
-    crop: int = 4           # shift images by up to so many pixels
+    flip: bool = True       # random mirroring of half of the images
+    crop: int = 4           # largest random shift of an image in pixels
     threads: int = 2        # micro-batches, each on a thread of its own
-    finetune: bool = False  # fine-tune on labels afterwards
+    finetune: bool = False  # fine-tuning on labels afterwards
     data: str = ""          # cifar-10-binary.tar.gz or its folder
     size: ClassVar[int] = 32
+    probe: ClassVar[bool] = True
 
 
 @dataclass
@@ -599,8 +606,8 @@ class Mnist(Cifar):
     decoder_dim: int = 32   # embedding dimension of the decoder
     steps: int = 4000       # optimizer steps
     warmup: int = 100       # steps of linear warmup
-    flip: bool = False      # mirror half of the images
-    crop: int = 2           # shift images by up to so many pixels
+    flip: bool = False      # random mirroring of half of the images
+    crop: int = 2           # largest random shift of an image in pixels
     data: str = ""          # folder with the four files of MNIST
     size: ClassVar[int] = 28
     channels: ClassVar[int] = 1
@@ -688,16 +695,15 @@ def load_mnist(folder):
 
 @functools.lru_cache
 def labelled_images(kind, path):
-    """Shapes as numbers, CIFAR-10 as bytes, digits as numbers; noise without a path.   -> dict:
-    train, validation (5,000 of the training images, or a tenth of fewer), test; each images (N, H,
-    W, C), labels (N,).   Raises InputError."""
+    """kind: a Config class; path: "shapes", a file or folder, or "" for noise, which gradcheck.py
+    uses. Images of CIFAR-10 are bytes.   -> dict: train, validation (5,000 of the training images,
+    or a tenth of fewer), test; each images (N, S, S, C), labels (N,).   Raises InputError."""
     if path == "shapes":
         rng, labels = np.random.default_rng(99), np.arange(22000) % 10
-        parts = [draw_shapes(part, 16, rng).astype(np.float32) for part in np.split(labels, 22)]
-        images = np.concatenate(parts)
-        splits = np.split(np.arange(22000), [19000, 20000])
-        return {name: (images[rows], labels[rows]) for name, rows
-                in zip(("train", "validation", "test"), splits)}
+        images = [draw_shapes(part, 16, rng).astype(np.float32) for part in np.split(labels, 22)]
+        images = np.concatenate(images)
+        return {"train": (images[:19000], labels[:19000]), "test": (images[20000:], labels[20000:]),
+                "validation": (images[19000:20000], labels[19000:20000])}
     if not path:
         rng, labels = np.random.default_rng(0), np.arange(200) % 10
         noise = rng.integers(0, 256, (200, kind.size, kind.size, kind.channels), np.uint8)
@@ -746,29 +752,29 @@ def epoch_indices(n, cfg, step):
 
 
 def images_batch(cfg, step, dtype=np.float32):
-    """Training images, every one once per epoch, augmented.   -> patches (N, T, P), ids of visible
-    and of masked patches."""
+    """make_batch with training images, every one once per epoch, augmented."""
     rng = np.random.default_rng((cfg.seed, step))
     images, _ = images_of(cfg, "train")
     images = images[epoch_indices(len(images), cfg, step)]
     images = standardize(crop_and_flip(images, cfg.crop, cfg.flip, rng), dtype)
-    x = to_patches(images, cfg.patch_size)
-    return x, *random_masking(rng, *x.shape[:2], cfg)
+    return random_masking(to_patches(images, cfg.patch_size), cfg, rng)
 
 
 def init_images(cfg, rng, dtype=np.float32):
-    """init_params; the last layers of L blocks divided by sqrt(2 L), so that their sum is not too
-    large at the start."""
+    """init_params, with Wo and W2 divided by the root of how many they are: a token is the sum of
+    their outputs, and is not to grow with the number of layers."""
     params = init_params(cfg, rng, dtype, cfg.size, cfg.channels)
-    for name in params:
-        if name[-3:] in (".Wo", ".W2"):
-            params[name] *= (2 * (cfg.layers if name[:3] == "enc" else cfg.decoder_layers)) ** -0.5
+    for side, layers in (("enc", cfg.layers), ("dec", cfg.decoder_layers)):
+        for i in range(layers):
+            params[f"{side}{i}.Wo"] *= (2 * layers) ** -0.5
+            params[f"{side}{i}.W2"] *= (2 * layers) ** -0.5
     return params
 
 
 # ---- pre-training: pixels, or patches of mean 0 and variance 1 -----------------------------------
-# With norm_pixels the loss asks for structure only, and on photographs the features get better. To
-# draw such a patch, its mean and standard deviation are estimated from the visible patches nearby.
+# With norm_pixels the loss does not depend on how bright and how rich in contrast a patch is; on
+# photographs the features get better (He et al. 2022). To draw a predicted patch, its mean and
+# standard deviation are estimated from the visible patches nearby.
 
 def normalized_patches(x):
     """Every patch minus its mean, over its standard deviation.   x (N, T, P)."""
@@ -778,23 +784,21 @@ def normalized_patches(x):
 
 def mae_loss_and_grads(params, batch, cfg):
     """loss_and_grads, where the targets are normalized if cfg.norm_pixels."""
-    x, visible, masked = batch
-    z, encoder = encoder_forward(params, x, visible, cfg.heads)
-    y, decoder = decoder_forward(params, z, visible, masked, cfg.heads)
-    targets, _ = gather_forward(normalized_patches(x) if cfg.norm_pixels else x, masked)
-    loss, loss_cache = mse_forward(y, targets.reshape(y.shape))
-    dz, grads = decoder_backward(mse_backward(1.0, loss_cache), decoder)
-    return loss, {**grads, **encoder_backward(dz, encoder)}
+    x, visible, masked, targets = batch
+    if cfg.norm_pixels:
+        targets = normalized_patches(targets)
+    return loss_and_grads(params, (x, visible, masked, targets), cfg)
 
 
 def estimate_scale(x, visible, masked):
     """Mean and standard deviation of the masked patches, as averages over the visible ones, where
     near ones weigh most.   -> (N, T - K, 1) each."""
-    n = round(x.shape[1] ** 0.5)
+    n = round(x.shape[1] ** 0.5)                        # patches per row of the image
     row, col = np.divmod(np.arange(n * n), n)
-    distance2 = (row[:, None] - row) ** 2 + (col[:, None] - col) ** 2
-    weights = np.exp(-0.5 * distance2).astype(x.dtype)[masked[:, :, None], visible[:, None]]
-    weights /= weights.sum(axis=2, keepdims=True)       # (N, T - K, K)
+    distance2 = (row[:, None] - row) ** 2 + (col[:, None] - col) ** 2           # (T, T), squared
+    weights = np.exp(-0.5 * distance2).astype(x.dtype)
+    weights = weights[masked[:, :, None], visible[:, None]]                     # (N, T - K, K)
+    weights /= weights.sum(axis=2, keepdims=True)
     known, _ = gather_forward(x, visible)
     return weights @ known.mean(axis=2, keepdims=True), weights @ known.std(axis=2, keepdims=True)
 
@@ -812,10 +816,20 @@ def reconstruct(params, x, visible, masked, cfg):
     return filled
 
 
-def pretrain(cfg, make_batch):
-    """-> params, losses, held-out reconstructions' error, and that of the mean visible patch."""
-    rng, state, losses = np.random.default_rng(cfg.seed), {}, []
-    params = init_images(cfg, rng)
+def pretrain(cfg):
+    """Learn from images without labels, show reconstructions.   -> params, losses, metrics."""
+    batches = make_batch if cfg.data == "shapes" else images_batch
+    params, state, losses = init_images(cfg, np.random.default_rng(cfg.seed)), {}, []
+    x, visible, masked, targets = batches(cfg, 1)
+    mean = gather_forward(x, visible)[0].mean(axis=1, keepdims=True)
+    if cfg.norm_pixels:
+        targets, mean = normalized_patches(targets), 0.0
+    print(f"{type(cfg).__name__.lower()}: {cfg.size} x {cfg.size} x {cfg.channels}, "
+          f"{x.shape[1]} patches, {visible.shape[1]} visible; encoder {cfg.layers} x {cfg.dim}, "
+          f"decoder {cfg.decoder_layers} x {cfg.decoder_dim}, "
+          f"{sum(p.size for p in params.values())} parameters")
+    print(f"chance level: loss {((targets - mean) ** 2).mean():.3f}, every masked patch "
+          + ("its own mean" if cfg.norm_pixels else "the mean of the visible ones"))
     meta = dict(task=type(cfg).__name__, norm_pixels=cfg.norm_pixels, heads=cfg.heads)
     if cfg.png:
         try_png(cfg.png)
@@ -832,20 +846,20 @@ def pretrain(cfg, make_batch):
     quiet = functools.partial(np.seterr, over="ignore", invalid="ignore")       # as run does
     with ThreadPoolExecutor(cfg.threads, initializer=quiet) as pool:
         threaded = functools.partial(threaded_loss_and_grads, mae_loss_and_grads, pool)
-        train(params, cfg, make_batch, threaded, update, state, losses, after_step=save)
+        train(params, cfg, batches, threaded, update, state, losses, after_step=save)
     x = to_patches(standardize(images_of(cfg, "test")[0][:1000]), cfg.patch_size)
-    visible, masked = random_masking(np.random.default_rng(0), *x.shape[:2], cfg)
+    x, visible, masked, targets = random_masking(x, cfg, np.random.default_rng(0))
     filled = reconstruct(params, x, visible, masked, cfg)
-    targets, found = (gather_forward(a, masked)[0] for a in (x, filled))
+    error = float(((targets - gather_forward(filled, masked)[0]) ** 2).mean())
     mean = gather_forward(x, visible)[0].mean(axis=1, keepdims=True)
-    error, mean_error = (float(((targets - a) ** 2).mean()) for a in (found, mean))
+    mean_error = float(((targets - mean) ** 2).mean())
     check_finite(error, params)
     if cfg.save:
         save_checkpoint(cfg.save, meta, params, state, losses)          # after Ctrl-C as well
-    show_reconstructions(x[:12], visible[:12], filled[:12], cfg)
+    show_reconstructions(x[:12], masked[:12], filled[:12], cfg)
     print(f"squared error on the masked pixels of {len(x)} held-out images: {error:.4f}; if every "
           f"masked\npatch is the mean of the visible ones: {mean_error:.4f}")
-    return params, losses, error, mean_error
+    return params, losses, {"error": error, "mean_patch_error": mean_error}
 
 
 def write_png(path, image):
@@ -881,54 +895,58 @@ def tile_images(images, columns, scale):
     return rows.reshape(len(rows) * rows.shape[1], -1, 3)
 
 
-def show_reconstructions(x, visible, filled, cfg):
+def show_reconstructions(x, masked, filled, cfg):
     """Two images as text; with --png twelve in color.   x, filled (N, T, P)."""
-    seen = np.full_like(x, np.nan)
-    np.put_along_axis(seen, visible[:, :, None], gather_forward(x, visible)[0], axis=1)
-    low, high = -1.0, 1.0
-    if cfg.data != "shapes":
-        low, high = (-1.92, 2.06) if cfg.channels == 3 else (-0.42, 2.82)       # of black, white
-    print("Held-out images, the strongest color, dark (.) to bright (@); blank patches are masked."
+    black, white = -1.0, 1.0
+    if cfg.data != "shapes":                            # see standardize and load_mnist
+        black, white = (-1.92, 2.06) if cfg.channels == 3 else (-0.42, 2.82)
+    x, filled = (2 * (a - black) / (white - black) - 1 for a in (x, filled))
+    seen = x.copy()
+    np.put_along_axis(seen, masked[:, :, None], np.nan, axis=1)
+    print("Held-out images, the color of most contrast, dark (.) to bright (@); blank: masked."
           "\nA reconstruction has colors and large forms; edges and texture that no visible patch"
           "\nshows are lost: the mean of all that could be there has the smallest squared error.")
     draw_images({"original": x[:2], "visible patches": seen[:2], "reconstruction": filled[:2]},
-                cfg.size, cfg.patch_size, 2 if cfg.size < 20 else 1, low, high)
+                cfg.size, cfg.patch_size, row_step=1 if cfg.size < 20 else 2)
     if cfg.png:
-        gray = np.where(np.isnan(seen), (low + high) / 2, seen)
-        columns = [to_images(a, cfg.patch_size, cfg.size) for a in (x, gray, filled)]
-        images = (np.stack(columns, axis=1) - low) / (high - low)       # (12, 3, H, W, C)
+        columns = [to_images(a, cfg.patch_size, cfg.size) for a in (x, np.nan_to_num(seen), filled)]
+        images = 0.5 + 0.5 * np.stack(columns, axis=1)                  # (12, 3, S, S, C)
         write_png(cfg.png, tile_images(images.reshape(-1, *images.shape[2:]), 6, 4))
         print(f"{cfg.png}: {len(x)} times original, visible patches (gray: masked), reconstruction")
 
 
 # ---- linear probe: how much do frozen features tell with few labels? -----------------------------
 
-def encoder_features(params, images, cfg):
-    """The frozen encoder on whole images: mean and standard deviation over the patches of every
-    number, after every block; with cfg.flip of the image and its mirror image, added up.
-    images (N, H, W, C) -> (N, 2 layers D)."""
+def encoder_features(params, cfg, images):
+    """The frozen encoder on whole images: after every block, the mean of every number over the
+    patches, and its standard deviation.   images (N, S, S, C) -> (N, 2 layers D)."""
+    x = to_patches(standardize(images), cfg.patch_size)
+    N, T, P = x.shape
+    x, _ = linear_forward(x.reshape(N * T, P), params["Wp"], params["bp"])
+    x = (x.reshape(N, T, -1) + params["Penc"]).reshape(N * T, -1)
+    columns = []
+    for i in range(cfg.layers):
+        x, _ = vit_block_forward(x, part(params, f"enc{i}."), cfg.heads, N)
+        tokens = x.reshape(N, T, -1)
+        columns += [tokens.mean(axis=1), tokens.std(axis=1)]
+    return np.concatenate(columns, axis=1)
+
+
+def in_chunks(function, images, mirror=False):
+    """function(images) -> (N, F), 250 images at a time, which needs less memory; with mirror that
+    of the mirror images is added."""
     found = []
-    for part_of in np.array_split(images, math.ceil(len(images) / 250)):
-        total = 0
-        for view in [part_of, part_of[:, :, ::-1]] if cfg.flip else [part_of]:
-            x = to_patches(standardize(view), cfg.patch_size)
-            N, T, P = x.shape
-            x, _ = linear_forward(x.reshape(N * T, P), params["Wp"], params["bp"])
-            x = (x.reshape(N, T, -1) + params["Penc"]).reshape(N * T, -1)
-            columns = []
-            for i in range(cfg.layers):
-                x, _ = vit_block_forward(x, part(params, f"enc{i}."), cfg.heads, N)
-                tokens = x.reshape(N, T, -1)
-                columns += [tokens.mean(axis=1), tokens.std(axis=1)]
-            total = total + np.concatenate(columns, axis=1)
-        found.append(total)
+    for chunk in np.array_split(images, math.ceil(len(images) / 250)):
+        found.append(function(chunk))
+        if mirror:
+            found[-1] = found[-1] + function(chunk[:, :, ::-1])
     return np.concatenate(found)
 
 
 def ridge_path(X, Y, penalties):
     """Least squares with a penalty N l |W|^2, for each l: W = (X^T X + N l)^-1 X^T Y, or, the same,
-    X^T (X X^T + N l)^-1 Y; one eigendecomposition of the smaller matrix serves all.
-    X (N, D), Y (N, K) -> W (D, K), b (K,) for each."""
+    X^T (X X^T + N l)^-1 Y; one eigendecomposition of the smaller matrix serves all l.
+    X (N, F), Y (N, 10) -> W (F, 10), b (10,) for each."""
     x_mean, y_mean, N = X.mean(axis=0), Y.mean(axis=0), len(X)
     X, Y = X - x_mean, Y - y_mean
     wide = X.shape[1] > N
@@ -940,28 +958,7 @@ def ridge_path(X, Y, penalties):
 
 
 PENALTIES = [10 ** (k / 4) for k in range(-12, 13)]
-SHARES = {"1pc": 0.01, "10pc": 0.1, "all": 1.0}         # of the labels
-
-
-def probe(describe, cfg):
-    """A linear classifier on describe(images) -> (N, F), its penalty chosen on validation data.
-    -> test accuracy for each of SHARES; mean over three draws where not all labels are used."""
-    splits = [images_of(cfg, split) for split in ("train", "validation", "test")]
-    parts = [(describe(images), labels) for images, labels in splits]
-    mean, std = parts[0][0].mean(axis=0), parts[0][0].std(axis=0) + 1e-6
-    (X, y), *held_out = [((F - mean) / std, labels) for F, labels in parts]
-    accuracies = []
-    for share in SHARES.values():
-        found = []
-        for draw in range(3 if share < 1 else 1):
-            rows = np.random.default_rng((cfg.seed, draw)).permutation(len(y))
-            rows = rows[:label_count(share, cfg)]
-            onehot = np.eye(10, dtype=X.dtype)[y[rows]]
-            found.append([[((F @ W + b).argmax(axis=1) == labels).mean() for F, labels in held_out]
-                          for W, b in ridge_path(X[rows], onehot, PENALTIES)])
-        validation, test = np.mean(found, axis=0).T     # over the draws; for each penalty
-        accuracies.append(float(test[validation.argmax()]))
-    return accuracies
+SHARES = 0.01, 0.1, 1.0         # of the labels
 
 
 def label_count(share, cfg):
@@ -970,28 +967,49 @@ def label_count(share, cfg):
     return min(n, max(1, round(share * (n + len(images_of(cfg, "validation")[1])))))
 
 
+def probe(describe, mirror, cfg):
+    """A linear classifier on describe(images) -> (N, F), its penalty chosen on validation data.
+    -> test accuracy for each of SHARES; mean over three draws where not all labels are used."""
+    splits = [images_of(cfg, split) for split in ("train", "validation", "test")]
+    parts = [(in_chunks(describe, images, mirror), labels) for images, labels in splits]
+    mean, std = parts[0][0].mean(axis=0), parts[0][0].std(axis=0) + 1e-6        # of training data
+    (X, y), *held_out = [((F - mean) / std, labels) for F, labels in parts]
+    accuracies = []
+    for share in SHARES:
+        found = []                                      # draws, penalties, validation and test
+        for draw in range(3 if share < 1 else 1):
+            rows = np.random.default_rng((cfg.seed, draw)).permutation(len(y))
+            rows = rows[:label_count(share, cfg)]
+            onehot = np.eye(10, dtype=X.dtype)[y[rows]]
+            fits = ridge_path(X[rows], onehot, PENALTIES)
+            found.append([[((F @ W + b).argmax(axis=1) == labels).mean() for F, labels in held_out]
+                          for W, b in fits])
+        validation, test = np.mean(found, axis=0).T     # mean over the draws, for each penalty
+        accuracies.append(float(test[validation.argmax()]))
+    return accuracies
+
+
 def compare_probes(params, cfg):
     """Linear probes on raw pixels, on an untrained encoder, on this one.   -> metrics."""
     untrained = init_images(cfg, np.random.default_rng(cfg.seed + 1))
 
     def raw(images):
         return standardize(images).reshape(len(images), -1)
-    rows = {"raw": ("raw pixels", raw),
-            "untrained": ("untrained encoder", lambda x: encoder_features(untrained, x, cfg)),
-            "probe": ("this encoder", lambda x: encoder_features(params, x, cfg))}
-    if cfg.flip:
-        rows["raw_mirrored"] = "raw pixels + mirrored", lambda x: raw(x) + raw(x[:, :, ::-1])
+    encoders = [functools.partial(encoder_features, some, cfg) for some in (untrained, params)]
+    rows = [("raw", "raw pixels", raw, False),
+            ("untrained", "untrained encoder", encoders[0], cfg.flip),  # trained on mirror images,
+            ("probe", "this encoder", encoders[1], cfg.flip),           # too: tested on both
+            ("raw_mirrored", "raw pixels + mirrored", raw, True)]
     print("Linear probe on frozen features: test accuracy for each number of labels")
-    counts = [label_count(share, cfg) for share in SHARES.values()]
+    counts = [label_count(share, cfg) for share in SHARES]
     print(f"{'':22s}" + "".join(f"{count:9d}" for count in counts) + "  labels")
-    found = {}
-    for name, (text, describe) in rows.items():
-        found[name] = probe(describe, cfg)
+    found, metrics = {}, {}
+    for name, text, describe, mirror in rows if cfg.flip else rows[:3]:
+        found[name] = probe(describe, mirror, cfg)
         print(f"{text:22s}" + "".join(f"{accuracy:9.2%}" for accuracy in found[name]))
+        metrics.update({f"{name}_{count}": a for count, a in zip(counts, found[name])})
     ratios = [a / b for a, b in zip(found["probe"], found["raw"])]
     print(f"{'times raw pixels':22s}" + "".join(f"{ratio:9.2f}" for ratio in ratios))
-    metrics = {f"{name}_{count}": accuracy for name in found
-               for count, accuracy in zip(counts, found[name])}
     return {**metrics, "ratio": ratios[0]}
 
 
@@ -1069,10 +1087,10 @@ def finetune(params, cfg):
         print(f"\n{name.replace('_', ' ')}, on {label_count(cfg.labels, cfg)} labels; "
               "chance level: loss 2.303")
         losses = train(own, cfg, labelled_batch, classifier_loss_and_grads, update)
-        parts = np.array_split(images, math.ceil(len(images) / 250))
-        logits = [classifier_forward(own, to_patches(standardize(x), cfg.patch_size), cfg.heads)[0]
-                  for x in parts]
-        logits = np.concatenate(logits)
+
+        def classify(x):
+            return classifier_forward(own, to_patches(standardize(x), cfg.patch_size), cfg.heads)[0]
+        logits = in_chunks(classify, images)
         check_finite(float(logits.max()), own)
         metrics[name] = float((logits.argmax(axis=1) == labels).mean())
         print(f"{metrics[name]:.2%} of the test images right")
@@ -1081,51 +1099,20 @@ def finetune(params, cfg):
     return metrics
 
 
-def announce(cfg, make_batch):
-    """Print what is learned, on what, and the chance level.   -> number of parameters."""
-    task, (x, visible, masked) = type(cfg).__name__.lower(), make_batch(cfg, 1)
-    targets, _ = gather_forward(normalized_patches(x) if cfg.norm_pixels else x, masked)
-    mean = 0 if cfg.norm_pixels else gather_forward(x, visible)[0].mean(axis=1, keepdims=True)
-    size = sum(p.size for p in init_images(cfg, np.random.default_rng(0)).values())
-    print(f"{task}: {cfg.size} x {cfg.size} x {cfg.channels}, {x.shape[1]} patches, "
-          f"{visible.shape[1]} visible; encoder {cfg.layers} x {cfg.dim}, decoder "
-          f"{cfg.decoder_layers} x {cfg.decoder_dim}, {size} parameters")
-    print(f"chance level: loss {((targets - mean) ** 2).mean():.3f}, every masked patch "
-          + ("its own mean" if cfg.norm_pixels else "the mean of the visible ones"))
-    return size
-
-
-def run_probe(cfg):
-    """Pre-train on shapes, look at reconstructions, probe the encoder."""
-    start, size = time.perf_counter(), announce(cfg, make_batch)
-    params, losses, error, mean_error = pretrain(cfg, make_batch)
-    metrics = compare_probes(params, cfg)
-    print("\nNext: python mae.py probe --mask-ratio 0.5      python mae.py finetune")
-    print_result("probe", cfg, error=error, mean_patch_error=mean_error, **metrics, params=size,
-                 steps=len(losses), seconds=time.perf_counter() - start)
-
-
-def run_finetune(cfg):
-    """Pre-train on shapes, then fine-tune on few labels."""
-    start, size = time.perf_counter(), announce(cfg, make_batch)
-    params, losses, error, _ = pretrain(cfg, make_batch)
-    metrics = finetune(params, cfg) if len(losses) == cfg.steps else {}
-    print("\nNext: python mae.py finetune --labels 0.1      python mae.py probe")
-    print_result("finetune", cfg, error=error, **metrics, params=size, steps=len(losses),
-                 seconds=time.perf_counter() - start)
-
-
 def run_images(cfg):
-    """Pre-train on CIFAR-10 or MNIST, probe the encoder, fine-tune it if asked for."""
+    """Pre-train on images without labels, then probe the encoder, fine-tune it, or both."""
     require(cfg.data, "--data", "the data set (--help says where to get it)", cfg.data)
-    start, size = time.perf_counter(), announce(cfg, images_batch)
-    params, losses, error, mean_error = pretrain(cfg, images_batch)
-    metrics = compare_probes(params, cfg)
+    start = time.perf_counter()
+    params, losses, metrics = pretrain(cfg)
+    if cfg.probe:
+        metrics.update(compare_probes(params, cfg))
     if cfg.finetune and len(losses) == cfg.steps:
         metrics.update(finetune(params, cfg))
-    print("\nNext: python mae.py finetune      python vae.py")
-    print_result(type(cfg).__name__.lower(), cfg, error=error, mean_patch_error=mean_error,
-                 **metrics, params=size, steps=len(losses), seconds=time.perf_counter() - start)
+    print("\nNext: python mae.py probe --mask-ratio 0.5   python mae.py finetune --labels 0.1   "
+          "python vae.py")
+    print_result(type(cfg).__name__.lower(), cfg, **metrics,
+                 params=sum(p.size for p in params.values()), steps=len(losses),
+                 seconds=time.perf_counter() - start)
 
 
 def adamw_update(params, grads, state, lr, weight_decay, beta1=0.9, beta2=0.999, eps=1e-8):
@@ -1344,14 +1331,6 @@ def image_constraints(cfg):
 CONSTRAINTS = dict.fromkeys((Config, Probe, Finetune, Cifar, Mnist), image_constraints)
 
 
-def block_case(rng, D=6):
-    """Inputs of a block, for gradcheck.py."""
-    shapes = dict(Wqkv=(D, 3 * D), bqkv=3 * D, Wo=(D, D), bo=D, W1=(D, 4 * D), b1=4 * D,
-                  W2=(4 * D, D), b2=D, gamma1=D, beta1=D, gamma2=D, beta2=D)
-    p = {name: 0.5 * rng.standard_normal(shape) for name, shape in shapes.items()}
-    return dict(x=rng.standard_normal((10, D)), p=p, heads=2, N=2)
-
-
 def attention_case(rng):
     """Inputs of bidirectional_attention_forward, for gradcheck.py."""
     return dict(zip("qkv", rng.standard_normal((3, 2, 3, 5, 6))))
@@ -1362,13 +1341,12 @@ def gather_case(rng):
     return dict(x=rng.standard_normal((3, 5, 2)), ids=rng.random((3, 5)).argsort(axis=1)[:, :3])
 
 
-GRADCHECK = {"bidirectional_attention": attention_case, "vit_block": block_case,
-             "gather": gather_case}
+GRADCHECK = {"bidirectional_attention": attention_case, "gather": gather_case}
 
 TASKS = {"shapes": Task(Config, init_params, make_batch, loss_and_grads, main),
-         "probe": Task(Probe, init_images, make_batch, mae_loss_and_grads, run_probe),
+         "probe": Task(Probe, init_images, make_batch, mae_loss_and_grads, run_images),
          "finetune": Task(Finetune, init_classifier, labelled_batch, classifier_loss_and_grads,
-                          run_finetune),
+                          run_images),
          "cifar": Task(Cifar, init_images, images_batch, mae_loss_and_grads, run_images),
          "mnist": Task(Mnist, init_images, images_batch, mae_loss_and_grads, run_images)}
 

@@ -1,14 +1,14 @@
 """translation.py: words in, words out, with an encoder-decoder transformer that can copy.
 
-The encoder reads the source, the decoder writes the target token by token and attends to what the
-encoder has made of the source, the memory (cross-attention). It cannot output a word that is not in
-its vocabulary. A pointer can: it scores the positions of the source; one softmax runs over both.
+The encoder turns the source into one vector per token, the memory; the decoder writes the target
+token by token, attending to the memory. A word outside its vocabulary it can only copy: a pointer
+scores the positions of the source, and one softmax runs over the vocabulary and these positions.
 
 Forward; every sublayer f (attention, mlp) as x + f(norm(x)), see transformer.py:
-    rotary positions    pairs of q_t, k_t as complex numbers, times e^(i w t): q_t . k_s has t - s
+    rotary positions    q_t, k_s turned by angles t theta, s theta: q_t . k_s depends on t - s
     pointer             c_ts = (x_t Wq) . ([m_s, m_s-1] Wk) / sqrt(D), m the memory
     probability of y    P = p_y + sum of p_s over all s with source_s = y,  p = softmax([logits, c])
-Backward: loss = -log P, dz = p - r, where r = p / P for all ways to output y, and 0 elsewhere
+Backward: loss = -log P, z = [logits, c], dz = p - r; r = p / P for every way to output y, else 0
 
 Run    python translation.py           headlines with names never seen in training; --help says more
 Papers: Vaswani et al. 2017 (the transformer), Gu et al. 2016 (copying)
@@ -47,7 +47,7 @@ class Config:
     seed: int = 0           # random seed
 
 
-# ---- layers: B sequences, S and T positions, N = B T rows, D dim, H heads, d = D / H, V tokens ---
+# ---- layers: B sequences, S source, T target tokens, N = B T, D dim, H heads, d = D / H ----------
 
 def layernorm_forward(x, gamma, beta, eps=1e-5):
     """y = gamma xhat + beta, xhat = (x - mean) / sqrt(var + eps), per row.   x (N, D)."""
@@ -69,10 +69,10 @@ def layernorm_backward(dout, cache):
 
 
 def rotate(x, t):
-    """Pairs of numbers times e^(i w_j t).   x (B, H, T, d), t (T, 1); backward: rotate by -t."""
-    w = 10000.0 ** (-np.arange(0, x.shape[3], 2) / x.shape[3])
-    turn = np.exp(1j * t * w).astype(np.result_type(x, np.complex64))       # (T, d / 2)
-    return (x.view(turn.dtype) * turn).view(x.dtype)
+    """Turn pairs of numbers by angles t theta_j; backward: by -t.   x (B, H, T, d), t (T, 1)."""
+    theta = 10000.0 ** (-np.arange(0, x.shape[3], 2) / x.shape[3])          # (d / 2,)
+    turn = np.exp(1j * t * theta).astype(np.result_type(x, np.complex64))   # (T, d / 2)
+    return (x.view(turn.dtype) * turn).view(x.dtype)    # view: the same memory, read as pairs
 
 
 def rotary_multihead_forward(x, p, memory, heads, B, mask, t):
@@ -85,8 +85,8 @@ def rotary_multihead_forward(x, p, memory, heads, B, mask, t):
     q, k = rotate(q, t) * q.shape[3] ** -0.5, rotate(k, t)
     scores = np.where(mask, q @ k.swapaxes(2, 3), -1e9)             # (B, H, T, S)
     w = np.exp(scores - scores.max(axis=3, keepdims=True))
-    w /= w.sum(axis=3, keepdims=True)
-    y = (w @ v).swapaxes(1, 2).reshape(x.shape)
+    w /= w.sum(axis=3, keepdims=True)                               # attention weights
+    y = (w @ v).swapaxes(1, 2).reshape(x.shape)                     # the heads side by side
     return y @ p["Wo"], (x, p, memory, t, q, k, v, w, y)
 
 
@@ -98,7 +98,7 @@ def rotary_multihead_backward(dout, cache):
     dw = dy @ v.swapaxes(2, 3)
     ds = w * (dw - (w * dw).sum(axis=3, keepdims=True))             # 0 where the mask made w 0
     dq = rotate(ds @ k, -t).swapaxes(1, 2).reshape(x.shape) * d ** -0.5
-    dkv = np.stack([rotate(ds.swapaxes(2, 3) @ q, -t), w.swapaxes(2, 3) @ dy])
+    dkv = np.stack([rotate(ds.swapaxes(2, 3) @ q, -t), w.swapaxes(2, 3) @ dy])  # (2, B, H, S, d)
     dkv = dkv.transpose(1, 3, 0, 2, 4).reshape(len(memory), 2 * D)
     g = {"Wqkv": np.concatenate([x.T @ dq, memory.T @ dkv], axis=1), "Wo": y.T @ dout}
     return dq @ p["Wqkv"][:, :D].T, g, dkv @ p["Wqkv"][:, D:].T
@@ -121,10 +121,10 @@ def swiglu_mlp_backward(dout, cache):
 
 
 def pointer_forward(x, p, memory, B):
-    """c_ts = (x_t Wq) . ([m_s, m_s-1] Wk) / sqrt(D): after a copy of s - 1, the decoder finds s by
-    it.   x (B T, D), memory (B S, D) -> c (B, T, S)."""
+    """c_ts = (x_t Wq) . ([m_s, m_s-1] Wk) / sqrt(D).   x (B T, D), memory (B S, D) -> (B, T, S)."""
     m = memory.reshape(B, -1, x.shape[1])
-    m = np.concatenate([m, np.pad(m, ((0, 0), (1, 0), (0, 0)))[:, :-1]], axis=2)    # (B, S, 2 D)
+    before = np.pad(m, ((0, 0), (1, 0), (0, 0)))[:, :-1]    # m_s-1: having copied s - 1, find s
+    m = np.concatenate([m, before], axis=2)                         # (B, S, 2 D)
     q = (x @ p["Wq"]).reshape(B, -1, x.shape[1])
     k = m @ p["Wk"] * x.shape[1] ** -0.5                            # (B, S, D)
     return q @ k.swapaxes(1, 2), (x, p, m, q, k)
@@ -137,7 +137,7 @@ def pointer_backward(dout, cache):
     dq = (dout @ k).reshape(x.shape)
     dk = (dout.swapaxes(1, 2) @ q * D ** -0.5).reshape(B * S, D)
     dm = (dk @ p["Wk"].T).reshape(B, S, 2 * D)
-    dm[:, :-1, :D] += dm[:, 1:, D:]                                 # m_s is also s + 1's m_s-1
+    dm[:, :-1, :D] += dm[:, 1:, D:]                     # m_s stands at s, and at s + 1 as "before"
     g = {"Wq": x.T @ dq, "Wk": m.reshape(B * S, 2 * D).T @ dk}
     return dq @ p["Wq"].T, g, dm[:, :, :D].reshape(B * S, D)
 
@@ -155,14 +155,14 @@ def copy_cross_entropy_forward(z, right, V, label_smoothing):
     ways = np.where(right, log_p, -1e9)
     best = ways.max(axis=1, keepdims=True)
     share = np.exp(ways - best)
-    total = share.sum(axis=1, keepdims=True)
+    total = share.sum(axis=1, keepdims=True)            # log P = best + log(total)
     loss = -(1 - label_smoothing) * (best + np.log(total)).mean()
     loss -= label_smoothing * log_p[:, :V].mean()
     return loss, (log_p, share / total, V, label_smoothing)
 
 
 def copy_cross_entropy_backward(dout, cache):
-    """dz = (p - (1 - s) share - s / V) / N; share: what each right way has in P."""
+    """dz = (p - (1 - s) share - s / V) / N; share = p / P where right, 0 elsewhere."""
     log_p, share, V, label_smoothing = cache
     dz = np.exp(log_p) - (1 - label_smoothing) * share
     dz[:, :V] -= label_smoothing / V
@@ -189,15 +189,15 @@ def draw_headlines(rng, n, names):
     """-> n pairs (source, headline) of lists of words; persons and cities have one of the names."""
     choices, pairs = {part: words.split() for part, words in PARTS.items()}, []
     choices["name"] = choices["city"] = names
-    for first, *rest in rng.integers(2 ** 31, size=(n, 1 + len(choices))).tolist():
-        words = {part: some[i % len(some)] for i, (part, some) in zip(rest, choices.items())}
-        pairs.append([text.format(**words).split() for text in (SOURCES[first % 2], HEADLINE)])
+    for form, *numbers in rng.integers(2 ** 31, size=(n, 1 + len(choices))).tolist():
+        words = {part: some[i % len(some)] for i, (part, some) in zip(numbers, choices.items())}
+        pairs.append([text.format(**words).split() for text in (SOURCES[form % 2], HEADLINE)])
     return pairs
 
 
 def encode_pair(source, target, ids):
-    """-> ids of both sides; words of the source that are not in ids, a dict, count on from it."""
-    new = [word for word in dict.fromkeys(source) if word not in ids]
+    """ids: a dict of V words -> ids of both sides; other words of the source get V, V + 1, ..."""
+    new = [word for word in dict.fromkeys(source) if word not in ids]   # each once, in order
     ids = ids | {word: len(ids) + i for i, word in enumerate(new)}
     return [ids[word] for word in source], [ids.get(word, UNK) for word in target]
 
@@ -257,12 +257,12 @@ def part(params, prefix):
 def layers_forward(x, params, stack, sublayers, memory, keep):
     """x + f(norm(x)) for all sublayers f of every layer, a last norm; keep: dropout masks."""
     x, caches = x * keep[0], []
-    for k, kept in enumerate(keep[1:]):
-        name, forward, backward, *inputs = sublayers[k % len(sublayers)]
-        at = f"{stack}{k // len(sublayers)}.{name}."
+    for number, kept in enumerate(keep[1:]):            # of all sublayers, layer by layer
+        name, forward, backward, *inputs = sublayers[number % len(sublayers)]
+        at = f"{stack}{number // len(sublayers)}.{name}."
         p = part(params, at)
         y, norm = layernorm_forward(x, p["gamma"], p["beta"])
-        reads = {"self": [y], "cross": [memory], "mlp": []}[name]
+        reads = {"self": [y], "cross": [memory], "mlp": []}[name]   # where keys and values are from
         y, cache = forward(y, p, *reads, *inputs)
         x = x + kept * y
         caches.append((name, at, norm, cache, backward, kept))
@@ -276,42 +276,42 @@ def layers_backward(dout, cache):
     grads, dmemory = {}, 0
     dx, grads[stack + ".gamma"], grads[stack + ".beta"] = layernorm_backward(dout, norm)
     for name, at, norm, cache, backward, kept in reversed(caches):
-        dy, g, *dread = backward(kept * dx, cache)
-        d = {"self": dy, "cross": dmemory, "mlp": 0}
-        d[name] = sum(dread, d[name])                   # to what this sublayer has read
-        dy, g["gamma"], g["beta"] = layernorm_backward(d["self"], norm)
-        dx, dmemory = dx + dy, d["cross"]
+        dy, g, *dread = backward(kept * dx, cache)      # dread: [gradient of reads], [] for mlp
+        sums = {"self": dy, "cross": dmemory, "mlp": 0}
+        sums[name] = sum(dread, sums[name])             # self-attention has read y, cross memory
+        dy, g["gamma"], g["beta"] = layernorm_backward(sums["self"], norm)
+        dx, dmemory = dx + dy, sums["cross"]
         grads.update({at + key: value for key, value in g.items()})
     return keep * dx, grads, dmemory
 
 
 def encdec_copy_forward(params, source, target, cfg, keeps, pointer=True):
-    """source (B, S), target (B, T) from BOS on -> z (B T, V + S): logits, pointer's scores."""
+    """source (B, S), target (B, T) from BOS on -> z (B T, V + S): V logits, S pointer scores."""
     E, (B, S), T = params["E"], source.shape, target.shape[1]
     ids = np.concatenate([source.ravel(), target.ravel()])
     ids = np.where(ids < len(E), ids, UNK)                          # (B S + B T,)
     mask, causal_mask = (source != PAD)[:, None], np.tri(T, dtype=bool)     # (B, 1, S), (T, T)
     attention = rotary_multihead_forward, rotary_multihead_backward, cfg.heads, B
-    mlp = "mlp", swiglu_mlp_forward, swiglu_mlp_backward
+    mlp = "mlp", swiglu_mlp_forward, swiglu_mlp_backward            # see layers_forward
     encoder = [("self", *attention, mask[:, None], np.arange(S)[:, None]), mlp]
     memory, enc = layers_forward(E[ids[:B * S]], params, "enc", encoder, None, keeps[0])
     decoder = [("self", *attention, causal_mask, np.arange(T)[:, None]),
-               ("cross", *attention, mask[:, None], np.zeros((1, 1))), mlp]
+               ("cross", *attention, mask[:, None], np.zeros((1, 1))), mlp]     # 0: no rotation
     x, dec = layers_forward(E[ids[B * S:]], params, "dec", decoder, memory, keeps[1])
     c, copy = pointer_forward(x, part(params, "copy."), memory, B)
     c = np.where(mask & pointer, c, -1e9).reshape(B * T, S)         # where p is 0, so is dz
-    return np.concatenate([x @ E.T, c], axis=1), (enc, dec, copy, ids, x, E)
+    return np.concatenate([x @ E.T, c], axis=1), (enc, dec, copy, ids, x, E, B)
 
 
 def encdec_copy_backward(dout, cache):
     """encdec_copy_forward from bottom to top -> gradients under the keys of params."""
-    enc, dec, copy, ids, x, E = cache
+    enc, dec, copy, ids, x, E, B = cache
     dlogits, dc = np.split(dout, [len(E)], axis=1)
-    dx, g, dmemory = pointer_backward(dc.reshape(len(copy[2]), -1, dc.shape[1]), copy)
+    dx, g, dmemory = pointer_backward(dc.reshape(B, -1, dc.shape[1]), copy)
     dtarget, decoder, dm = layers_backward(dx + dlogits @ E, dec)
-    dsource, encoder, _ = layers_backward(dmemory + dm, enc)
+    dsource, encoder, _ = layers_backward(dmemory + dm, enc)        # pointer and cross-attention
     grads = {"E": dlogits.T @ x, "copy.Wq": g["Wq"], "copy.Wk": g["Wk"], **encoder, **decoder}
-    np.add.at(grads["E"], ids, np.concatenate([dsource, dtarget]))
+    np.add.at(grads["E"], ids, np.concatenate([dsource, dtarget]))  # E embeds both sides, too
     return grads
 
 
@@ -320,10 +320,11 @@ def loss_and_grads(params, batch, cfg, pointer=True):
     source, target, targets, *keeps = batch
     keeps = [keep.swapaxes(0, 1).reshape(keep.shape[1], -1, cfg.dim) for keep in keeps]
     z, cache = encdec_copy_forward(params, source, target, cfg, keeps, pointer)
-    V, (b, t) = len(params["E"]), np.nonzero(targets != PAD)
+    V = len(params["E"])
+    b, t = np.nonzero(targets != PAD)                   # sequence and position of every target
+    real = b * target.shape[1] + t                      # and its row of z
     y = np.where((targets < V) | pointer, targets, UNK)[b, t][:, None]
-    real = b * target.shape[1] + t
-    right = np.concatenate([y == np.arange(V), y == source[b]], axis=1)
+    right = np.concatenate([y == np.arange(V), y == source[b]], axis=1)         # ways to output y
     loss, loss_cache = copy_cross_entropy_forward(z[real], right, V, cfg.label_smoothing)
     dz = np.zeros_like(z)
     dz[real] = copy_cross_entropy_backward(1.0, loss_cache)
@@ -438,8 +439,9 @@ def print_result(task, cfg, **metrics):
 def write(params, source, target, cfg, pointer=True):
     """-> ids (B, T) of the likeliest ways; p (B, T, V + S); cross-attention w (B, H, T, S)."""
     keeps = [[1.0] * (1 + n * cfg.layers) for n in (2, 3)]          # no dropout
-    z, (_, (_, _, caches, _), *_) = encdec_copy_forward(params, source, target, cfg, keeps, pointer)
-    *_, (_, _, _, (*_, w, _), *_), mlp = caches
+    z, cache = encdec_copy_forward(params, source, target, cfg, keeps, pointer)
+    _, (_, _, caches, _), *_ = cache                    # of the decoder's sublayers
+    _, _, _, (*_, w, _), _, _ = caches[-2]              # the last but one is cross-attention
     p = np.exp(log_softmax(z)).reshape(*target.shape, -1)
     vocab = np.tile(np.arange(len(params["E"])), (len(source), 1))
     ways = np.concatenate([vocab, source], axis=1)                  # (B, V + S)
@@ -506,9 +508,10 @@ Headlines of Reuters-21578 (unpack reuters21578.tar.gz, then run the lines that 
                     print(" ".join(body), " ".join(title), sep="\\t", file=file)
 
 Break it (names that are right by default: 100 % with the pointer; without it 100 % of the known)
-    rotate: return x                    without the pointer 44 %; with it 100 %: m_s-1 tells which
-    pointer_forward: 0 * np.pad(...)    100 %: positions do as well. Both: 48 %, of the unseen 1 %
-    layers_backward: d["self"] = dy     80 %, 100 %: wrong (keys, values), but it learns
+    rotate: return x                    without the pointer 44 %; with it 100 %: m_s-1 has the order
+    pointer_forward: before = 0 * m     100 %: positions do as well. Both: 48 %, of the unseen 1 %
+    layers_backward: sums["self"] = dy  80 %, 100 %: the gradient of the keys and values is missing,
+                                        and the model learns nevertheless
 
 Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
     1. python translation.py --layers 2, or --dim 32: what becomes of the two models?
@@ -556,8 +559,8 @@ def merge_pair(tokens, pair):
 
 
 def find_merges(counts, most):
-    """Again and again, the most frequent pair of neighbours becomes a token; tokens are bytes.
-    counts: how often each piece of text occurs -> list of at most so many pairs."""
+    """Merge the most frequent pair of neighbours into one token, again and again; tokens are bytes.
+    counts: how often each piece of text occurs -> the pairs in this order, at most `most`."""
     tokens = {piece: [bytes([b]) for b in piece.encode()] for piece in counts}
     total, where = Counter(), defaultdict(dict)         # of every pair: how often, in which pieces
     changed, heap, merges = set(), [], {}
@@ -575,9 +578,9 @@ def find_merges(counts, most):
             heapq.heappush(heap, (-total[pair], pair))
         changed.clear()
         n, pair = heapq.heappop(heap) if heap else (0, None)
-        if n > -2:
+        if n > -2:                                      # no pair occurs twice
             break
-        if -n == total[pair]:                           # else it has changed: a newer entry follows
+        if -n == total[pair]:                           # else out of date: a newer entry follows
             for piece in list(where.pop(pair)):
                 count(piece, -1)
                 tokens[piece] = merge_pair(tokens[piece], pair)
@@ -597,7 +600,7 @@ def merge_steps(tokens, ranks):
 
 
 def make_tokenizer(unit, merges):
-    """-> function: text -> tokens (bytes), of which the text is made up exactly."""
+    """-> a function: text -> tokens (bytes); joined, they are the text again."""
     ranks = {pair: k for k, pair in enumerate(merges)}
 
     @functools.cache
@@ -612,7 +615,7 @@ def make_tokenizer(unit, merges):
 # ---- scores: BLEU as sacrebleu, ROUGE as rouge-score ---------------------------------------------
 
 def bleu_tokens(text):
-    """Words and punctuation as mteval-v13a, the script of the translation contests, cuts them."""
+    """Words and punctuation, split as by mteval-v13a, the script of the WMT translation tasks."""
     text = f" {text} "
     for pattern, new in ((r"<skipped>|-\n", ""), ("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"),
                          ("&gt;", ">"), (r"([{-~[-` -&(-+:-@/])", r" \1 "),
@@ -638,7 +641,8 @@ def bleu(outputs, references):
         total = sum(a.total() for a, _ in pairs)
         if not total or n == 1 and not right:
             return 0.0
-        none *= 1 if right else 2
+        if not right:
+            none *= 2
         log_precision += math.log((right or 1 / none) / total) / 4
     lengths = [sum(map(len, texts)) for texts in (outputs, references)]
     return 100 * math.exp(log_precision + min(0, 1 - lengths[1] / lengths[0]))
@@ -693,15 +697,17 @@ def beam_search(step, state, N, limit, beam, length_penalty):
 
 def find_targets(params, source, cfg, beam):
     """source (N, S) -> ids (N, T) that beam_search finds, their log-probabilities (N,)."""
-    E, (N, S), V = params["E"], source.shape, len(params["E"])
-    mask = np.repeat(source != PAD, beam, axis=0)[:, None]
+    E, V = params["E"], len(params["E"])
+    N, S = source.shape
     known = np.append(np.arange(V), np.full(S, UNK))                # the row of E for every id
-    encoder = [("self", rotary_multihead_forward, None, cfg.heads, N, mask[::beam, None],
-                np.arange(S)[:, None]), ("mlp", swiglu_mlp_forward, None)]
-    x, keep = E[known[source].ravel()], [1.0] * (1 + 3 * cfg.layers)
+    mlp = "mlp", swiglu_mlp_forward, None               # None: no backward pass
+    encoder = [("self", rotary_multihead_forward, None, cfg.heads, N,
+                (source != PAD)[:, None, None], np.arange(S)[:, None]), mlp]
+    x, keep = E[known[source].ravel()], [1.0] * (1 + 3 * cfg.layers)            # no dropout
     memory, _ = layers_forward(x, params, "enc", encoder, None, keep[cfg.layers:])
     memory = np.repeat(memory.reshape(N, S, -1), beam, axis=0).reshape(N * beam * S, -1)
-    source = np.repeat(source, beam, axis=0)
+    source = np.repeat(source, beam, axis=0)            # a row for each partial output
+    mask = (source != PAD)[:, None]
     attention, row = (rotary_multihead_forward, None, cfg.heads, N * beam), np.arange(N * beam)
     pointer = part(with_pointer(params), "copy.")
 
@@ -709,14 +715,13 @@ def find_targets(params, source, cfg, beam):
         target = np.column_stack([*state, ids])                     # (N K, T)
         T = target.shape[1]
         decoder = [("self", *attention, np.tri(T, dtype=bool), np.arange(T)[:, None]),
-                   ("cross", *attention, mask[:, None], np.zeros((1, 1))),
-                   ("mlp", swiglu_mlp_forward, None)]
+                   ("cross", *attention, mask[:, None], np.zeros((1, 1))), mlp]
         x, _ = layers_forward(E[known[target].ravel()], params, "dec", decoder, memory, keep)
         x = x[T - 1::T]                                             # of the last token
         c, _ = pointer_forward(x, pointer, memory, N * beam)
         c = np.where(mask & cfg.pointer, c, -1e9)[:, 0]
         p = np.exp(log_softmax(np.concatenate([x @ E.T, c], axis=1)))
-        total = np.pad(p[:, :V], ((0, 0), (0, S)))                  # of each id, all ways
+        total = np.pad(p[:, :V], ((0, 0), (0, S)))      # of each id: all ways to output it
         np.add.at(total, (row[:, None], source), p[:, V:])
         total[:, [PAD, BOS]] = 0
         return np.log(np.maximum(total, 1e-30)), [target]
@@ -733,16 +738,16 @@ class Pairs(Config):
     dropout: float = 0.1    # share of every sublayer's output set to 0 in training
     label_smoothing: float = 0.1  # share of the target's probability given to the vocabulary
     steps: int = 300        # optimizer steps
-    pointer: bool = False   # also copy tokens of the source
-    unit: Literal["bpe", "words", "characters"] = "bpe"  # what a token is
-    vocab_size: int = 4000  # most merges of bpe; else most tokens, others become <unk>
-    lower: bool = False     # make all characters lower case
-    context: int = 48       # most tokens: sources are cut, pairs with longer targets left out
+    pointer: bool = False   # copying of source tokens by a pointer
+    unit: Literal["bpe", "words", "characters"] = "bpe"  # kind of token
+    vocab_size: int = 4000  # maximum number of merges (bpe), else of tokens; the rest is <unk>
+    lower: bool = False     # lower case for all characters
+    context: int = 48       # maximum tokens: longer sources are cut, longer targets left out
     beam: int = 4           # beam width: partial outputs kept at each step
     length_penalty: float = 0.45  # exponent of the length that log-probabilities are divided by
     threads: int = 2        # micro-batches, each on a thread of its own
     data: str = ""          # UTF-8 file with lines source TAB target
-    validation: str = ""    # such a file, to watch the training (none: a tenth of the data)
+    validation: str = ""    # such a file, for the loss in training (none: a tenth of the data)
     test: str = ""          # such a file, for the scores (none: the last tenth of the data)
     save: str = ""          # checkpoint file (.npz) to write at every line of progress
     load: str = ""          # checkpoint file to resume from
@@ -805,7 +810,8 @@ def load_texts(path, validation, test, unit, vocab_size, lower, context, checkpo
     if unit == "bpe":
         vocab = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
     vocab = [token.encode("latin-1") for token in saved.get("vocab", [])] or vocab
-    ids, encoded = {token: i for i, token in enumerate(dict.fromkeys([*TOKENS[:4], *vocab]))}, {}
+    ids = {token: i for i, token in enumerate(dict.fromkeys([*TOKENS[:4], *vocab]))}
+    encoded = {}
     for name in ("train", "validation", "test"):
         pairs = [[tokenize(" " + text) for text in pair] for pair in texts[name]]
         fit = [pair for pair in pairs if len(pair[1]) < context]
@@ -853,11 +859,12 @@ def pairs_loss_and_grads(params, batch, cfg):
 
 
 def encode_texts(texts, cfg):
-    """-> of every (source, target): ids of both, a list of the tokens that these ids stand for."""
+    """-> for every (source, target): ids of both, a list of the tokens that these ids stand for."""
     data, encoded = texts_of(cfg), []
     for pair in texts:
         source, target = (data["tokenize"](" " + text)[:cfg.context] for text in pair)
-        tokens = [b"", b"", b"", b" <unk>", *list(dict.fromkeys([*data["ids"], *source]))[4:]]
+        tokens = list(dict.fromkeys([*data["ids"], *source]))       # numbered as by encode_pair
+        tokens[:4] = b"", b"", b"", b" <unk>"
         encoded.append((*encode_pair(source, target, data["ids"]), tokens))
     return encoded
 

@@ -1,20 +1,20 @@
 """vae.py: an autoencoder whose codes can be drawn at random.
 
-An autoencoder maps every image to a code, a point z, and back. Between the codes lies nothing that
-it has been trained on, so a random z decodes to nonsense. A variational autoencoder (VAE) maps an
-image to a cloud, N(mu, sigma^2), and a penalty, the KL divergence, keeps the clouds near N(0, I):
-together they fill it, and a draw from N(0, I) decodes to a new image. Its loss is not ad hoc: it
-bounds -log p(x) from above, in nats. Here the true log p(x) is known, too, and stands beside it.
+An autoencoder maps every image to a code, a point z, and the code back to the image. Between the
+codes its decoder is not trained, so a random z decodes to nonsense. A variational autoencoder (VAE)
+maps an image to a distribution of codes, N(mu, sigma^2), and a penalty, the KL divergence, keeps
+these near N(0, I). Together they cover N(0, I), so a draw from it decodes to a new image. The loss
+is an upper bound of -log p(x), in nats; for the data used here, the exact log p(x) is known, too.
 
-Forward, for images x (N, P) of 0 and 1; e is a draw from N(0, I), made before
+Forward, for images x (N, P) of 0 and 1; e is a draw from N(0, I), which the batch contains
     mu, log_var = encoder(x)      z = mu + sigma e, sigma = exp(log_var / 2)      a = decoder(z)
-    distortion   -log p(x|z) = sum_p log(1 + e^a) - x a          the cost of x if z is known
+    distortion   -log p(x|z) = sum_p log(1 + exp(a)) - x a       the cost of x if z is known
     rate         KL = sum_d (mu^2 + sigma^2 - 1 - log_var) / 2   the cost of z
     loss         mean_n (distortion + beta rate);   beta = 1: minus the ELBO, and ELBO <= log p(x)
 Backward
     da = (sigmoid(a) - x) / N     then the decoder, as in mlp.py, down to dz
     dmu      = dz + beta mu / N
-    dlog_var = dz e sigma / 2 + beta (sigma^2 - 1) / (2 N):   the gradient passes the draw, since
+    dlog_var = dz e sigma / 2 + beta (sigma^2 - 1) / (2 N):   a draw of z has a gradient, because
                e does not depend on the parameters (the reparameterization trick)
 
 Run    python vae.py      (40 small images; python vae.py --help lists the other tasks)
@@ -53,7 +53,7 @@ class Config:
     seed: int = 0           # random seed
 
 
-# ---- layers: N images of P pixels, D latent numbers ----------------------------------------------
+# ---- layers: N images of P pixels, D latent numbers; in linear D inputs and M outputs ------------
 
 def linear_forward(x, W, b):
     """y = x W + b.   x (N, D), W (D, M), b (M,) -> y (N, M)."""
@@ -112,8 +112,8 @@ def gaussian_kl_backward(dout, cache):
 
 
 def bernoulli_forward(logits, targets):
-    """-log p(targets) in nats if pixel p is 1 with probability sigmoid(logits), summed over the
-    pixels, mean over the images: mean_n sum_p log(1 + e^a) - t a.   (N, P) each -> scalar."""
+    """-log p(targets) in nats if a pixel is 1 with probability sigmoid(a), a = logits, t = targets;
+    summed over pixels: mean_n sum_p log(1 + exp(a)) - t a.   (N, P) each -> scalar."""
     nats = np.maximum(logits, 0) + np.log(1 + np.exp(-abs(logits))) - targets * logits
     return nats.sum(axis=1).mean(), (logits, targets)
 
@@ -167,7 +167,7 @@ FLIP = 0.05                                             # probability that a pix
 def noisy_templates(rng, n):
     """n random templates, every pixel flipped with probability FLIP.   -> (n, 64) of 0 and 1."""
     x = TEMPLATES[rng.integers(0, 40, n)]
-    return abs(x - (rng.random(x.shape) < FLIP))
+    return abs(x - (rng.random(x.shape) < FLIP))        # 1 - x where a pixel is flipped
 
 
 def log_mean_exp(values):
@@ -356,9 +356,11 @@ def draw_row(images, gap="  "):
 
 def draw_latent_map(params, D, cols=80, rows=20):
     """The shape that z decodes to; columns and rows are quantiles of z1 and z2, other z are 0."""
-    across, down = ([NormalDist().inv_cdf((i + 0.5) / n) for i in range(n)] for n in (cols, rows))
+    across = [NormalDist().inv_cdf((i + 0.5) / cols) for i in range(cols)]
+    up = [NormalDist().inv_cdf((i + 0.5) / rows) for i in range(rows)]
+    z1, z2 = np.meshgrid(across, up[::-1])              # (rows, cols) each; the top row is first
     z = np.zeros((rows * cols, D))
-    z[:, :2] = np.stack(np.meshgrid(across, down[::-1]), axis=2).reshape(-1, 2)[:, :D]
+    z[:, :2] = np.stack([z1.ravel(), z2.ravel()][:D], axis=1)       # D may be 1
     index, wrong = nearest_template(decode_images(params, z))
     marks = np.array(list("orSFtd+x=I"))                # in the order of SHAPES
     picture = np.where(wrong <= 4, marks[index // 4], ".").reshape(rows, cols)
@@ -377,8 +379,8 @@ def print_result(task, cfg, **metrics):
 
 
 def new_images(n=4000):
-    """Images for measuring, the same in every run; their loss if pixels were independent, which is
-    the chance level; their exact log-likelihood.   -> (n, 64), two numbers."""
+    """-> held-out images (n, 64), the same in every run; the chance level, which is their loss if
+    pixels were independent; their exact log-likelihood."""
     x = noisy_templates(np.random.default_rng(10 ** 6), n)
     p = FLIP + (1 - 2 * FLIP) * TEMPLATES.mean(axis=0)  # how often a pixel is 1
     chance = -(x * np.log(p) + (1 - x) * np.log(1 - p)).sum(axis=1).mean()
@@ -481,9 +483,9 @@ with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse f
 # a mean of K weights is a bound, L_K, that rises with K; L_1 is the ELBO (Burda et al. 2016).
 
 def log_weight_forward(logits, z, log_var, e, targets):
-    """log w = log p(targets|z) + log p(z) - log q(z|targets) = sum_p (t a - log(1 + e^a)) + sum_d
-    (log_var + e^2 - z^2) / 2; both Gaussians have 2 pi.   logits (N, K, P), z, e (N, K, D), log_var
-    (N, D), targets (N, P) -> (N, K)."""
+    """log w = log p(t|z) + log p(z) - log q(z|t) = sum_p (t a - log(1 + exp(a))) + sum_d (log_var +
+    e^2 - z^2) / 2, as the 2 pi cancel; a = logits (N, K, P), t = targets (N, P), z, e (N, K, D),
+    log_var (N, D) -> (N, K)."""
     targets = targets[:, None]
     nats = np.maximum(logits, 0) + np.log(1 + np.exp(-abs(logits))) - targets * logits
     log_ratio = 0.5 * (log_var[:, None] + e * e - z * z)            # (N, K, D)
@@ -535,23 +537,24 @@ def importance_batch(cfg, step, dtype=np.float32):
 
 
 def log_weights(params, x, draws, rng):
-    """log w of x (N, P), one image and 500 draws at a time.   -> (N, draws)."""
-    rows = []
+    """log w of x (N, P), for one image and 500 draws at a time, which needs less memory.
+    -> (N, draws)."""
+    D, rows = len(params["dec.W1"]), []
     for image in x[:, None]:                            # (1, P)
-        e = rng.standard_normal((draws // 500, 1, 500, len(params["dec.W1"])), np.float32)
+        e = rng.standard_normal((draws // 500, 1, 500, D), np.float32)
         rows.append(np.concatenate([importance_weights(params, image, some)[0][0] for some in e]))
     return np.stack(rows)
 
 
 def measure(params, cfg, x, draws, **known):
-    """Print rate, distortion and bounds on log p(x), beside what is known of it.   -> metrics."""
+    """Print rate, distortion and bounds on log p(x), beside known values of it.   -> metrics."""
     rng = np.random.default_rng(cfg.seed)
     rate, distortion = rate_and_distortion(params, x, rng)
     check_finite(rate + distortion, params)
     mu, log_var = encode_images(params, x)
     rates = 0.5 * (mu * mu + np.exp(log_var) - 1 - log_var).mean(axis=0)                    # (D,)
     active = int((mu.var(axis=0) > 0.01).sum())         # as Burda et al. 2016 count them
-    largest = " ".join(f"{value:.2f}" for value in np.sort(rates)[:-13:-1])
+    largest = " ".join(f"{value:.2f}" for value in np.sort(rates)[::-1][:12])
     print(f"{len(x)} new images: rate {rate:.2f}, distortion {distortion:.2f} nats\n"
           f"{active} active latent numbers; the largest rates: {largest}")
     log_w = log_weights(params, x, draws, rng)
@@ -564,9 +567,9 @@ def measure(params, cfg, x, draws, **known):
 
 
 # ---- models measured alike: python vae.py compare, python vae.py sweep ---------------------------
-# An autoencoder is a VAE with e = 0 and beta = 0: no draw, and codes wherever the training leaves
-# them; its sigma is not trained, so its bounds say nothing. beta is the price of a nat of rate; if
-# it is too high, z does not depend on the image (posterior collapse).
+# An autoencoder is a VAE with e = 0 and beta = 0: there is no draw, and nothing keeps the codes
+# near N(0, I); its sigma is not trained, so its bounds mean nothing. beta is the price of a nat of
+# rate; if beta is too high, z does not depend on the image (posterior collapse).
 
 @dataclass
 class Compare(Config):
@@ -595,7 +598,8 @@ def autoencoder_batch(cfg, step):
 def samples_and_ways(params, cfg, x):
     """Decode draws from N(0, I), and from a Gaussian fitted to the codes of x (N, P); show ten, and
     ten images on the way between two codes.   -> metrics."""
-    rng, (mu, _) = np.random.default_rng(cfg.seed), encode_images(params, x)
+    rng = np.random.default_rng(cfg.seed)
+    mu, _ = encode_images(params, x)
     images = decode_images(params, rng.standard_normal((4000, cfg.latent)))
     ok, _, hit = quality(images)
     codes = rng.multivariate_normal(mu.mean(axis=0), np.atleast_2d(np.cov(mu.T)), len(images))
@@ -611,7 +615,8 @@ def samples_and_ways(params, cfg, x):
 
 def compare(task, cfg, models):
     """Train and measure each of models: name -> configuration, make_batch, loss_and_grads."""
-    start, table, (x, chance, exact) = time.perf_counter(), {}, new_images(300)
+    start, table = time.perf_counter(), {}
+    x, chance, exact = new_images(300)
     for name, (own, batch, function) in models.items():
         print(f"\n{name}: {own.latent} latent numbers, beta {own.beta:g}, hidden layers of "
               f"{own.hidden}\nchance level: loss {chance:.2f}, independent pixels")
@@ -648,15 +653,17 @@ def run_compare(cfg):
 
 def run_sweep(cfg):
     """A VAE for each weight of the KL divergence."""
-    betas = [cfg.beta * factor for factor in (0.1, 0.5, 1, 2, 4, 10)]
-    compare("sweep", cfg, {f"beta_{beta:g}".replace(".", "_"): (
-        replace(cfg, beta=beta), make_batch, loss_and_grads) for beta in betas})
+    models = {}
+    for beta in [cfg.beta * factor for factor in (0.1, 0.5, 1, 2, 4, 10)]:
+        name = f"beta_{beta:g}".replace(".", "_")
+        models[name] = replace(cfg, beta=beta), make_batch, loss_and_grads
+    compare("sweep", cfg, models)
 
 
 # ---- digits: python vae.py mnist --data mnist ----------------------------------------------------
 # The net and the measure of Burda et al. 2016. A gray value is the probability that its pixel is 1:
-# training images are drawn anew each time, test images once. Other papers draw the training images
-# once, which is 1 to 2 nats worse: figures of the two kinds cannot be compared.
+# training images are binarized anew each time, test images once. Other papers binarize the training
+# images once, too, which is 1 to 2 nats worse: figures of the two kinds cannot be compared.
 
 @dataclass
 class Mnist(Config):
@@ -797,7 +804,8 @@ def run_mnist(cfg):
     def note():
         return f"  validation {sum(rate_and_distortion(params, held_out[:1000], rng)):.2f}"
     losses = train(params, cfg, mnist_batch, note=note)
-    metrics = measure(params, cfg, test[::max(1, len(test) // 1000)][:1000], 5000)
+    some = test[::max(1, len(test) // 1000)][:1000]     # 1,000 of all classes
+    metrics = measure(params, cfg, some, 5000)
     elbo = -sum(rate_and_distortion(params, test, rng))
     print(f"ELBO of all {len(test)} test images: {elbo:.2f}")
     samples = decode_images(params, rng.standard_normal((100, cfg.latent)))
@@ -805,8 +813,9 @@ def run_mnist(cfg):
         write_png(cfg.png, tile_images(samples.reshape(100, 28, 28, 1), 10, 2))
         print(f"{cfg.png}: 100 samples")
     print("Samples; blank is 0, @ is 1")
-    for images in samples[:6].reshape(2, 3, 14, 2, 28).mean(axis=3):           # two rows in one
-        for line in shade(images).swapaxes(0, 1):                          # (3, 28)
+    halved = samples[:6].reshape(2, 3, 14, 2, 28).mean(axis=3)      # two rows of pixels in one
+    for images in halved:                                           # (3, 14, 28)
+        for line in shade(images).swapaxes(0, 1):                   # (3, 28)
             print("  ".join("".join(pixels) for pixels in line).rstrip())
     print("\nNext: python vae.py compare      python gan.py")
     print_result("mnist", cfg, all_elbo=elbo, **metrics, params=size, steps=len(losses),
