@@ -77,7 +77,7 @@ def compare(d):
             n = d.slopes[k] = near
         error = relative_error(yours, n, size)
         if error > TOLERANCE:
-            at = f"at {np.argwhere(step)[0].tolist()}" if step.sum() == 1 else "on a random step"
+            at = f"at {np.argwhere(step)[0].tolist()}" if step.sum() == 1 else "in all entries"
             text = f" {at}: yours {yours:.6g}, numeric {n:.6g}"
             d.wrong[name] = max(d.wrong.get(name, (0, "")), (error, text))
         else:
@@ -375,8 +375,8 @@ def hints(a, name, numeric, d):
     if len(wrong) > 2 and wrong.sum() == len(wrong) - 1 and not wrong[[0, -1]].all():
         end, what = ("last", "later") if wrong[0] else ("first", "earlier")
         return f"right only at the {end} of axis 0: is what comes from {what} steps wrong?"
-    return ("not this gradient times a factor, with the other sign or transposed: inside it a "
-            "term, an axis or a .T is wrong")
+    return ("not this gradient times a factor, with the other sign or transposed: a term, an axis "
+            "or a .T is wrong, in it or in the forward")
 
 def factor(ratio, d):
     """Name the number that the gradient must be multiplied by."""

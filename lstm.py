@@ -91,9 +91,10 @@ def lstm_backward(dh_out, dc, cache):
     h, c, gates, Wh = cache
     i, f, g, o = gates.swapaxes(0, 1)                       # (T, N, H) each
     tanh_c = np.tanh(c[1:])
-    di, df = g * i * (1 - i), c[:-1] * f * (1 - f)          # dz_i = dc di, dz_f = dc df,
-    dg, do = i * (1 - g ** 2), tanh_c * o * (1 - o)         # dz_g = dc dg, dz_o = dh do and
-    to_c = o * (1 - tanh_c ** 2)                            # dc += dh to_c, for all steps at once
+    # factors of all steps: dz_i = dc di, dz_f = dc df, dz_g = dc dg, dz_o = dh do, dc += dh to_c
+    di, df = g * i * (1 - i), c[:-1] * f * (1 - f)
+    dg, do = i * (1 - g ** 2), tanh_c * o * (1 - o)
+    to_c = o * (1 - tanh_c ** 2)
     T, N, H = dh_out.shape
     dz = np.zeros((T, N, 4 * H), dh_out.dtype)
     dh, WhT = 0, Wh.T.copy()                                # contiguous: faster in the loop
@@ -460,10 +461,11 @@ def masked_lstm_backward(dh_out, dc, cache):
     (N, H) of the last c -> dz (T, N, 4 H), dh0, dc0, dWh."""
     h, c, gates, Wh, mask = cache
     i, f, g, o = gates.swapaxes(0, 1)                       # (T, N, H) each
-    tanh_c = np.tanh(f * c[:-1] + i * g)
-    di, df = g * i * (1 - i), c[:-1] * f * (1 - f)          # dz_i = dc di, dz_f = dc df,
-    dg, do = i * (1 - g ** 2), tanh_c * o * (1 - o)         # dz_g = dc dg, dz_o = dh do and
-    to_c = o * (1 - tanh_c ** 2)                            # dc += dh to_c, for all steps at once
+    tanh_c = np.tanh(c[1:])                                 # not used at padding: dz is 0 there
+    # factors of all steps: dz_i = dc di, dz_f = dc df, dz_g = dc dg, dz_o = dh do, dc += dh to_c
+    di, df = g * i * (1 - i), c[:-1] * f * (1 - f)
+    dg, do = i * (1 - g ** 2), tanh_c * o * (1 - o)
+    to_c = o * (1 - tanh_c ** 2)
     T, N, H = dh_out.shape
     dz = np.zeros((T, N, 4 * H), dh_out.dtype)
     dh, WhT = 0, Wh.T.copy()                                # contiguous: faster in the loop

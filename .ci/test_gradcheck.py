@@ -121,11 +121,11 @@ SLIPS += [
     ("transformer.py", "causal_attention_backward", "dout @ v.swapaxes(2, 3)", "dout @ v",  # 2
      ["causal_attention_backward raises", "the sizes do not fit", "dout @ v"]),
     ("transformer.py", "causal_attention_backward", "ds.swapaxes(2, 3) @ q", "ds @ q",    # 2b
-     ["causal_attention, gradient of k", "inside it a term, an axis or a .T is wrong", "computed in line ",
+     ["causal_attention, gradient of k", "a term, an axis or a .T is wrong", "computed in line ",
       "ds.swapaxes(2, 3) @ q"]),
     ("transformer.py", "causal_attention_backward", "p.swapaxes(2, 3) @ dout", "p @ dout",
      ["causal_attention, gradient of v", "not this gradient times a factor, with the other sign or transposed",
-      "inside it a term, an axis or a .T is wrong", "computed in line ", "dv = p @ dout"]),
+      "a term, an axis or a .T is wrong", "computed in line ", "dv = p @ dout"]),
     ("transformer.py", "linear_backward", "dout.sum(axis=0)", "dout",                     # 3
      ["linear, gradient of b", "a missing sum over axis 0: forward broadcasts b along it"]),
     ("transformer.py", "layernorm_backward", "(dout * xhat).sum(axis=0)",                 # 3b
