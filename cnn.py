@@ -2,9 +2,9 @@
 
 A linear layer on pixels learns an edge anew for every position where one can be. A convolution
 learns it once: a filter of k x k pixels slides over the image and outputs at every position how
-well the patch there matches. All positions share its weights, so there are few of them, and where
-the input shifts, the output shifts with it. Pooling halves the image, so that the filters of the
-next layer cover more of it: first edges, then parts, then shapes.
+well the patch there matches the filter. All positions share the weights of the filter, so these are
+few, and where the input shifts, the output shifts with it. Pooling halves the image, so that the
+filters of the next layer cover more of it: first edges, then parts, then shapes.
 
 Forward, output pixel q, offsets p in the k x k window (channels are summed as well):
     conv         y[q] = sum_p x[q + p] W[p]   as one product: y = patches W, one patch per row
@@ -52,7 +52,7 @@ class Config:
     seed: int = 0           # random seed
 
 
-# ---- layers: N images of H x W pixels, C channels in, M channels out, k x k filters --------------
+# ---- layers: N images of H x W pixels (else W: weights), C channels in, M out, k x k filters -----
 
 def conv_forward(x, W):
     """y[q] = sum_p x[q + p] W[p]; zeros around x, k // 2 deep, keep the size; k is odd.
@@ -108,7 +108,7 @@ def maxpool_forward(x):
     """The largest pixel of each 2 x 2 window, of equals the first.   x (N, H, W, C), H and W even
     -> (N, H / 2, W / 2, C)."""
     N, H, W, C = x.shape
-    windows = x.reshape(N, H // 2, 2, W // 2, 2, C).transpose(0, 1, 3, 5, 2, 4)
+    windows = x.reshape(N, H // 2, 2, W // 2, 2, C).transpose(0, 1, 3, 5, 2, 4)     # (..., 2, 2)
     windows = windows.reshape(N, H // 2, W // 2, C, 4)
     argmax = windows.argmax(axis=4)[..., None]
     return np.take_along_axis(windows, argmax, axis=4)[..., 0], (argmax, x.shape)
@@ -213,7 +213,7 @@ def cnn_forward(params, x, running=None):
     blocks = []
     for i in (1, 2, 3):
         x, conv = conv_forward(x, params[f"W{i}"])
-        statistics = running and tuple(running[f"norm{i}"])
+        statistics = running and tuple(running[f"norm{i}"])         # None in training
         x, norm = batchnorm2d_forward(x, params[f"gamma{i}"], params[f"beta{i}"], statistics)
         x, relu = relu_forward(x)
         x, pool = maxpool_forward(x)
@@ -240,7 +240,7 @@ def cnn_backward(dout, cache):
 
 
 def moving_averages(running, statistics):
-    """A tenth of the way from running to the statistics of a batch; at first, the statistics."""
+    """0.9 running + 0.1 statistics of a batch, by name; at the first step the statistics."""
     running = running or {}
     return {name: 0.9 * running.get(name, new) + 0.1 * new for name, new in statistics.items()}
 
@@ -320,8 +320,9 @@ def progress(steps, losses, note=lambda: ""):
 def train(params, cfg, running, make_batch=make_batch, loss_and_grads=loss_and_grads,
           update=adam_update, rate=learning_rate, state=None, losses=None, note=lambda: "",
           after_step=lambda step: None):
-    """Train params in place, keep running statistics -> losses. Later parts pass own functions."""
-    state, losses = {} if state is None else state, [] if losses is None else losses
+    """Train params and running in place -> losses.   Later parts pass their own functions."""
+    state = {} if state is None else state
+    losses = [] if losses is None else losses
     for step in progress(cfg.steps, losses, note):
         loss, grads, new = loss_and_grads(params, make_batch(cfg, step), cfg, running)
         update(params, grads, state, rate(step, cfg))
@@ -363,9 +364,10 @@ def show_filters(W):
     print("Filters of the first layer, one channel below the other (blank is the most negative "
           "weight,\n@ the most positive)")
     W = W[..., :8] / (abs(W[..., :8]).max(axis=(0, 1, 2)) + 1e-9)
-    rows = shade(0.5 + 0.5 * W).transpose(3, 2, 0, 1).reshape(W.shape[3], -1, len(W))
+    rows = shade(0.5 + 0.5 * W).repeat(2, axis=1)       # (k, 2 k, C, M): a character is tall
+    rows = rows.transpose(3, 2, 0, 1).reshape(W.shape[3], -1, 2 * len(W))   # (M, C k, 2 k)
     side_by_side([f"filter {m + 1}" for m in range(len(rows))],
-                 [["".join(2 * weight for weight in row) for row in filter] for filter in rows])
+                 [["".join(row) for row in filter] for filter in rows])
 
 
 def show_confusion(outputs, labels, names):
@@ -377,7 +379,7 @@ def show_confusion(outputs, labels, names):
     for name, row in zip(names, table):
         percent = 100 * row / max(1, row.sum())
         print(f"{name:>10s}" + "".join(f"{p:6.0f}" if p >= 0.5 else "     ." for p in percent))
-    pairs = np.triu(table + table.T, 1)
+    pairs = np.triu(table + table.T, 1)                 # above the diagonal: both ways together
     a, b = np.unravel_index(pairs.argmax(), pairs.shape)
     if pairs.any():
         print(f"Most confused: {names[a]} and {names[b]}; {table[a, b]} of {table[a].sum()} images "
@@ -444,13 +446,13 @@ Tasks (seconds and minutes on two cores)
         --channels 16 --dropout 0 --lr 0.1 --crop 3 --steps 8400                92 %, 75 minutes
 
 Break it (what to change, and what comes of it)
-    relu_forward: return x, x; relu_backward: return dout       99 %: max pooling bends lines, too
+    relu_forward: return x, x; relu_backward: return dout       99 %: max pooling is nonlinear, too
         the same, and python cnn.py net --pool average           9 %: the whole net is linear
-    conv_backward: W.swapaxes(2, 3), not rotated                94 % instead of 98.5 %: it learns
-        all the same, so check gradients instead of looking at the loss
+    conv_backward: W.swapaxes(2, 3), not rotated                94 % instead of 98.5 %: a wrong
+        gradient can pass for a right one, unless it is checked
     draw_shapes: np.where(mask, ink, ground)[:, np.random.default_rng(0).permutation(size)]
                                                                 95 %: all images have their rows in
-        the same wrong order; to a linear layer it is no loss, to a filter neighbours matter
+        the same wrong order, which a linear layer would not notice; filters need neighbours
     init_params: standard_normal((1, 1, C, M))                  41 %: filters without neighbours
     python cnn.py net --lr 0.1                                  99 %, as at a tenth of it;
         with --norm none                                        10 %: chance
@@ -479,7 +481,6 @@ import io
 import json
 import lzma
 import re
-import struct
 import sys
 import tarfile
 import zlib
@@ -525,8 +526,8 @@ def conv_loop_backward(dout, cache):
 # ---- stride, padding, dilation, groups -----------------------------------------------------------
 # stride s: the window moves s pixels at a time, so the output is s times smaller. dilation d: the
 # pixels of a window are d apart. groups g: the channels are cut into g groups, and every filter
-# sees one of them. With g = C each filter sees one channel (depthwise); a 1 x 1 convolution after
-# it mixes the channels, and both together have (9 + M) C weights in place of 9 C M (Howard 2017).
+# reads one group. With g = C each filter reads one channel (depthwise); a 1 x 1 convolution after
+# that mixes the channels, and both together have (9 + M) C weights in place of 9 C M (Howard 2017).
 
 def offset_views(x, k, stride=1, dilation=1):
     """For each offset in a k x k window the pixels of x that have it, over all windows.
@@ -556,7 +557,7 @@ def conv2d_forward(x, W, stride=1, padding=0, dilation=1, groups=1):
 
 
 def conv2d_backward(dout, cache):
-    """dW below; dx[stride q + dilation p] += dout[q] W[p]^T, for one offset p after the other."""
+    """dx[stride q + dilation p] += dout[q] W[p]^T, one offset p after the other; dW: below."""
     patches, filters, (k, _, c, _), shape, stride, padding, dilation = cache
     groups, M = len(patches), dout.shape[3]
     drows = dout.reshape(-1, groups, M // groups).swapaxes(0, 1)    # (groups, N H' W', M / groups)
@@ -590,8 +591,8 @@ def channel_products(a, b, C):
 
 
 def fast_batchnorm2d_forward(x, gamma, beta, running=None, eps=1e-5):
-    """batchnorm2d on rows of W C numbers, with one factor and one term per channel.
-    x (N, H, W, C), gamma, beta (C,)."""
+    """batchnorm2d on rows of W C numbers (a long inner loop), with one factor and one summand per
+    channel.   x (N, H, W, C), gamma, beta (C,)."""
     N, H, W, C = x.shape
     rows, n = x.reshape(N * H, W * C), N * H * W
     mean = channel_sums(rows, C) / n if running is None else running[0]
@@ -730,7 +731,7 @@ def bias_backward(dout, cache):
 
 # ---- nets with choices: python cnn.py net --model resnet --norm group ----------------------------
 # A residual block is y = relu(f(x) + x): f has to learn only what x lacks, and the gradient of y
-# reaches x past f as well, whatever f does to it (He et al. 2016).
+# reaches x directly, however little of it passes through f (He et al. 2016).
 
 @dataclass
 class Net:
@@ -747,18 +748,17 @@ class Net:
     steps: int = 600        # optimizer steps
     optimizer: Literal["momentum", "adam"] = "adam"  # update rule
     lr: float = 0.01        # peak learning rate
-    weight_decay: float = 0.005  # weight decay of momentum
+    weight_decay: float = 0.005  # weight decay of the optimizer momentum
     schedule: Literal["one-cycle", "cosine"] = "one-cycle"  # learning rate after the warmup
     warmup_fraction: float = 0.2  # fraction of the steps with linear warmup
     threads: int = 1        # micro-batches, each on a thread, with BatchNorm statistics of its own
     save: str = ""          # checkpoint file (.npz), written every 500 steps
     load: str = ""          # checkpoint file to resume from
-    png: str = ""           # file to write filters and confusion matrix to, in color
     seed: int = 0           # random seed
     image = (16, 16, 3)     # height, width, channels
 
 
-PLANS = {       # layers in their order, each with the channels after it, over --channels
+PLANS = {       # layers in their order, each with its output channels as a multiple of --channels
     "plain": dict(stem1=1, pool1=1, conv2=2, pool2=2, conv3=4, pool3=4),
     "resnet": dict(stem1=1, conv1=2, pool1=2, res1=2, conv2=8, pool2=8, res2=8, conv3=8, pool3=8,
                    res3=8),
@@ -790,33 +790,25 @@ def convnorm_params(rng, k, C, M, norm):
     return p
 
 
-def normalize_forward(x, params, norm, running):
-    """BatchNorm, GroupNorm (8 groups, if they fit) or a bias.   x (N, H, W, C)."""
-    forward, _, names = NORMS[norm]
-    options = {"batch": [running], "group": [math.gcd(x.shape[3], 8)], "none": []}[norm]
-    y, cache = forward(x, *(params[name] for name in names), *options)
-    return y, (cache, norm)
-
-
-def normalize_backward(dout, cache):
-    """-> dx, gradients under the keys of params."""
-    cache, norm = cache
-    _, backward, names = NORMS[norm]
-    dx, *grads = backward(dout, cache)
-    return dx, dict(zip(names, grads))
-
-
 def convnorm_forward(x, params, norm, stride, running):
-    """Convolution and normalize.   x (N, H, W, C), W (k, k, C, M) -> (N, H', W', M)."""
+    """Convolution, then BatchNorm, GroupNorm (8 groups, if they fit) or a bias.
+    x (N, H, W, C), W (k, k, C, M) -> (N, H', W', M)."""
+    forward, _, names = NORMS[norm]
     y, conv = conv2d_forward(x, params["W"], stride, len(params["W"]) // 2)
-    y, cache = normalize_forward(y, params, norm, running)
-    return y, (conv, cache)
+    options = {"batch": [running], "group": [math.gcd(y.shape[3], 8)], "none": []}[norm]
+    y, cache = forward(y, *(params[name] for name in names), *options)
+    return y, (conv, cache, norm)
 
 
-def convnorm_backward(dout, cache):
-    """convnorm_forward from bottom to top -> dx, gradients under the keys of params."""
-    conv, cache = cache
-    dy, grads = normalize_backward(dout, cache)
+def convnorm_backward(dout, cache, first=False):
+    """convnorm_forward from bottom to top -> dx, gradients under the keys of params.   The first
+    layer is without dx: images need no gradient, which saves a seventh of a step."""
+    conv, cache, norm = cache
+    _, backward, names = NORMS[norm]
+    dy, *values = backward(dout, cache)
+    grads = dict(zip(names, values))
+    if first:
+        return None, {**grads, "W": conv2d_filter_gradient(dy, conv)}
     dx, grads["W"] = conv2d_backward(dy, conv)
     return dx, grads
 
@@ -828,23 +820,10 @@ def convblock_forward(x, params, norm, stride, running):
     return y, {"a": a, "relu": relu}
 
 
-def convblock_backward(dout, cache):
+def convblock_backward(dout, cache, first=False):
     """convblock_forward from bottom to top -> dx, gradients under the keys of params."""
-    dx, grads = convnorm_backward(relu_backward(dout, cache["relu"]), cache["a"])
+    dx, grads = convnorm_backward(relu_backward(dout, cache["relu"]), cache["a"], first)
     return dx, prefixed(grads, "a.")
-
-
-def stem_forward(x, params, norm, stride, running):
-    """convblock as the first layer."""
-    return convblock_forward(x, params, norm, stride, running)
-
-
-def stem_backward(dout, cache):
-    """Without dx: images need no gradient, which saves a seventh of a step."""
-    conv, norm_cache = cache["a"]
-    dy, grads = normalize_backward(relu_backward(dout, cache["relu"]), norm_cache)
-    grads["W"] = conv2d_filter_gradient(dy, conv)
-    return None, prefixed(grads, "a.")
 
 
 def residual_forward(x, params, norm, stride, running):
@@ -876,15 +855,15 @@ def block_statistics(blocks):
     """Mean and var of every BatchNorm in the caches of blocks, by name.   -> {"res1.a": (2, M)}."""
     statistics = {}
     for name, block in blocks.items():
-        for unit in [unit for unit in ("a", "b", "s") if unit in block]:
-            _, (cache, norm) = block[unit]
+        for unit in sorted({"a", "b", "s"} & block.keys()):
+            _, cache, norm = block[unit]
             if norm == "batch":
                 *_, mean, var = cache
                 statistics[f"{name}.{unit}"] = np.stack([mean, var])
     return statistics
 
 
-BLOCKS = {"stem": (stem_forward, stem_backward),
+BLOCKS = {"stem": (convblock_forward, functools.partial(convblock_backward, first=True)),
           "conv": (convblock_forward, convblock_backward),
           "res": (residual_forward, residual_backward)}
 
@@ -991,9 +970,9 @@ def net_batch(cfg, step, dtype=np.float32):
     return augmented_batch(cfg, rng, images, labels, np.asarray, dtype)
 
 
-def fresh_shapes(seed, size, n, k):
-    """n shapes that no batch has, others for every k.   -> images, labels."""
-    rng = np.random.default_rng((seed, 10 ** 6 + k))
+def fresh_shapes(seed, size, n, draw):
+    """n shapes that are in no batch, others for every number draw.   -> images, labels."""
+    rng = np.random.default_rng((seed, 10 ** 6 + draw))
     labels = rng.integers(0, 10, n)
     return draw_shapes(labels, size, rng).astype(np.float32), labels
 
@@ -1037,62 +1016,16 @@ def train_convnet(params, cfg, running, make_batch, **options):
         return train(params, cfg, running, make_batch, threaded, update, one_cycle_rate, **options)
 
 
-def write_png(path, image):
-    """Colors (H, W, 3) from 0 to 1 as a PNG file: a signature, then chunks of length, name, content
-    and checksum.   Raises InputError."""
-    H, W, _ = image.shape
-    rows = (255 * np.clip(image, 0, 1) + 0.5).astype(np.uint8).reshape(H, 3 * W)
-    rows = np.concatenate([np.zeros((H, 1), np.uint8), rows], axis=1)   # 0: an unfiltered row
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", W, H, 8, 2, 0, 0, 0)),
-              (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")]
-    raw = b"".join(struct.pack(">I", len(body)) + name + body
-                   + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks)
-    try:
-        Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + raw)
-    except OSError as error:
-        raise InputError(f"--png {path}: expected a file to write, found: {error}") from None
-
-
-def try_png(path):
-    """Raise InputError if no picture can be written to path: before the training, not after it."""
-    require(not os.path.isdir(path), f"--png {path}", "a file", "a folder")
-    write_png(f"{path}.{os.getpid()}", np.zeros((1, 1, 3)))
-    os.remove(f"{path}.{os.getpid()}")
-
-
-def tile_images(images, columns, scale):
-    """Images (N, H, W, C) of 1 or 3 channels in rows of `columns`, in white frames; every pixel
-    becomes a square of scale x scale.   -> one image (., ., 3)"""
-    images = np.repeat(images.repeat(scale, axis=1).repeat(scale, axis=2), 3 // images.shape[3], 3)
-    images = np.pad(images, ((0, -len(images) % columns), (4, 4), (4, 4), (0, 0)),
-                    constant_values=1)
-    rows = images.reshape(-1, columns, *images.shape[1:]).swapaxes(1, 2)  # (rows, H, columns, W, 3)
-    return rows.reshape(len(rows) * rows.shape[1], -1, 3)
-
-
-def write_net_png(path, W, outputs, labels):
-    """The filters W (3, 3, C, M) of the first layer, if there are any, and the confusion matrix."""
-    table = np.zeros((10, 10))
-    np.add.at(table, (labels, outputs), 1)
-    share = table / np.maximum(1, table.sum(axis=1, keepdims=True))
-    sheets = [tile_images(0.9 * (1 - share[None, :, :, None]), 1, 44)]
-    if W is not None:
-        W = W / (abs(W).max(axis=(0, 1, 2)) + 1e-9)     # -1 to 1 within each filter
-        sheets.insert(0, tile_images(0.5 + 0.5 * W.transpose(3, 0, 1, 2), 8, 16))
-    write_png(path, np.concatenate(sheets))
-    print(f"{path}: filters of the first layer; the confusion matrix (rows: the true class; "
-          "gray is 0, black 1)")
-
-
-def run_images(task, cfg, make_batch, data, prepare, names):
+def run_images(task, cfg, make_batch, data, prepare, names, proposed):
     """Train a net; show its filters and what is confused.   data: validation and test, each images
-    and labels; prepare: images -> x.   -> metrics."""
+    and labels; prepare: images -> x; proposed: the commands after Next."""
+    start = time.perf_counter()
     params, running, state, losses = init_net(cfg, np.random.default_rng(cfg.seed)), {}, {}, []
     meta = dict(task=task, model=cfg.model, norm=cfg.norm, pool=cfg.pool, optimizer=cfg.optimizer)
     if cfg.load:
         load_checkpoint(cfg.load, meta, params, state, losses)
         running.update(part(state, "running "))
-        state = {name: value for name, value in state.items() if name[:8] != "running "}
+        state = {name: value for name, value in state.items() if not name.startswith("running ")}
 
     def save(step=500, dry_run=False):
         if cfg.save and step % 500 == 0:
@@ -1104,8 +1037,6 @@ def run_images(task, cfg, make_batch, data, prepare, names):
         logits = predict(params, prepare(images), cfg, running)
         return logits, float((logits.argmax(axis=1) == labels).mean())
     save(dry_run=True)
-    if cfg.png:
-        try_png(cfg.png)
     size = sum(p.size for p in params.values())
     print(f"{cfg.model} net, {cfg.channels} channels, norm {cfg.norm}, {size} parameters; "
           f"{cfg.optimizer}, lr {cfg.lr}, batches of {cfg.batch_size}, {cfg.threads} thread(s)")
@@ -1118,20 +1049,19 @@ def run_images(task, cfg, make_batch, data, prepare, names):
     if cfg.model != "linear":
         show_filters(params["stem1.a.W"])
     show_confusion(logits.argmax(axis=1), data["test"][1], names)
-    if cfg.png:
-        write_net_png(cfg.png, params.get("stem1.a.W"), logits.argmax(axis=1), data["test"][1])
-    return dict(accuracy=accuracy, params=size, steps=len(losses))
+    print(f"{accuracy:.2%} of {len(logits)} test images right")
+    print(f"\nNext: {proposed}")
+    print_result(task, cfg, accuracy=accuracy, params=size, steps=len(losses),
+                 seconds=time.perf_counter() - start)
 
 
 def run_net(cfg):
     """Train a net with the choices of the configuration on ten shapes."""
-    start, size = time.perf_counter(), cfg.image[0]
+    size = cfg.image[0]
     data = {"validation": fresh_shapes(cfg.seed, size, 1000, 1),
             "test": fresh_shapes(cfg.seed, size, 2000, 2)}
-    metrics = run_images("net", cfg, net_batch, data, np.asarray, SHAPES)
-    print(f"{metrics['accuracy']:.2%} of 2000 fresh shapes right")
-    print("\nNext: python cnn.py net --model resnet      python cnn.py gradients")
-    print_result("net", cfg, **metrics, seconds=time.perf_counter() - start)
+    run_images("net", cfg, net_batch, data, np.asarray, SHAPES,
+               "python cnn.py net --model resnet      python cnn.py gradients")
 
 
 # ---- gradients with and without BatchNorm: python cnn.py gradients -------------------------------
@@ -1146,11 +1076,11 @@ class Gradients:
 
 
 def run_gradients(cfg):
-    """A table: the norm of dW in every layer, for first weights of three sizes."""
+    """A table: the norm of dW in every layer, for initial weights of three sizes."""
     start, metrics = time.perf_counter(), {}
     print("Norm of the gradient of W before training. Columns: layers, from first to last. Rows:\n"
-          "all first weights are multiplied by this. BatchNorm takes such a factor out after each\n"
-          "layer; without it the factors of all layers multiply.")
+          "a factor, by which all initial weights are multiplied. BatchNorm removes this factor\n"
+          "after each layer; without BatchNorm the factors of all layers multiply.")
     for norm, text in (("batch", "with"), ("none", "without")):
         net = Net(norm=norm, **vars(cfg))
         names = [name for name in init_net(net, np.random.default_rng(0)) if name.endswith("W")]
@@ -1202,7 +1132,8 @@ def init_resnet18(cfg, rng, dtype=np.float32):
 def resnet18_forward(params, x, running=None):
     """x (N, H, W, 3) -> logits (N, 10)."""
     blocks, running = {}, running or {}
-    x, blocks["stem"] = stem_forward(x, part(params, "stem."), "batch", 2, part(running, "stem."))
+    p, statistics = part(params, "stem."), part(running, "stem.")
+    x, blocks["stem"] = convblock_forward(x, p, "batch", 2, statistics)
     x, pool = fast_maxpool_forward(x, k=3, stride=2, padding=1)
     for name, stride in STRIDES.items():
         p, statistics = part(params, name + "."), part(running, name + ".")
@@ -1220,7 +1151,7 @@ def resnet18_backward(dout, cache):
     for name in reversed(STRIDES):
         dx, g = residual_backward(dx, blocks[name])
         grads.update(prefixed(g, name + "."))
-    _, g = stem_backward(fast_maxpool_backward(dx, pool), blocks["stem"])
+    _, g = convblock_backward(fast_maxpool_backward(dx, pool), blocks["stem"], first=True)
     return {**grads, **prefixed(g, "stem.")}
 
 
@@ -1342,11 +1273,8 @@ def mnist_batch(cfg, step, dtype=np.float32):
 def run_mnist(cfg):
     """Learn to read digits."""
     require(cfg.data, "--data", "the folder of MNIST (--help says where to get it)", cfg.data)
-    start, data = time.perf_counter(), load_mnist(cfg.data)
-    metrics = run_images("mnist", cfg, mnist_batch, data, mnist_images, list("0123456789"))
-    print(f"test accuracy {metrics['accuracy']:.2%} (expected on MNIST: 99.3 %)")
-    print("\nNext: python cnn.py cifar --data cifar-10-binary.tar.gz      python transformer.py")
-    print_result("mnist", cfg, **metrics, seconds=time.perf_counter() - start)
+    run_images("mnist", cfg, mnist_batch, load_mnist(cfg.data), mnist_images, list("0123456789"),
+               "python cnn.py cifar --data cifar-10-binary.tar.gz      python transformer.py")
 
 
 # ---- photographs: python cnn.py cifar --data cifar-10-binary.tar.gz ------------------------------
@@ -1436,12 +1364,9 @@ def cifar_batch(cfg, step, dtype=np.float32):
 def run_cifar(cfg):
     """Learn to tell photographs apart."""
     require(cfg.data, "--data", "cifar-10-binary.tar.gz (--help says where to get it)", cfg.data)
-    start, data = time.perf_counter(), split_cifar(cfg.data)
-    metrics = run_images("cifar", cfg, cifar_batch, data, cifar_images, CIFAR)
-    print(f"test accuracy {metrics['accuracy']:.2%}")
-    print("\nNext: python cnn.py lr-sweep --lr 0.02 --data cifar-10-binary.tar.gz      "
-          "python transformer.py")
-    print_result("cifar", cfg, **metrics, seconds=time.perf_counter() - start)
+    run_images("cifar", cfg, cifar_batch, split_cifar(cfg.data), cifar_images, CIFAR,
+               "python cnn.py lr-sweep --lr 0.02 --data cifar-10-binary.tar.gz      "
+               "python transformer.py")
 
 
 # ---- learning rates with and without BatchNorm: python cnn.py lr-sweep ---------------------------
@@ -1484,7 +1409,7 @@ def run_lr_sweep(cfg):
     net = replace(net, dropout=0.0, label_smoothing=0.0, flip=False, crop=0, optimizer="adam",
                   schedule="cosine", channels=cfg.channels, batch_size=cfg.batch_size,
                   threads=cfg.threads, seed=cfg.seed)
-    rates = [cfg.lr * 10 ** (k / 2) for k in (-2, -1, 0, 1, 2)]
+    rates = [cfg.lr * 10 ** power for power in (-1, -0.5, 0, 0.5, 1)]
     found = {"batch": [], "none": []}
     for norm, lr in [(norm, lr) for norm in found for lr in rates]:
         print(f"\nnorm {norm}, lr {lr:.2g}; chance level: loss 2.303, 10 % right")
@@ -1522,10 +1447,12 @@ def threaded_with_statistics(loss_and_grads, pool, params, batch, cfg, running):
     Gradients and running statistics are means over the micro-batches, weighted by their shares."""
     shares, parts = zip(*split_batch(batch, cfg.threads))
     results = list(pool.map(lambda part: loss_and_grads(params, part, cfg, running), parts))
-    losses, *dicts = zip(*results)
-    grads, running = ({name: sum(share * d[name] for share, d in zip(shares, ds)) for name in ds[0]}
-                      for ds in dicts)
-    return sum(share * loss for share, loss in zip(shares, losses)), grads, running
+    losses, grads, statistics = zip(*results)
+
+    def mean(dicts):
+        return {name: sum(share * d[name] for share, d in zip(shares, dicts)) for name in dicts[0]}
+    loss = sum(share * loss for share, loss in zip(shares, losses))
+    return loss, mean(grads), mean(statistics)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -1696,8 +1623,7 @@ def net_fits(cfg):
             (cfg.dropout < 1, "--dropout", "less than 1", cfg.dropout),
             (cfg.label_smoothing < 1, "--label-smoothing", "less than 1", cfg.label_smoothing),
             (cfg.warmup_fraction < 1, "--warmup-fraction", "less than 1", cfg.warmup_fraction),
-            (not same, "--save", "another file than --data", save),
-            (not cfg.png or cfg.png not in (data, save), "--png", "another file", cfg.png)]
+            (not same, "--save", "another file than --data", save)]
 
 
 CONSTRAINTS = {Config: lambda cfg: [(cfg.size % 8 == 0, "--size", "a multiple of 8", cfg.size)],
