@@ -109,11 +109,10 @@ def lstm_backward(dh_out, dc, cache):
     last c -> dz (T, N, 4 H), dh0, dc0, dWh."""
     h, c, gates, Wh = cache
     i, f, g, o = gates.swapaxes(0, 1)                       # (T, N, H) each
-    tanh_c = np.tanh(c[1:])
-    # factors of all steps: dz_i = dc di, dz_f = dc df, dz_g = dc dg, dz_o = dh do, dc += dh to_c
-    di, df = g * i * (1 - i), c[:-1] * f * (1 - f)
-    dg, do = i * (1 - g ** 2), tanh_c * o * (1 - o)
-    to_c = o * (1 - tanh_c ** 2)
+    tanh_c = np.tanh(c[1:])                                 # factors, for all steps at once:
+    di, df = g * i * (1 - i), c[:-1] * f * (1 - f)          # dz_i = dc di, dz_f = dc df,
+    dg, do = i * (1 - g ** 2), tanh_c * o * (1 - o)         # dz_g = dc dg, dz_o = dh do,
+    to_c = o * (1 - tanh_c ** 2)                            # dc += dh to_c
     T, N, H = dh_out.shape
     dz = np.zeros((T, N, 4 * H), dh_out.dtype)
     dh, WhT = 0, Wh.T.copy()                                # contiguous: faster in the loop
@@ -171,7 +170,7 @@ def softmax_cross_entropy_forward(logits, targets):
 
 
 def softmax_cross_entropy_backward(dout, cache):
-    """dlogits = (p - onehot(targets)) / N: log p_t changes with logit k by (k == t) - p_k."""
+    """dlogits = (p - onehot(targets)) / N: -log p_y changes with logit k by p_k - (k == y)."""
     log_p, targets = cache
     dlogits = np.exp(log_p)
     dlogits[np.arange(len(targets)), targets] -= 1
@@ -369,18 +368,16 @@ def learning_rate(step, cfg):
 def check_finite(loss, params=None):
     """Raise FloatingPointError unless the loss and all parameters are finite, and below 1e10."""
     if not all(np.abs(value).max() < 1e10 for value in (loss, *(params or {}).values())):
-        raise FloatingPointError(f"training diverged (loss {loss:.4g}); try a smaller --lr")
+        raise FloatingPointError(f"training diverged (loss {loss:.4g}); lower the learning rate")
 
 
 def progress(steps, losses, note=lambda: ""):
-    """for step in progress(steps, losses): ... losses.append(loss).   Prints ten lines, or one per
-    minute: the mean loss since the line before, note(), the time left. Ctrl-C ends the loop after
-    the step at hand, a second Ctrl-C the program. A loss that is not finite raises an error."""
-    stopped = []
-
+    """for step in progress(steps, losses): ... losses.append(loss).   Print ten lines, or one per
+    minute. Ctrl-C ends the loop after the step at hand; a loss that is not finite is an error."""
     def stop(*signal_and_frame):
         stopped.append(True)
         signal.signal(signal.SIGINT, previous)          # the next Ctrl-C ends the program
+    stopped = []
     main_thread = threading.current_thread() is threading.main_thread()
     previous = main_thread and signal.signal(signal.SIGINT, stop)
     start = printed = time.perf_counter()
@@ -1023,7 +1020,7 @@ def roman(n):
 def read_pairs(path):
     """A file of lines source TAB target -> (source, target) of each line, a note on lines that are
     not like this.   Raises InputError."""
-    lines = [line for line in read_text(path).splitlines() if line.strip()]
+    lines = [line for line in read_text(path).split("\n") if line.strip()]
     columns = [[text.strip() for text in line.split("\t")] for line in lines]
     pairs = [(line[0], line[1]) for line in columns if len(line) > 1 and line[0] and line[1]]
     require(len(pairs) >= 20, path, "20 lines or more of source TAB target", len(pairs))
@@ -1233,7 +1230,8 @@ def read_flags(tasks, argv):
         raise InputError(f"{message} ({program} {task} --help lists the flags{hint})")
 
     usage = f"%(prog)s [TASK] [--flags]     without TASK: {next(iter(tasks))}"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__ + MORE, allow_abbrev=False,
+    about = (__doc__ or "") + MORE                      # python -OO drops docstrings
+    parser = argparse.ArgumentParser(usage=usage, description=about, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="task", metavar="task", prog=parser.prog)
     parser.error = fail
@@ -1268,11 +1266,11 @@ def run(tasks):
         with contextlib.suppress(AttributeError, ValueError):   # Windows; not the main thread
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends it quietly
     np.seterr(over="ignore", invalid="ignore")          # divergence: see progress and check_finite
-    pasted = "ipykernel" in sys.argv[0]                 # into a notebook cell: argv is not ours
+    pasted = "__file__" not in globals() and sys.argv[:1] != ["-"]      # argv is the notebook's
     try:
         name, cfg = read_flags(tasks, [] if pasted else sys.argv[1:])
         tasks[name].main(cfg)
-    except (InputError, FloatingPointError, MemoryError) as error:
+    except (InputError, FloatingPointError, MemoryError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:

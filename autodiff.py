@@ -1,15 +1,15 @@
 """autodiff.py: the chain rule as a program.
 
-Every other lesson derives its backward pass by hand; here the machine does. An expression such as
+Every other lesson derives its backward pass by hand; here a program does. An expression such as
 relu(x W + b) is recorded as a graph of Nodes: each has an operation and inputs, and no value yet.
-Every operation has a rule: from the gradient of its output to the gradients of its inputs. Nodes go
-in, so Nodes come out: applied from the loss down, the rules build a second graph, that of the
-gradients. It is a graph like the first, so it can be differentiated again.
+Every operation has a rule: from the gradient of its output to the gradients of its inputs. A rule
+takes and returns Nodes. So the rules, applied from the loss back to the inputs, build a second
+graph, which computes the gradients. This graph can be differentiated again, like the first.
 
 Forward     y = a b             y = a @ b              y = e^x       y = softmax(x)
 Backward    da = dout b         da = dout b^T          dx = dout y   dx = y (dout - sum(dout y))
             db = dout a         db = a^T dout          dout: the gradient of y
-    broadcast repeats, so its rule sums; sum adds up, so its rule repeats
+    broadcast repeats entries, so its rule sums; sum adds entries, so its rule repeats
     a Node that is used several times gets the sum of the gradients of its uses
 Order: an input is older than what uses it. From the oldest Node to the youngest all values can be
     computed; from the youngest to the oldest a gradient is complete before it is passed on.
@@ -93,6 +93,7 @@ class Node:
         raise TypeError("a Node has no value yet, so that `if` cannot depend on it")
 
 
+# Functions of Nodes or arrays: exp(x) is apply("exp", x); total is the operation "sum".
 exp, log, sqrt, relu, softmax, log_softmax = (
     functools.partial(apply, op) for op in "exp log sqrt relu softmax log_softmax".split())
 normalize, total, mean, broadcast, reshape, transpose = (
@@ -128,7 +129,7 @@ COMPUTE = {     # from the values of the inputs, and the attributes
 def sum_to(dout, shape):
     """Sum all entries of dout that broadcast has made of the same entry of shape."""
     ones = (1,) * (len(dout.shape) - len(shape)) + shape            # new axes stand in front
-    axes = tuple(k for k, (n, m) in enumerate(zip(dout.shape, ones)) if n != m)
+    axes = tuple(k for k in range(len(ones)) if dout.shape[k] != ones[k])
     return reshape(total(dout, axes), shape)
 
 
@@ -175,12 +176,14 @@ def topological_order(outputs):
 
 
 def gradients(loss, variables, cache_of=lambda node: (node.op, node, *node.args)):
-    """d loss / d variable for each variable, as Nodes.   cache_of(node): what its rule gets."""
+    """d loss / d variable for each variable, as Nodes.   cache_of(node): for operation_backward."""
     grads = {loss: apply("ones", cache_of(loss)[1])}
     for node in reversed(topological_order([loss])):
         if node in grads and node.op not in ("input", "ones", "greater"):       # they have no rule
             dinputs = operation_backward(grads[node], cache_of(node))
-            for x, dx in zip(node.inputs, dinputs if isinstance(dinputs, tuple) else [dinputs]):
+            if not isinstance(dinputs, tuple):          # a rule for one input
+                dinputs = (dinputs,)
+            for x, dx in zip(node.inputs, dinputs):
                 grads[x] = grads[x] + dx if x in grads else dx
     return [grads[x] if x in grads else cache_of(x)[1] * 0.0 for x in variables]
 
@@ -190,7 +193,7 @@ class Evaluator:
     def __init__(self, outputs):
         self.outputs, self.order = outputs, topological_order(outputs)
         self.last_use = {x: node for node in self.order for x in node.inputs}
-        self.last_use.update(dict.fromkeys(outputs))
+        self.last_use.update(dict.fromkeys(outputs))    # None: they are kept
     def __call__(self, inputs):
         value = {}
         for node in self.order:
@@ -255,18 +258,16 @@ def loss_and_grads(params, batch, cfg, loss_of=xor_loss, gradients=gradients):
 def check_finite(loss, params=None):
     """Raise FloatingPointError unless the loss and all parameters are finite, and below 1e10."""
     if not all(np.abs(value).max() < 1e10 for value in (loss, *(params or {}).values())):
-        raise FloatingPointError(f"training diverged (loss {loss:.4g}); try a smaller --lr")
+        raise FloatingPointError(f"training diverged (loss {loss:.4g}); lower the learning rate")
 
 
 def progress(steps, losses, note=lambda: ""):
-    """for step in progress(steps, losses): ... losses.append(loss).   Prints ten lines, or one per
-    minute: the mean loss since the line before, note(), the time left. Ctrl-C ends the loop after
-    the step at hand, a second Ctrl-C the program. A loss that is not finite raises an error."""
-    stopped = []
-
+    """for step in progress(steps, losses): ... losses.append(loss).   Print ten lines, or one per
+    minute. Ctrl-C ends the loop after the step at hand; a loss that is not finite is an error."""
     def stop(*signal_and_frame):
         stopped.append(True)
         signal.signal(signal.SIGINT, previous)          # the next Ctrl-C ends the program
+    stopped = []
     main_thread = threading.current_thread() is threading.main_thread()
     previous = main_thread and signal.signal(signal.SIGINT, stop)
     start = printed = time.perf_counter()
@@ -323,7 +324,7 @@ def draw_graph(node, known, depth=1):
 
 
 def main(cfg):
-    """Learn XOR, print a backward graph, differentiate a function twice and draw it."""
+    """Learn XOR; print a backward graph; differentiate a function twice, and draw it."""
     start, params = time.perf_counter(), init_params(cfg, np.random.default_rng(cfg.seed))
     size = sum(p.size for p in params.values())
     print(f"XOR: layers 2,{cfg.hidden},2, {size} parameters, lr {cfg.lr}, no backward pass written")
@@ -362,12 +363,12 @@ def main(cfg):
 
 MORE = """
 Break it (what to change, and what comes of it)
-    gradients: grads[x] = dx            f'' is wrong by 1.0, for f' uses x twice; XOR uses it once
+    gradients: grads[x] = dx            f'' is wrong by 1.0, since f' uses x twice; XOR is learned
     rules: "relu": lambda x: dout       XOR is learned, with loss 0.003 instead of 0.0005
     rules: "mul": lambda a, b: (dout * b, dout)     XOR stays at loss 0.693; f'' is wrong by 3.0
     topological_order: list(found)      KeyError: the value of an input is not there yet
     xor_logits: without relu            0.693, with right gradients: the net is linear
-    python autodiff.py --lr 5           50 %: after a long step no unit is above 0 any more
+    python autodiff.py --lr 5           50 %: after too long a step all hidden units remain 0
 
 Exercises (python gradcheck.py my_autodiff.py checks the rules)
     1. Add tanh to COMPUTE and to the rules. Which rules need neither the inputs nor y?
@@ -406,13 +407,13 @@ with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse f
 
 
 # ---- the tape ------------------------------------------------------------------------------------
-# Define-then-run: the graph is there before any value. It can be printed, its shapes are checked,
-# it can be freed or rearranged, and it runs many times; but `if` and `while` cannot depend on a
-# value. Define-by-run: a Node has its value at once, and the Nodes by age are a tape. A loop may be
-# longer every time; but the tape is recorded anew at every step, and nobody sees it before it ends.
+# Define-then-run: the whole graph exists before any value. It can be printed, checked, rearranged
+# and run many times; but `if` and `while` cannot depend on a value. Define-by-run: a Node has its
+# value at once, and the Nodes, ordered by age, are a tape. A loop may run a different number of
+# times in every step; but the tape is recorded anew in every step, and is not known before its end.
 
 class Taped(Node):
-    """A Node with a value. By age, the Nodes of a loss are its tape."""
+    """A Node with a value. The Nodes of a loss, ordered by age, are its tape."""
     def __init__(self, op, *args):
         self.op, self.args, self.age = op, args, next(Node.ages)
         self.inputs = [a for a in args if isinstance(a, Node)]
@@ -424,7 +425,7 @@ class Taped(Node):
 
 
 def tape_loss_and_grads(params, batch, cfg, loss_of=xor_loss):
-    """As loss_and_grads. The rules get values, so values come out and no more is recorded."""
+    """As loss_and_grads. The rules get arrays, so they return arrays, and nothing is recorded."""
     arrays = {**params, "x": batch[0], "targets": batch[1]}
     nodes = {name: Taped("input", array) for name, array in arrays.items()}
     loss, variables = loss_of(nodes), [nodes[name] for name in params]
@@ -442,7 +443,7 @@ def newton_sqrt(a):
 
 
 def show_newton():
-    """Print square roots and their derivatives, from tapes.   -> the relative error of the last."""
+    """Print square roots and their derivatives, from tapes.   -> relative error of the last."""
     print("Newton's square root, on a tape; rounds: how often the loop ran, which depends on a")
     print("        a  rounds      sqrt     slope  1/(2 sqrt a)   second  -1/(4 a sqrt a)")
     for a in (0.25, 2.0, 9.0, 100.0):
@@ -460,9 +461,9 @@ def show_newton():
 
 
 # ---- a transformer on rows of digits -------------------------------------------------------------
-# B images, T rows of P pixels as tokens, N = B T, D dim. One head, prenorm; no biases, gamma, beta.
-# The forward pass takes Nodes, Taped Nodes or arrays. The backward pass by hand reads its cache and
-# has the formulas of linear, layernorm and attention in transformer.py: to compare with.
+# B images, T rows of pixels as tokens, N = B T, D dim. One head, prenorm; no biases, gamma, beta.
+# The forward pass takes Nodes, Taped Nodes or arrays. The backward pass by hand, with the formulas
+# of linear, layernorm and attention in transformer.py, is there to compare with.
 
 def layernorm_dx(dout, y, x):
     """The gradient of x, for y = normalize(x): every x moves y, the mean and std."""
@@ -495,17 +496,18 @@ def layer_backward(dout, cache):
     dqkv = ds @ k, ds.swapaxes(1, 2) @ q, weights.swapaxes(1, 2) @ dhead
     dW = {"d": h.T @ dout, "u": z.T @ dh, "o": head.T @ dmid}
     dy = 0                                              # y is used three times
-    for s, d in zip("qkv", dqkv):
-        d = d.reshape(x.shape)
-        dW[s] = y.T @ d
-        dy = dy + d @ W[s].T
+    for s, g in zip("qkv", dqkv):
+        g = g.reshape(x.shape)
+        dW[s] = y.T @ g
+        dy = dy + g @ W[s].T
     return dmid + layernorm_dx(dy, y, x), dW
 
 
 def transformer_forward(p, residual=True):
-    """p: parameters, x (B, T, P) -> logits (B, 10), cache."""
-    (B, T, P), D = p["x"].shape, p["Wp"].shape[1]
-    x = reshape(reshape(p["x"], (B * T, P)) @ p["Wp"], (B, T, D)) + p["P"]
+    """p: parameters, x (B, T, pixels) -> logits (B, 10), cache."""
+    (B, T, pixels), D = p["x"].shape, p["Wp"].shape[1]
+    x = reshape(p["x"], (B * T, pixels)) @ p["Wp"]              # (N, D)
+    x = reshape(x, (B, T, D)) + p["P"]                          # positions
     x, caches = reshape(x, (B * T, D)), []
     for i in range(sum(name.startswith("Wq") for name in p)):
         x, cache = layer_forward(x, {s: p[f"W{s}{i}"] for s in "qkvoud"}, B, residual)
@@ -516,19 +518,19 @@ def transformer_forward(p, residual=True):
 
 
 def transformer_loss(p, residual=True):
-    """p: parameters, x (B, T, P), targets (B, 10) -> scalar."""
+    """p: parameters, x (B, T, pixels), targets (B, 10) -> scalar."""
     return cross_entropy(transformer_forward(p, residual)[0], p["targets"])
 
 
 def mnist_loss_and_grads(params, batch, cfg, loss_of=transformer_loss, **options):
-    """By the graph."""
+    """loss_and_grads of the transformer, by the graph."""
     return loss_and_grads(params, batch, cfg, loss_of, **options)
 
 
 def hand_loss_and_grads(params, batch, cfg):
     """transformer_loss, and its gradients by hand."""
     x, targets = batch
-    B, T, P = x.shape
+    B, T, pixels = x.shape
     logits, (caches, last, y, pooled) = transformer_forward({**params, "x": x})
     dlogits = (softmax(logits) - targets) / B
     grads = {"Wy": pooled.T @ dlogits}
@@ -538,7 +540,7 @@ def hand_loss_and_grads(params, batch, cfg):
         dx, dW = layer_backward(dx, caches[i])
         grads |= {f"W{s}{i}": dw for s, dw in dW.items()}
     grads["P"] = dx.reshape(B, T, -1).sum(axis=0)
-    grads["Wp"] = x.reshape(B * T, P).T @ dx
+    grads["Wp"] = x.reshape(B * T, pixels).T @ dx
     return cross_entropy(logits, targets), grads
 
 
@@ -554,9 +556,9 @@ def init_mnist(cfg, rng, dtype=np.float32):
 
 # ---- memory and cost: python autodiff.py tape ----------------------------------------------------
 # Rules need values of the forward pass, which are kept until then: that is the memory of training.
-# The tape keeps what it has recorded, and every gradient, until the step ends. A graph tells before
-# it runs when a value is used for the last time: the Evaluator forgets it then. What is forgotten
-# can be computed again, from a few values that are kept (Griewank and Walther 2008, chapter 12).
+# The tape keeps all that it has recorded, and every gradient, until the step ends. Of a graph one
+# knows before it runs when a value is used for the last time; the Evaluator deletes it then. What
+# was deleted can be computed again, from a few values that are kept (Griewank, Walther, ch. 12).
 
 @dataclass
 class Tape:
@@ -569,11 +571,12 @@ class Tape:
 
 
 def recomputed_gradients(loss, variables):
-    """As gradients, but of the forward pass only sums are kept, with residual connections x and mid
-    of every layer. Of other Nodes the rules get copies, younger than the backward pass so far."""
+    """As gradients, but of the forward pass only inputs and sums are kept, such as x and mid of all
+    layers. For other Nodes the rules get copies. These are younger than the backward pass so far,
+    so they are computed when it has come so far."""
     copies = {x: x for x in topological_order([loss]) if x.op in ("input", "add")}
 
-    def copy_of(a):
+    def copy_of(a):                                     # a Node, or an attribute
         if isinstance(a, Node) and a not in copies:
             copies[a] = Node(a.op, *map(copy_of, a.args))
         return copies[a] if isinstance(a, Node) else a
@@ -595,17 +598,18 @@ def run_tape(cfg):
           f"{cfg.batch_size} images of 28 rows")
     by_way = [function(params, batch, cfg)[1] for function in WAYS.values()]
     difference = max(float(np.abs(g[k] - by_way[0][k]).max()) for g in by_way for k in params)
-    print(f"gradients by hand, tape and graph: largest difference {difference:.0e}")
+    print(f"gradients by hand, by tape and by graphs: largest difference {difference:.0e}")
     inputs, errors, h = {**params, "x": batch[0], "targets": batch[1]}, [], 1e-7
     for name, w in params.items():
         step = rng.standard_normal(w.shape)
-        up, down = (transformer_loss({**inputs, name: w + s * step}) for s in (h, -h))
+        up = transformer_loss({**inputs, name: w + h * step})
+        down = transformer_loss({**inputs, name: w - h * step})
         slope, numeric = float((by_way[0][name] * step).sum()), float(up - down) / (2 * h)
         errors.append(abs(slope - numeric) / (abs(slope) + 1e-3))
-    print(f"beside central differences: largest relative error {max(errors):.0e}")
+    print(f"compared with central differences: largest relative error {max(errors):.0e}")
 
-    print("\nRows: ways to loss and gradients. Columns: processor time and memory at its peak, both"
-          "\nalso as multiples of those by hand")
+    print("\nRows: ways to compute loss and gradients. Columns: processor time, peak memory; after "
+          "each,\nthe multiple of the first row")
     small = {name: w.astype(np.float32) for name, w in params.items()}, mnist_batch(cfg, 1), cfg
     costs, metrics = [], {}
     for way, function in WAYS.items():
@@ -710,7 +714,8 @@ def run_mnist(cfg):
         metrics[name] = right / len(images)
         if len(losses) < cfg.steps:                     # Ctrl-C
             break
-    print(f"\nAccuracy on {len(images)} test images; rows are the two forms, a # is 2 %")
+    print(f"\nAccuracy on {len(images)} test images. Rows: without and with residual connections; "
+          "a # is 2 %")
     for name, share in metrics.items():
         print(f"    {name:9s}{share:8.2%}  |{'#' * round(50 * share)}|")
     print("\nNext: python autodiff.py mnist --data mnist --layers 4      python transformer.py")
@@ -778,7 +783,8 @@ def read_flags(tasks, argv):
         raise InputError(f"{message} ({program} {task} --help lists the flags{hint})")
 
     usage = f"%(prog)s [TASK] [--flags]     without TASK: {next(iter(tasks))}"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__ + MORE, allow_abbrev=False,
+    about = (__doc__ or "") + MORE                      # python -OO drops docstrings
+    parser = argparse.ArgumentParser(usage=usage, description=about, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="task", metavar="task", prog=parser.prog)
     parser.error = fail
@@ -813,11 +819,11 @@ def run(tasks):
         with contextlib.suppress(AttributeError, ValueError):   # Windows; not the main thread
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends it quietly
     np.seterr(over="ignore", invalid="ignore")          # divergence: see progress and check_finite
-    pasted = "ipykernel" in sys.argv[0]                 # into a notebook cell: argv is not ours
+    pasted = "__file__" not in globals() and sys.argv[:1] != ["-"]      # argv is the notebook's
     try:
         name, cfg = read_flags(tasks, [] if pasted else sys.argv[1:])
         tasks[name].main(cfg)
-    except (InputError, FloatingPointError, MemoryError) as error:
+    except (InputError, FloatingPointError, MemoryError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:

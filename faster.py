@@ -3,15 +3,15 @@
 Attention weighs every position against every other: T x T weights, which the backward pass needs
 again. They need never exist together. Cut the table into tiles and visit one after the other: a
 running maximum m and a running sum l make the softmax exact, in any order. The forward pass keeps
-one number per row, lse = log sum exp; from it the backward pass computes the tiles again.
+one number per row, lse = log sum exp; with it the backward pass computes each tile again.
 
 Forward, for every tile (i, j); c = 1 / sqrt(d); at first m = -inf, l = 0, out = 0
     s = c q_i k_j^T (i = j: hide the future)    m' = max(m, rowmax s)    p = exp(s - m')
     f = exp(m - m')    l = f l + rowsum p       out = f out + p v_j      m = m'
     at the end    out = out / l                 lse = m + log l
-Backward, for every tile (i, j); D = rowsum(dout out)
-    p = exp(s - lse)   dv_j += p^T dout_i       dp = dout_i v_j^T        ds = p (dp - D)
-    dq_i += c ds k_j   dk_j += c ds^T q_i       D = sum_s p_s dp_s = dout . sum_s p_s v_s
+Backward, for every tile (i, j); delta = rowsum(dout out) = rowsum(p dp), over the whole row
+    p = exp(s - lse)   dv_j += p^T dout_i       dp = dout_i v_j^T        ds = p (dp - delta)
+    dq_i += c ds k_j   dk_j += c ds^T q_i
 
 Run    python faster.py     (repeat 128 characters; what it costs; --help lists the other tasks)
 
@@ -51,7 +51,7 @@ class Config:
     seed: int = 0           # random seed
 
 
-# ---- layers: B sequences, T positions, D dim, H heads, d = D / H, V characters -------------------
+# ---- layers: B sequences, T positions, N rows, D dim, H heads, d = D / H, V characters -----------
 
 def causal_attention_forward(q, k, v):
     """out = p v, p = softmax(q k^T / sqrt(d) + causal mask).   q, k, v, out (B, H, T, d)."""
@@ -76,13 +76,13 @@ def causal_attention_backward(dout, cache):
 
 def causal_tiles(T, tile):
     """The tiles (i, j) on and below the diagonal, row by row."""
-    n = math.ceil(T / tile)
-    return [(i, j) for i in range(n) for j in range(i + 1)]
+    side = math.ceil(T / tile)
+    return [(i, j) for i in range(side) for j in range(i + 1)]
 
 
 def tile_scores(q, k, i, j, tile):
-    """Scores of tile (i, j) of the T x T table, and where it lies.   q, k (B, H, T, d) -> (B, H,
-    tile, tile), slices of the queries and of the keys."""
+    """Scores of tile (i, j) of the T x T table, and its position.   q, k (B, H, T, d) -> (B, H,
+    tile, tile), slice of the queries, slice of the keys."""
     rows, columns = slice(i * tile, (i + 1) * tile), slice(j * tile, (j + 1) * tile)
     s = (q[:, :, rows] * q.shape[3] ** -0.5) @ k[:, :, columns].swapaxes(2, 3)
     if i == j:                                          # on the diagonal: hide the future
@@ -98,27 +98,27 @@ def tiled_attention_forward(q, k, v, tiles, tile):
     m = l - np.inf
     for i, j in tiles:
         s, rows, columns = tile_scores(q, k, i, j, tile)
-        new = np.maximum(m[:, :, rows], s.max(axis=3, keepdims=True))
-        p = np.exp(s - new)                             # (B, H, tile, tile)
-        f = np.exp(m[:, :, rows] - new)                 # what is there refers to the old maximum
+        new_m = np.maximum(m[:, :, rows], s.max(axis=3, keepdims=True))
+        p = np.exp(s - new_m)                           # (B, H, tile, tile)
+        f = np.exp(m[:, :, rows] - new_m)               # l and out so far refer to the old maximum
         l[:, :, rows] = f * l[:, :, rows] + p.sum(axis=3, keepdims=True)
         out[:, :, rows] = f * out[:, :, rows] + p @ v[:, :, columns]
-        m[:, :, rows] = new
+        m[:, :, rows] = new_m
     out /= l
     return out, (q, k, v, out, m + np.log(l), tiles, tile)
 
 
 def tiled_attention_backward(dout, cache):
-    """p again, from lse; D = sum_s p dp = dout . out, so that no row is needed as a whole; dv = p^T
-    dout, ds = p (dp - D), dq = ds k / sqrt(d), dk = ds^T q / sqrt(d), summed over the tiles."""
+    """p again, from lse; delta = sum p dp = dout . out, so no row is needed as a whole; dv = p^T
+    dout, ds = p (dp - delta), dq = ds k / sqrt(d), dk = ds^T q / sqrt(d), summed over the tiles."""
     q, k, v, out, lse, tiles, tile = cache
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
-    c, D = q.shape[3] ** -0.5, (dout * out).sum(axis=3, keepdims=True)          # (B, H, T, 1)
+    c, delta = q.shape[3] ** -0.5, (dout * out).sum(axis=3, keepdims=True)      # (B, H, T, 1)
     for i, j in tiles:
         s, rows, columns = tile_scores(q, k, i, j, tile)
         p = np.exp(s - lse[:, :, rows])                 # (B, H, tile, tile)
         dp = dout[:, :, rows] @ v[:, :, columns].swapaxes(2, 3)
-        ds = p * (dp - D[:, :, rows])
+        ds = p * (dp - delta[:, :, rows])
         dv[:, :, columns] += p.swapaxes(2, 3) @ dout[:, :, rows]
         dq[:, :, rows] += c * (ds @ k[:, :, columns])
         dk[:, :, columns] += c * (ds.swapaxes(2, 3) @ q[:, :, rows])
@@ -134,7 +134,7 @@ def softmax_cross_entropy_forward(logits, targets):
 
 
 def softmax_cross_entropy_backward(dout, cache):
-    """dlogits = (p - onehot(targets)) / N: log p_t changes with logit k by (k == t) - p_k."""
+    """dlogits = (p - onehot(targets)) / N: -log p_y changes with logit k by p_k - (k == y)."""
     log_p, targets = cache
     dlogits = np.exp(log_p)
     dlogits[np.arange(len(targets)), targets] -= 1
@@ -230,7 +230,7 @@ def loss_and_grads(params, batch, cfg, tiles_of=causal_tiles):
     ids, targets = batch
     logits, cache = plain_gpt_forward(params, ids, cfg, tiles_of(ids.shape[1], cfg.tile))
     dlogits = np.zeros_like(logits)                                 # (B, T, V)
-    last = np.s_[:, -targets.shape[1]:]
+    last = np.s_[:, -targets.shape[1]:]                             # the last S positions
     logits = logits[last].reshape(targets.size, -1)                 # (B S, V)
     loss, loss_cache = softmax_cross_entropy_forward(logits, targets.ravel())
     dlogits[last] = softmax_cross_entropy_backward(1.0, loss_cache).reshape(dlogits[last].shape)
@@ -254,18 +254,16 @@ def adam_update(params, grads, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
 def check_finite(loss, params=None):
     """Raise FloatingPointError unless the loss and all parameters are finite, and below 1e10."""
     if not all(np.abs(value).max() < 1e10 for value in (loss, *(params or {}).values())):
-        raise FloatingPointError(f"training diverged (loss {loss:.4g}); try a smaller --lr")
+        raise FloatingPointError(f"training diverged (loss {loss:.4g}); lower the learning rate")
 
 
 def progress(steps, losses, note=lambda: ""):
-    """for step in progress(steps, losses): ... losses.append(loss).   Prints ten lines, or one per
-    minute: the mean loss since the line before, note(), the time left. Ctrl-C ends the loop after
-    the step at hand, a second Ctrl-C the program. A loss that is not finite raises an error."""
-    stopped = []
-
+    """for step in progress(steps, losses): ... losses.append(loss).   Print ten lines, or one per
+    minute. Ctrl-C ends the loop after the step at hand; a loss that is not finite is an error."""
     def stop(*signal_and_frame):
         stopped.append(True)
         signal.signal(signal.SIGINT, previous)          # the next Ctrl-C ends the program
+    stopped = []
     main_thread = threading.current_thread() is threading.main_thread()
     previous = main_thread and signal.signal(signal.SIGINT, stop)
     start = printed = time.perf_counter()
@@ -326,7 +324,7 @@ def both_passes(attention, q, k, v, dout, *more):
 
 
 def peak_memory(function, *args):
-    """-> the largest number of bytes that function(*args) holds at a time."""
+    """-> the largest number of bytes that function(*args) holds at one time."""
     tracemalloc.start()
     function(*args)
     peak = tracemalloc.get_traced_memory()[1]
@@ -335,7 +333,7 @@ def peak_memory(function, *args):
 
 
 def cost(attention, T, *more):
-    """Both passes of one head of 64 numbers -> milliseconds of the processor, bytes at the peak."""
+    """Both passes of one head with d = 64 -> milliseconds of processor time, bytes at the peak."""
     arrays = np.random.default_rng(0).standard_normal((4, 1, 1, T, 64), np.float32)
     peak, seconds = peak_memory(both_passes, attention, *arrays, *more), []
     for _ in range(2):
@@ -350,11 +348,11 @@ def draw_running(q, k, v, tile):
     m, l, out = -math.inf, 0.0, 0.0
     for start in range(0, len(k), tile):
         s = k[start:start + tile] @ q[-1] * len(q[0]) ** -0.5
-        new = max(m, s.max())
-        p, f = np.exp(s - new), math.exp(m - new)
+        new_m = max(m, s.max())
+        p, f = np.exp(s - new_m), math.exp(m - new_m)
         l = f * l + p.sum()
         out = f * out + p @ v[start:start + tile]
-        m = new
+        m = new_m
         print(f"keys from {start:4d}   m {m:7.2f}   f {f:7.1e}   l {l:7.2f}   |out / l| "
               f"{np.linalg.norm(out / l):7.3f}")
 
@@ -374,8 +372,8 @@ def main(cfg):
     accuracy = float((logits.argmax(axis=2)[:, -targets.shape[1]:] == targets).mean())
     check_finite(accuracy, params)
     print(f"new characters: {accuracy:.1%} of the second half predicted")
-    x, (q, k, v, *_), *_ = caches[-1]
-    q, k, v = (a.astype(float) for a in (q, k, v))
+    _, attention, *_ = caches[-1]                       # of the last block
+    q, k, v = (a.astype(float) for a in attention[:3])
     print("\nRows: the tiles of one position. Columns: running maximum, factor, running sum,\n"
           "length of the output so far")
     draw_running(q[0, 0, :-1], k[0, 0, :-1], v[0, 0, :-1], cfg.tile)
@@ -384,8 +382,8 @@ def main(cfg):
                 both_passes(QUADRATIC, q, k, v, dout))
     difference = max(float(abs(a - b).max() / abs(b).max()) for a, b in pairs)
     print(f"Output and gradients differ from those of the quadratic form by {difference:.0e}")
-    print("\nOne head of 64 numbers, both passes, tiles of 128. Rows: positions; columns:\n"
-          "memory at its peak, of which a # is a factor of 1.4; time of the processor")
+    print("\nOne head with d = 64, both passes, tiles of 128. Rows: positions. Columns: peak "
+          "memory,\nwith one # more for each factor of 1.4; processor time")
     for T in (512, 1024, 2048, 4096):
         costs = cost(QUADRATIC, T), cost(TILED, T, causal_tiles(T, 128), 128)
         for name, (ms, peak) in zip(("quadratic", "tiles"), costs):
@@ -404,7 +402,7 @@ def main(cfg):
 MORE = """
 Tasks
     python faster.py text --data tinyshakespeare.txt --steps 3000       2 minutes; validation 1.95
-        nats per character, 70 % of the drafts accepted, 1.8 times as fast if there are 12 layers
+        nats per character; 70 % of the drafts are accepted; 12 layers are 1.8 times as fast
 
 Break it (python faster.py; as it is: accuracy 100 %, difference from the quadratic form 2e-15)
     tiled_attention_forward: no f * in the line of out (or of l)    7 % (8 %): nothing is learned
@@ -443,9 +441,9 @@ with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse f
 
 
 # ---- row blocks, the honest rival: python faster.py lengths --------------------------------------
-# A block of rows with all its keys is small, too, and its softmax is an ordinary one. In NumPy that
-# is as fast; its memory grows with block times T. Tiles are for hardware such as a GPU, where what
-# is computed on has to fit into a small, fast memory, whatever T is.
+# A block of rows with all its keys is small, too, and needs no running softmax. In NumPy that is as
+# fast; its memory grows with block times T. Tiles are for hardware such as a GPU, which computes in
+# a small, fast memory: a tile fits into it, whatever T is.
 
 @dataclass
 class Lengths:
@@ -456,7 +454,8 @@ class Lengths:
 def row_block(q, k, block, end):
     """The softmax of the rows before end over their keys.   -> (B, H, block, end)."""
     s = (q[:, :, end - block:end] * q.shape[3] ** -0.5) @ k[:, :, :end].swapaxes(2, 3)
-    s = np.where(np.tri(*s.shape[2:], end - block, dtype=bool), s, -1e9)
+    seen = np.tri(*s.shape[2:], end - block, dtype=bool)    # row 0 is position end - block
+    s = np.where(seen, s, -1e9)
     p = np.exp(s - s.max(axis=3, keepdims=True))
     return p / p.sum(axis=3, keepdims=True)
 
@@ -493,8 +492,8 @@ def run_lengths(cfg):
             **{f"tiles_{n}": (TILED, causal_tiles(T, n), n) for n in (32, 64, 128, 256)},
             "window_2_tiles_128": (TILED, window, 128)}
     costs = {name: cost(attention, T, *more) for name, (attention, *more) in ways.items()}
-    print(f"One head of 64 numbers, {T} positions, both passes. Rows: ways. Columns: memory at its "
-          "peak,\nof which a # is a factor of 1.4, time of the processor")
+    print(f"One head with d = 64, {T} positions, both passes. Rows: ways. Columns: peak memory, "
+          "with\none # more for each factor of 1.4; processor time")
     for name, (ms, peak) in costs.items():
         bar = "#" * round(2 * math.log2(peak / 2 ** 18))
         print(f"{name:18s}  {peak / 2 ** 20:6.1f} MiB  |{bar:.<24s}|  {ms:.1f} ms")
@@ -506,29 +505,33 @@ def run_lengths(cfg):
 
 
 # ---- patterns: python faster.py patterns ---------------------------------------------------------
-# Leave tiles out, and it costs less, but the answer is another. What a position has not seen in one
-# layer it can hear of in the next, from one that has: hops. The backward pass is the spine's.
+# Fewer tiles cost less, but give another answer. What a position does not see in a layer may reach
+# it in a later one, over a position that has seen it: one hop per layer. The backward pass is that
+# of the spine.
 
 @dataclass
 class Patterns:
-    """Draw which tiles are seen, and count the layers until all are heard of."""
+    """Draw which tiles are seen, and count the layers until every tile has reached every other."""
     tiles: int = 64         # tiles per side for counting
     seed: int = 0           # random seed
 
 
-def seen_tiles(n, causal, seed, window, first=False, draws=0):
-    """Which of n x n tiles are seen: those at most window away; perhaps the first row and column
-    (a global tile, Longformer) and some random ones per row (BigBird).   -> (n, n)."""
-    rng, (i, j) = np.random.default_rng(seed), np.indices((n, n))
-    seen = (abs(i - j) <= window) | first & ((i == 0) | (j == 0))
-    for row in range(n):
-        seen[row, rng.integers(0, row + 1 if causal else n, draws)] = True
+def seen_tiles(side, causal, seed, window, first=False, draws=0):
+    """Which tiles are seen: those at most window away; if first, the first row and column (a global
+    tile, Longformer); draws random ones per row (BigBird).   -> (side, side)."""
+    rng, (i, j) = np.random.default_rng(seed), np.indices((side, side))
+    seen = abs(i - j) <= window
+    if first:
+        seen |= (i == 0) | (j == 0)
+    for row in range(side):
+        seen[row, rng.integers(0, row + 1 if causal else side, draws)] = True
     return seen & (j <= i) if causal else seen
 
 
 def hops(seen, causal):
-    """Layers until every tile can have heard of every other one, or of every earlier one."""
-    wanted, reached, count = np.tri(len(seen), k=0 if causal else len(seen)) > 0, seen, 1
+    """Layers until every tile (if causal, every earlier one) can have reached every tile."""
+    wanted = np.tri(len(seen), dtype=bool) if causal else np.ones_like(seen)
+    reached, count = seen, 1
     while not reached[wanted].all():
         reached, count = reached @ seen, count + 1
     return count
@@ -539,8 +542,9 @@ def run_patterns(cfg):
     start, metrics = time.perf_counter(), {}
     rows = {"window 1": (1,), "window 3": (3,), "window 1, first": (1, True),
             "window 1, random": (1, False, 1), "window 1, 2 random": (1, False, 2)}
-    print("Rows: 16 tiles; columns: what they see (#); both directions, then causal. Hops: layers "
-          f"until\n{cfg.tiles} tiles have heard of all (causal: of all earlier ones), mean of 3")
+    print("Rows: 16 tiles; columns: the tiles that they see (#); both directions, then causal.\n"
+          f"Hops: layers until all of {cfg.tiles} tiles (causal: all earlier ones) have reached "
+          "each; mean of 3")
     for causal in (False, True):
         print("\n" + "".join(f"{name:19s}" for name in rows))
         seen = [seen_tiles(16, causal, cfg.seed, *row) for row in rows.values()]
@@ -557,10 +561,10 @@ def run_patterns(cfg):
 
 
 # ---- drafts: python faster.py exact --------------------------------------------------------------
-# A large model costs a pass per token, because it needs the last one. A small one drafts k tokens
-# from its distributions q, and the large one checks them in one pass, which yields all its p.
-# Token x is accepted with probability min(1, p(x) / q(x)); the first that is refused is replaced by
-# a draw from (p - q)+, and the rest is dropped. What comes out is distributed as p:
+# A large model needs a pass per token, since each depends on the one before. A small one drafts k
+# tokens from its distributions q, and the large one checks them in one pass, which gives its p of
+# every position. Token x is accepted with probability min(1, p(x) / q(x)). The first refused token
+# is replaced by a draw from (p - q)+; those after it are dropped. The result is distributed as p:
 #     q min(1, p / q) + (1 - sum min(p, q)) (p - q)+ / sum (p - q)+ = min(p, q) + (p - q)+ = p
 # An accepted token costs no pass; a share of sum min(p, q) = 1 - TV(p, q) is accepted.
 
@@ -590,12 +594,13 @@ def speculate(target, draft, ids, count, k, rng, rule="right"):
             drafted.append(draw_token(qs[-1], rng))
         ps = target(drafted, k + 1)                     # one pass for all
         for x, p, q in zip(drafted[len(ids):], ps, qs):
-            refused = rng.random() >= accept(p, q, x)
-            ids.append(draw_token(redraw(p, q), rng) if refused else x)
-            marks += "^" if refused else " "
-            if refused:
+            if rng.random() >= accept(p, q, x):         # refused
+                ids.append(draw_token(redraw(p, q), rng))
+                marks += "^"
                 break
-        else:
+            ids.append(x)
+            marks += " "
+        else:                                           # none was refused: one more from p
             ids.append(draw_token(ps[k], rng))
             marks += "+"
     return ids[:end], marks
@@ -603,7 +608,7 @@ def speculate(target, draft, ids, count, k, rng, rule="right"):
 
 @dataclass
 class Exact:
-    """Test that drafts do not change the distribution: right and wrong rules."""
+    """Test whether drafts change the distribution, by the right and by wrong rules."""
     samples: int = 12000    # strings of three tokens
     drafts: int = 3         # tokens drafted per pass
     seed: int = 0           # random seed
@@ -616,12 +621,19 @@ def chi_square_test(counts, expected):
     return chi2, 0.5 * math.erfc(z / 2 ** 0.5)
 
 
+def table_reader(table):
+    """A model of V tokens that depends on the last two alone.   table (V, V, V) -> function."""
+    def read(ids, n):
+        return table[ids[-n - 1:-1], ids[-n:]]          # (n, V)
+    return read
+
+
 def run_exact(cfg):
     """Draw strings by every rule and compare them with the target's distribution."""
     start, V, metrics = time.perf_counter(), 5, {}
     weights = np.exp(np.random.default_rng(cfg.seed).standard_normal((2, V, V, V)))
     P, Q = weights / weights.sum(axis=3, keepdims=True)
-    target, draft = (lambda ids, n, p=p: p[ids[-n - 1:-1], ids[-n:]] for p in (P, Q))   # (n, V)
+    target, draft = table_reader(P), table_reader(Q)
     expected = np.einsum("a,ab,abc->abc", P[0, 0], P[0], P)         # after 0, 0: (V, V, V)
     print(f"Target and draft are random tables: {V} tokens, {cfg.drafts} drafts per pass, "
           f"{cfg.samples} strings of three.\nRows: rules. Columns: chi square of {V ** 3} counts, "
@@ -680,8 +692,10 @@ def load_corpus(path, context):
         text = read_text(path)
     else:
         draws = np.random.default_rng(0).integers(0, [7, 2, 7, 2, 5], (2000, 5)).tolist()
-        text = "".join(f"the {NOUNS[a]}{'s' * many} by the {NOUNS[b]}{'s' * more} {VERBS[c]}"
-                       f"{'s' * (1 - many)}.\n" for a, many, b, more, c in draws)
+        text = ""
+        for a, many, b, more, c in draws:               # many, more: 0 or 1
+            text += f"the {NOUNS[a]}{'s' * many} by the {NOUNS[b]}{'s' * more} "
+            text += f"{VERBS[c]}{'s' * (1 - many)}.\n"
     chars = sorted(set(text))
     ids = np.searchsorted(chars, list(text))
     train_ids, validation = np.split(ids, [len(ids) * 9 // 10])
@@ -711,8 +725,8 @@ def probabilities(logits):
 
 
 def cached_reader(params, cfg):
-    """The model with its keys and values kept. What has been drafted in vain stays in the cache and
-    is written over: the cache is cut by a number, known.   -> a function of ids, n."""
+    """The model with its keys and values kept. Those of refused drafts stay in the cache until they
+    are overwritten: known, a number, is how many entries count.   -> a function of ids, n."""
     D, H, known = cfg.dim, cfg.heads, 0
     blocks = [part(params, f"{i}.") for i in range(len(params) // 4)]
     kept = np.zeros((len(blocks), 2, H, cfg.context, D // H), params["P"].dtype)
@@ -740,14 +754,18 @@ def counted_reader(ids, n, V):
     them as if that had been seen 5 times, and so on down to none.   -> a function of ids, n."""
     tables = []
     for m in range(n + 1):                              # contexts of m characters, as numbers
-        codes = sum((V ** k * ids[n - 1 - k:-1 - k] for k in range(m)), np.zeros(len(ids) - n, int))
-        tables.append((np.sort(codes), ids[n:][codes.argsort(kind="stable")]))
+        codes = np.zeros(len(ids) - n, int)
+        for k in range(m):
+            codes += V ** k * ids[n - 1 - k:-1 - k]     # the character k + 1 before ids[n:]
+        order = codes.argsort(kind="stable")
+        tables.append((codes[order], ids[n:][order]))   # contexts, and the characters after them
 
     @functools.lru_cache(None)
     def follows(context):
         codes, tokens = tables[len(context)]
         code = sum(V ** k * c for k, c in enumerate(reversed(context)))
-        counts = np.bincount(tokens[slice(*np.searchsorted(codes, [code, code + 1]))], minlength=V)
+        first, end = np.searchsorted(codes, [code, code + 1])
+        counts = np.bincount(tokens[first:end], minlength=V)
         shorter = follows(context[1:]) if context else np.full(V, 1 / V)
         return (counts + 5 * shorter) / (counts.sum() + 5)
     return lambda ids, n_rows: follows(tuple(ids[-n:]))[None]
@@ -806,7 +824,8 @@ def run_text(cfg):
             metrics |= {f"accepted_{n}_{k}": a, f"per_pass_{n}_{k}": per_pass,
                         f"layers_{depth}_{n}_{k}_speedup": plain / ms,
                         "gap": max(metrics["gap"], abs(a - overlap[n]))}
-    print('\nA sample; below it: " " accepted, "^" drawn after a refusal, "+" after none')
+    print('\nA sample; below it: " " accepted, "^" drawn after a refusal, "+" drawn after all k '
+          "were accepted")
     print("".join(chars[c] for c in text).replace("\n", "/") + "\n" + marks[:len(text)])
     print("\nNext: python faster.py text --steps 1000      python lora.py")
     print_result("text", cfg, validation=loss, **metrics, params=size, steps=len(losses),
@@ -873,7 +892,8 @@ def read_flags(tasks, argv):
         raise InputError(f"{message} ({program} {task} --help lists the flags{hint})")
 
     usage = f"%(prog)s [TASK] [--flags]     without TASK: {next(iter(tasks))}"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__ + MORE, allow_abbrev=False,
+    about = (__doc__ or "") + MORE                      # python -OO drops docstrings
+    parser = argparse.ArgumentParser(usage=usage, description=about, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="task", metavar="task", prog=parser.prog)
     parser.error = fail
@@ -908,11 +928,11 @@ def run(tasks):
         with contextlib.suppress(AttributeError, ValueError):   # Windows; not the main thread
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends it quietly
     np.seterr(over="ignore", invalid="ignore")          # divergence: see progress and check_finite
-    pasted = "ipykernel" in sys.argv[0]                 # into a notebook cell: argv is not ours
+    pasted = "__file__" not in globals() and sys.argv[:1] != ["-"]      # argv is the notebook's
     try:
         name, cfg = read_flags(tasks, [] if pasted else sys.argv[1:])
         tasks[name].main(cfg)
-    except (InputError, FloatingPointError, MemoryError) as error:
+    except (InputError, FloatingPointError, MemoryError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:

@@ -1,13 +1,13 @@
-"""lora.py: change a trained network by few numbers; then store it in few bits.
+"""lora.py: change a trained network with few numbers, then store it in few bits.
 
-Low-rank adaptation leaves a trained matrix W as it is. A product of two thin matrices learns what
-to add to it, which takes few numbers, and can be undone.
+Low-rank adaptation (LoRA) freezes a trained matrix W and trains the product A B of two thin
+matrices, the adapter, that is added to W. It has few numbers, and can be taken off again.
 
 Forward, x (N, D), W (D, M), A (D, r), B (r, M), s = alpha / r; A starts random, B at zero:
     y = x W + b + s (x A) B
 Backward; W and b are frozen and get no gradient:
     dB = s (x A)^T dy      dA = s x^T (dy B^T)      dx = dy W^T + s (dy B^T) A^T
-At the first step dA is 0, since B is, and dB is not. Were A and B both 0, both would remain so.
+At the first step B = 0, so dA = 0, but dB is not. If A and B were both 0, both would remain 0.
 Merged into W + s A B, the adapter costs nothing, and y is the same up to rounding.
 
 A small GPT learns to sort and to reverse digits; then, from 128 examples, to sort downwards.
@@ -35,22 +35,23 @@ import numpy as np
 
 @dataclass
 class Config:
-    """Learn to sort and to reverse digits, then a third job, by an adapter and by full tuning."""
+    """Learn to sort and reverse digits, then a third job, by an adapter and by full fine-tuning."""
     layers: int = 2         # transformer blocks
     heads: int = 4          # attention heads
     dim: int = 48           # embedding dimension
     digits: int = 5         # digits per sequence
     batch_size: int = 64    # sequences per step
     steps: int = 500        # optimizer steps of pre-training
-    lr: float = 0.003       # learning rate, for adapters times 3; half-way it begins to fall to 0
-    examples: int = 128     # sequences of the third job
+    lr: float = 0.003       # learning rate of the first half, 3 times as large for adapters
+    examples: int = 128     # training sequences of the third job
     tune_steps: int = 120   # optimizer steps on the third job, at most --steps
     rank: int = 8           # rank of the adapter
-    alpha: float = 8.0      # the adapter's output is multiplied by alpha / rank
+    alpha: float = 8.0      # numerator of the adapter's factor alpha / rank
     seed: int = 0           # random seed
 
 
 # ---- layers: B sequences, T positions, N = B T rows, D dim, H heads, d = D / H, r rank -----------
+# B counts sequences in shapes such as (B, T, D); everywhere else A and B are those of an adapter.
 
 def affine_forward(x, p, name):
     """y = x W + b, with the parameters W and b of this name.   x (N, D), W (D, M), b (M,)."""
@@ -65,7 +66,8 @@ def affine_backward(dout, cache):
 
 def lora_forward(x, p, name, scale):
     """y = x W + b + scale (x A) B.   x (N, D), W (D, M) and b frozen, A (D, r), B (r, M)."""
-    W, b, A, B = (p[kind + name] for kind in "WbAB")
+    W, b = p["W" + name], p["b" + name]
+    A, B = p["A" + name], p["B" + name]
     xA = x @ A                                          # (N, r)
     return x @ W + b + scale * (xA @ B), (name, x, xA, W, A, B, scale)
 
@@ -94,17 +96,6 @@ def layernorm_backward(dout, cache):
     mean_g_xhat = (g * xhat).mean(axis=1, keepdims=True)
     dx = (g - mean_g - xhat * mean_g_xhat) * inv_std
     return dx, (dout * xhat).sum(axis=0), dout.sum(axis=0)
-
-
-def relu_forward(x):
-    """y = max(x, 0), entry by entry."""
-    return np.maximum(x, 0), x
-
-
-def relu_backward(dout, cache):
-    """dx = dout where x > 0, else 0."""
-    x = cache
-    return dout * (x > 0)
 
 
 def causal_attention_forward(q, k, v):
@@ -137,14 +128,14 @@ def softmax_cross_entropy_forward(logits, targets):
 
 
 def softmax_cross_entropy_backward(dout, cache):
-    """dlogits = (p - onehot(targets)) / N: log p_t changes with logit k by (k == t) - p_k."""
+    """dlogits = (p - onehot(targets)) / N: -log p_y changes with logit k by p_k - (k == y)."""
     log_p, targets = cache
     dlogits = np.exp(log_p)
     dlogits[np.arange(len(targets)), targets] -= 1
     return dlogits * (dout / len(targets))
 
 
-# ---- data: a job, digits, > and what comes of them, such as s31415>11345 -------------------------
+# ---- data: initial of a job, digits, >, the digits after the job, such as s31415>11345 ------
 
 MARKS = "0123456789>srd"
 JOBS = {"sort": lambda digits: np.sort(digits, axis=1),
@@ -152,20 +143,21 @@ JOBS = {"sort": lambda digits: np.sort(digits, axis=1),
         "descend": lambda digits: np.sort(digits, axis=1)[:, ::-1]}
 
 
-def draw_sequences(rng, job, n, cfg):
-    """n sequences of a job.   -> ids (n, T), all but the last digit; targets (n, digits)."""
-    digits = rng.integers(0, 10, (n, cfg.digits))
+def draw_sequences(rng, job, B, cfg):
+    """B sequences of a job.   -> ids (B, T), without the last digit; targets (B, digits)."""
+    digits = rng.integers(0, 10, (B, cfg.digits))       # the id of a digit is its value
     targets = JOBS[job](digits)
-    first, arrow = (np.full((n, 1), MARKS.index(token)) for token in job[0] + ">")
-    return np.hstack([first, digits, arrow, targets[:, :-1]]), targets
+    initial = np.full((B, 1), MARKS.index(job[0]))
+    arrow = np.full((B, 1), MARKS.index(">"))
+    return np.hstack([initial, digits, arrow, targets[:, :-1]]), targets
 
 
 def make_batch(cfg, step, dtype=np.float32):
     """Sequences to sort and to reverse.   -> ids (B, T), targets (B, digits)."""
     rng, half = np.random.default_rng((cfg.seed, step)), cfg.batch_size // 2
-    parts = zip(draw_sequences(rng, "sort", cfg.batch_size - half, cfg),
-                draw_sequences(rng, "reverse", half, cfg))
-    return tuple(np.concatenate(part) for part in parts)
+    ids, targets = draw_sequences(rng, "sort", cfg.batch_size - half, cfg)
+    more_ids, more_targets = draw_sequences(rng, "reverse", half, cfg)
+    return np.concatenate([ids, more_ids]), np.concatenate([targets, more_targets])
 
 
 # ---- model: a GPT whose linear layers are an argument: plain ones, or with an adapter ------------
@@ -198,8 +190,8 @@ def init_adapter(cfg, rng, dtype=np.float32):
 
 
 def adapter_batch(cfg, step, dtype=np.float32, base=None):
-    """Some of the cfg.examples sequences of the third job, always the same ones.   -> ids, targets,
-    the frozen parameters; if none are given, those of the start."""
+    """Sequences of the third job, drawn from the same cfg.examples in every step.   -> ids,
+    targets, base: the frozen parameters, untrained ones if none are given."""
     first, rng = np.random.default_rng((cfg.seed, 0)), np.random.default_rng((cfg.seed, step))
     ids, targets = draw_sequences(first, "descend", cfg.examples, cfg)
     drawn = rng.integers(0, cfg.examples, cfg.batch_size)
@@ -216,12 +208,15 @@ AFFINE = affine_forward, affine_backward
 
 
 def adapted(cfg):
-    """The linear layer with an adapter, a pair of functions as AFFINE."""
-    return (lambda x, p, name: lora_forward(x, p, name, cfg.alpha / cfg.rank)), lora_backward
+    """The linear layer with an adapter, a pair of functions like AFFINE."""
+    def layer(x, p, name):
+        return lora_forward(x, p, name, scale=cfg.alpha / cfg.rank)
+    return layer, lora_backward
 
 
 def layer_block_forward(x, p, heads, B, layer, layer_backward):
-    """x + attention(norm(x)), then x + mlp(norm(x)), of linear layers.   x (B T, D)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); layer is the forward of their linear layers,
+    mlp(y) = layer(max(layer(y), 0)).   x (B T, D) -> (B T, D)."""
     y, norm1 = layernorm_forward(x, p["gamma1"], p["beta1"])
     y, qkv = layer(y, p, "qkv")
     y = y.reshape(B, -1, 3, heads, x.shape[1] // heads)             # (B, T, 3, H, d)
@@ -231,17 +226,17 @@ def layer_block_forward(x, p, heads, B, layer, layer_backward):
     x = x + y
     y, norm2 = layernorm_forward(x, p["gamma2"], p["beta2"])
     y, up = layer(y, p, "1")
-    y, relu = relu_forward(y)
-    y, down = layer(y, p, "2")
-    return x + y, (norm1, qkv, attention, out, norm2, up, relu, down, layer_backward)
+    hidden = np.maximum(y, 0)                                       # (B T, 4 D)
+    y, down = layer(hidden, p, "2")
+    return x + y, (norm1, qkv, attention, out, norm2, up, hidden, down, layer_backward)
 
 
 def layer_block_backward(dout, cache):
     """layer_block_forward from bottom to top; x is used twice: gradients add.   -> dx, grads."""
-    norm1, qkv, attention, out, norm2, up, relu, down, layer_backward = cache
+    norm1, qkv, attention, out, norm2, up, hidden, down, layer_backward = cache
     (B, H, T, d), g = attention[0].shape, {}                        # attention[0] is q
-    dy, g_down = layer_backward(dout, down)
-    dy = relu_backward(dy, relu)
+    dhidden, g_down = layer_backward(dout, down)
+    dy = dhidden * (hidden > 0)                                     # the derivative of max(y, 0)
     dy, g_up = layer_backward(dy, up)
     dy, g["gamma2"], g["beta2"] = layernorm_backward(dy, norm2)
     dout = dout + dy
@@ -255,7 +250,7 @@ def layer_block_backward(dout, cache):
 
 
 def layer_gpt_forward(params, ids, cfg, layer=AFFINE):
-    """ids (B, T) tokens -> logits (B K, V) at the last K positions, one for each digit to find."""
+    """ids (B, T) tokens -> logits (B digits, V), those of the last cfg.digits positions."""
     B, T = ids.shape
     x = params["E"][ids] + params["P"]                              # (B, T, D)
     x, caches = x.reshape(B * T, -1), []
@@ -273,8 +268,10 @@ def layer_gpt_backward(dout, cache):
     (ids, caches, norm, out, params), (B, T) = cache, cache[0].shape
     dx, grads = affine_backward(dout, out)
     dx, grads["gamma"], grads["beta"] = layernorm_backward(dx, norm)
-    given = np.zeros((B, T - len(dx) // B, dx.shape[1]), dx.dtype)  # nothing is predicted there
-    dx = np.concatenate([given, dx.reshape(B, -1, dx.shape[1])], axis=1).reshape(B * T, -1)
+    dlast = dx.reshape(B, -1, dx.shape[1])                          # (B, digits, D)
+    dx = np.zeros((B, T, dx.shape[1]), dx.dtype)                    # 0 where nothing is predicted
+    dx[:, -dlast.shape[1]:] = dlast
+    dx = dx.reshape(B * T, -1)
     for i in reversed(range(len(caches))):
         dx, g = layer_block_backward(dx, caches[i])
         grads.update({f"{i}.{name}": value for name, value in g.items()})
@@ -322,18 +319,16 @@ def decayed_rate(step, cfg):
 def check_finite(loss, params=None):
     """Raise FloatingPointError unless the loss and all parameters are finite, and below 1e10."""
     if not all(np.abs(value).max() < 1e10 for value in (loss, *(params or {}).values())):
-        raise FloatingPointError(f"training diverged (loss {loss:.4g}); try a smaller --lr")
+        raise FloatingPointError(f"training diverged (loss {loss:.4g}); lower the learning rate")
 
 
 def progress(steps, losses, note=lambda: ""):
-    """for step in progress(steps, losses): ... losses.append(loss).   Prints ten lines, or one per
-    minute: the mean loss since the line before, note(), the time left. Ctrl-C ends the loop after
-    the step at hand, a second Ctrl-C the program. A loss that is not finite raises an error."""
-    stopped = []
-
+    """for step in progress(steps, losses): ... losses.append(loss).   Print ten lines, or one per
+    minute. Ctrl-C ends the loop after the step at hand; a loss that is not finite is an error."""
     def stop(*signal_and_frame):
         stopped.append(True)
         signal.signal(signal.SIGINT, previous)          # the next Ctrl-C ends the program
+    stopped = []
     main_thread = threading.current_thread() is threading.main_thread()
     previous = main_thread and signal.signal(signal.SIGINT, stop)
     start = printed = time.perf_counter()
@@ -382,8 +377,8 @@ def tune_adapter(params, cfg, batch=adapter_batch):
     """Learn the third job by an adapter.   -> adapter, losses."""
     adapter = init_adapter(cfg, np.random.default_rng(cfg.seed))
     print(f"\nAdapter of rank {cfg.rank}: {sum(a.size for a in adapter.values())} numbers")
-    return adapter, train(adapter, replace(cfg, lr=3 * cfg.lr), lambda cfg, step:
-                          batch(cfg, step, base=params), adapter_loss_and_grads)
+    return adapter, train(adapter, replace(cfg, lr=3 * cfg.lr),
+                          lambda cfg, step: batch(cfg, step, base=params), adapter_loss_and_grads)
 
 
 def tune_all(params, cfg, batch=adapter_batch):
@@ -394,7 +389,8 @@ def tune_all(params, cfg, batch=adapter_batch):
 
 
 def try_job(params, cfg, job, layer=AFFINE, n=500):
-    """Fresh sequences -> loss, share whose digits are all likeliest after the true ones, logits."""
+    """n fresh sequences, with the true digits before each one to predict.   -> loss, share of
+    sequences with every digit right, logits."""
     rng = np.random.default_rng((cfg.seed, 10 ** 6 + list(JOBS).index(job)))
     ids, targets = draw_sequences(rng, job, n, cfg)
     logits, _ = layer_gpt_forward(params, ids, cfg, layer)
@@ -404,7 +400,7 @@ def try_job(params, cfg, job, layer=AFFINE, n=500):
 
 
 def print_jobs(models, cfg):
-    """A table of models, which are parameters and a linear layer by name.   -> metrics."""
+    """A table. models: name -> parameters and linear layer.   -> metrics."""
     print("\nFresh sequences with every digit right; the jobs are columns, 15 # are 100 %:\n"
           + " " * 16 + "".join(f"{job:27s}" for job in JOBS))
     metrics = {}
@@ -446,13 +442,16 @@ def main(cfg):
             models["full"] = tune_all(params, short)[0], AFFINE
         models["adapter_off"] = params, AFFINE
     metrics = print_jobs(models, cfg)
-    metrics["same"] = float(np.array_equal(before, try_job(params, cfg, "sort")[2]))
-    print(f"Adapter off: the logits are those of before, to the bit: {metrics['same'] == 1}")
+    if "adapter" in models:
+        metrics["same"] = float(np.array_equal(before, try_job(params, cfg, "sort")[2]))
+        print(f"Adapter off: the logits are those of before, to the bit: {metrics['same'] == 1}")
     if "full" in models:
-        print("The change of the first Wo, blank is none, @ the largest: A B; full fine-tuning")
+        print("\nThe change of Wo in block 0, first 24 rows and 46 columns; blank is 0, @ is the "
+              "largest\nof the whole matrix. Left: A B of the adapter; right: full fine-tuning")
         changes = adapter["0.Ao"] @ adapter["0.Bo"], models["full"][0]["0.Wo"] - params["0.Wo"]
-        for rows in zip(*(shade(np.abs(W) / (np.abs(W).max() + 1e-9))[:24, :46] for W in changes)):
-            print("   ".join("".join(row) for row in rows))
+        left, right = (shade(np.abs(W) / (np.abs(W).max() + 1e-9)) for W in changes)
+        for i in range(min(24, cfg.dim)):
+            print("".join(left[i, :46]) + "   " + "".join(right[i, :46]))
     print("\nNext: python lora.py --rank 1 --alpha 1      python lora.py ranks")
     print_result("adapt", cfg, **metrics, loss=loss, params=sum(p.size for p in params.values()),
                  steps=len(losses), seconds=time.perf_counter() - start)
@@ -464,10 +463,10 @@ def main(cfg):
 MORE = """
 Tasks (seeds 0 to 4: shares of fresh sequences with every digit right)
     python lora.py ranks        rank 1: 26 to 56 %, 2: 36 to 68 %, 4: 59 to 80 %, 8: 59 to 84 %, all
-                                parameters: 69 to 86 %, from scratch: 46 to 60 %. With any of them
-                                on, sort falls from 100 % to 6 % or less: adapters forget as much as
-                                full fine-tuning, but can be taken off. A quarter of old sequences
-                                in each batch: sort 90 to 97 %, descend 58 to 82 %
+                                parameters: 69 to 86 %, from scratch: 46 to 60 %. With any
+                                of them, sort falls from 100 % to 6 % or less: adapters forget as
+                                much as full fine-tuning, but can be taken off. With a quarter of
+                                old sequences in each batch: sort 90 to 97 %, descend 58 to 82 %
     python lora.py quantize     sort with 8 bits: nothing is lost; 4 bits: 99 to 100 %; 3 bits: 70
                                 to 88 % with one scale, 84 to 97 % with one for each column, over
                                 99 % if trained; 2 bits: 1 to 11 %, if trained 94 to 98 %. With
@@ -481,11 +480,12 @@ Break it (what to change, and what comes of it; seed 0)
     init_adapter: 0 * rng.standard_normal       descend 0.2 %: no gradient reaches A or B
     init_adapter: 0.5 * rng.standard_normal((cfg.rank, W.shape[1])) for B       sort is at 0 %
                                                 before the first step; descend ends at 24, not 75 %
-    adapted: scale=cfg.alpha                    47 %: eight times the step, and more with the rank
+    adapted: scale=cfg.alpha                    descend 47 %: the output of A B is 8 times as large
     merged: without cfg.alpha / cfg.rank        python lora.py qlora --alpha 16: merged 23, not 73 %
-    ROUNDED: dict(bits=3, axis=0, percentile=95)    sort 97.8 in place of 94.8 %, 80: 72.8 %: some
-                                                    clipping rounds the others better
-    EIGHT_BITS: 1000 in place of 20             outliers of 400: sort 7 %; some are rounded again
+    ROUNDED: dict(bits=3, axis=0, percentile=95)    sort 97.8 in place of 94.8 %, 80: 72.8 %:
+                                                    a few clipped weights make finer steps
+    EIGHT_BITS: 1000 in place of 20             outliers of 400: sort 7 %; those below 1000
+                                                are rounded with all others
 
 Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
     1. python lora.py --examples 32 (then 256, 1000): where does pre-training cease to matter?
@@ -524,11 +524,11 @@ class Ranks(Config):
 
 
 def mixed_batch(cfg, step, dtype=np.float32, base=None):
-    """adapter_batch, a share cfg.old of which is to be sorted or reversed."""
+    """adapter_batch with a share cfg.old of sequences to sort or reverse."""
     ids, targets, base = adapter_batch(cfg, step, dtype, base)
-    n = round(cfg.old * cfg.batch_size)
-    old_ids, old_targets = make_batch(replace(cfg, batch_size=n), step)
-    return np.concatenate([old_ids, ids[n:]]), np.concatenate([old_targets, targets[n:]]), base
+    old = round(cfg.old * cfg.batch_size)
+    old_ids, old_targets = make_batch(replace(cfg, batch_size=old), step)
+    return np.concatenate([old_ids, ids[old:]]), np.concatenate([old_targets, targets[old:]]), base
 
 
 def run_ranks(cfg):
@@ -537,8 +537,10 @@ def run_ranks(cfg):
     start, short = time.perf_counter(), replace(cfg, steps=min(cfg.tune_steps, cfg.steps))
     params, losses = train_base(cfg)
     fresh, scale = init_params(cfg, np.random.default_rng(cfg.seed)), cfg.alpha / cfg.rank
-    runs = {f"rank_{r}": (tune_adapter, params, replace(short, rank=r, alpha=scale * r))
-            for r in (2 ** k for k in range(cfg.rank.bit_length()))}
+    runs, r = {}, 1
+    while r <= cfg.rank:
+        runs[f"rank_{r}"] = tune_adapter, params, replace(short, rank=r, alpha=scale * r)
+        r *= 2
     runs.update(full=(tune_all, params, short), scratch=(tune_all, fresh, short),
                 adapter_old=(tune_adapter, params, short), full_old=(tune_all, params, short))
     steps, planned, models = len(losses), cfg.steps, {"before": (params, AFFINE)}
@@ -554,9 +556,10 @@ def run_ranks(cfg):
         changes = [models["full"][0][name] - params[name] for name in params if ".W" in name]
         squares = np.array([np.linalg.svd(W, compute_uv=False)[:cfg.dim] ** 2 for W in changes])
         shares = (squares.cumsum(axis=1) / squares.sum(axis=1, keepdims=True)).mean(axis=0)
-        metrics["energy_8"] = float(shares[:8][-1])
-        print("Share of full fine-tuning's squared change in its first 1, 2, 4, 8 directions: "
-              + ", ".join(f"{share:.0%}" for share in shares[[0, 1, 3, 7]]))
+        shown = [float(shares[:k][-1]) for k in (1, 2, 4, 8)]
+        metrics["energy_8"] = shown[-1]
+        print("Share of the squares of full fine-tuning's change in its first 1, 2, 4, 8 singular "
+              "directions:\n" + ", ".join(f"{share:.0%}" for share in shown))
     print("\nNext: python lora.py ranks --old 0.5      python lora.py qlora")
     print_result("ranks", cfg, **metrics, steps=steps, seconds=time.perf_counter() - start)
 
@@ -599,14 +602,15 @@ def straight_through_loss_and_grads(params, batch, cfg, bits):
 
 def print_rounded(name, params, cfg, layer=AFFINE):
     """A line of a table.   -> loss and share of right sequences, of sort."""
-    losses, shares, _ = zip(*(try_job(params, cfg, job, layer) for job in ("sort", "reverse")))
-    bars = "  ".join(f"{share:6.1%} |{'#' * round(15 * share):15s}|" for share in shares)
-    print(f"{name:15s}  {losses[0]:8.4f} {losses[1]:8.4f}   {bars}")
-    return losses[0], shares[0]
+    loss, share, _ = try_job(params, cfg, "sort", layer)
+    other_loss, other_share, _ = try_job(params, cfg, "reverse", layer)
+    bars = [f"{s:6.1%} |{'#' * round(15 * s):15s}|" for s in (share, other_share)]
+    print(f"{name:15s}  {loss:8.4f} {other_loss:8.4f}   {'  '.join(bars)}")
+    return loss, share
 
 
 def draw_levels(column):
-    """How many of the weights of a column are rounded to each of the 15 levels of 4 bits."""
+    """A histogram: how many weights of a column are rounded to each of the 15 levels of 4 bits."""
     largest = np.abs(column).max()
     levels = np.round(7 * quantize(column, 4) / largest).astype(int)
     for level, count in zip(range(-7, 8), np.bincount(levels + 7, minlength=15)):
@@ -636,7 +640,7 @@ def run_quantize(cfg):
     print("\nColumns: losses of sort and reverse; sequences with every digit right, 15 # are 100 %")
     for name, p in {"float": params, **models}.items():
         metrics[name + "_loss"], metrics[name] = print_rounded(name, p, cfg)
-    print("First column of W2 in block 0 on the 15 levels of 4 bits, in rows; a # is one weight:")
+    print("First column of W2 in block 0. Rows: the 15 levels of 4 bits; a # is one weight")
     draw_levels(params["0.W2"][:, 0])
     metrics.update(show_outliers(params, cfg))
     print("\nNext: python lora.py qlora      python lora.py speed")
@@ -675,7 +679,8 @@ def smooth(params, cfg):
     row j of W multiplied by it (SmoothQuant)."""
     smoothed, seen = dict(params), largest_inputs(params, cfg)
     for i in range(cfg.layers):
-        for norm, name, largest in (("1", "qkv", seen[4 * i]), ("2", "1", seen[4 * i + 2])):
+        first, third = seen[4 * i], seen[4 * i + 2]     # of the inputs of Wqkv, Wo, W1, W2
+        for norm, name, largest in (("1", "qkv", first), ("2", "1", third)):
             c = np.sqrt(largest / np.abs(params[f"{i}.W{name}"]).max(axis=1))
             for vector in ("gamma", "beta"):
                 smoothed[f"{i}.{vector}{norm}"] = params[f"{i}.{vector}{norm}"] / c
@@ -705,11 +710,13 @@ def low_layer(x, p, name, round_x, round_W, threshold):
     return y + p["b" + name], None
 
 
-by_tensor, by_token, by_column = (functools.partial(quantize, bits=8, axis=axis)
-                                  for axis in (None, 1, 0))
-EIGHT_BITS = {"tensor": (by_tensor, by_column, math.inf), "token": (by_token, by_column, math.inf),
-        "kept": (by_token, by_column, 20), "smoothed": (by_token, by_column, math.inf),
-        "e4m3": (float8, float8, math.inf)}             # how to round x and W, threshold
+by_tensor = functools.partial(quantize, bits=8)
+by_token = functools.partial(quantize, bits=8, axis=1)
+by_column = functools.partial(quantize, bits=8, axis=0)
+EIGHT_BITS = {                                          # how to round x and W, threshold
+    "tensor": (by_tensor, by_column, math.inf), "token": (by_token, by_column, math.inf),
+    "kept": (by_token, by_column, 20), "smoothed": (by_token, by_column, math.inf),
+    "e4m3": (float8, float8, math.inf)}
 
 
 def show_outliers(params, cfg):
@@ -723,15 +730,19 @@ def show_outliers(params, cfg):
                                       threshold=threshold)
             p = smooth(planted, cfg) if name == "smoothed" else planted
             _, metrics[f"{name}_{factor}"] = print_rounded(name, p, cfg, (layer, None))
-    print("The largest |x| of each channel before the first W, in columns of #: outliers; smoothed")
-    bars = [largest_inputs(p, cfg)[0][:46] for p in (planted, smooth(planted, cfg))]
+    print("Largest |x| of each of the first 46 channels before the first Wqkv, as columns of up to "
+          "5 #\nLeft: with outliers; right: smoothed")
+    left, right = (largest_inputs(p, cfg)[0][:46] for p in (planted, smooth(planted, cfg)))
     for row in range(5, 0, -1):
-        print("   ".join("".join(np.where(5 * v / v.max() > row - 1, "#", " ")) for v in bars))
-    print("Positive numbers from 2^-k to below 2^(1 - k), the largest is 1; columns: k = 0 to 15")
+        bars = [np.where(5 * v / v.max() > row - 1, "#", " ") for v in (left, right)]
+        print("".join(bars[0]) + "   " + "".join(bars[1]))
+    print("How many positive numbers of a format lie from 2^-k to below 2^(1 - k), if the largest "
+          "is 1;\ncolumns: k = 0 to 15")
     floats = np.unique(e4m3(np.arange(1, 448 * 512) / 512)) / 448
     for name, values in (("int8", np.arange(1, 128) / 127), ("e4m3", floats)):
-        counts = np.bincount(np.clip(1 - np.frexp(values)[1], 0, 16), minlength=17)
-        print(f"{name}  " + "".join(f"{count:4d}" for count in counts[:16]))
+        _, exponents = np.frexp(values)                 # values from 2^(exponent - 1) to 2^exponent
+        counts = [int((exponents == 1 - k).sum()) for k in range(16)]
+        print(f"{name}  " + "".join(f"{count:4d}" for count in counts))
     return metrics
 
 
@@ -748,8 +759,8 @@ def merged(params, adapter, cfg):
     for name in adapter:
         if ".A" in name:
             change = adapter[name] @ adapter[name.replace("A", "B")]
-            whole[name.replace("A", "W")] = params[name.replace("A", "W")] \
-                + cfg.alpha / cfg.rank * change
+            W = name.replace("A", "W")
+            whole[W] = params[W] + cfg.alpha / cfg.rank * change
     return whole
 
 
@@ -789,7 +800,8 @@ def run_speed(cfg):
     print("One row times a D x D matrix: milliseconds, MiB of weights")
     for D in (256, 2048):
         rng = np.random.default_rng(cfg.seed)
-        x, W = (rng.standard_normal((n, D), np.float32) for n in (1, D))
+        x = rng.standard_normal((1, D), np.float32)
+        W = rng.standard_normal((D, D), np.float32)
         t = np.abs(W).max(axis=0) / 127
         Wq, half = np.round(W / t).astype(np.int8), W.astype(np.float16)
         products = {"float32": (W, lambda: x @ W),
@@ -800,7 +812,7 @@ def run_speed(cfg):
             ms = 1000 * min(timeit.repeat(product, number=1, repeat=cfg.repeats))
             print(f"D {D:4d}  {name:8s} {ms:8.3f} ms {weights.nbytes / 2 ** 20:6.2f} MiB")
             metrics[f"{name}_{D}_ms"] = ms
-    print("NumPy saves bytes, not time: int8 becomes float32 first, half floats even by software.\n"
+    print("NumPy saves bytes, not time: int8 and float16 are first converted to float32.\n"
           "Quoted, not measured: where reading weights takes the time, a quarter of the bytes is\n"
           "up to 4 times as fast; tensor cores multiply int8 and FP8 at twice the rate of bfloat16")
     print("\nNext: python lora.py speed --repeats 50      python rlhf.py")
@@ -867,7 +879,8 @@ def read_flags(tasks, argv):
         raise InputError(f"{message} ({program} {task} --help lists the flags{hint})")
 
     usage = f"%(prog)s [TASK] [--flags]     without TASK: {next(iter(tasks))}"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__ + MORE, allow_abbrev=False,
+    about = (__doc__ or "") + MORE                      # python -OO drops docstrings
+    parser = argparse.ArgumentParser(usage=usage, description=about, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="task", metavar="task", prog=parser.prog)
     parser.error = fail
@@ -902,15 +915,17 @@ def run(tasks):
         with contextlib.suppress(AttributeError, ValueError):   # Windows; not the main thread
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends it quietly
     np.seterr(over="ignore", invalid="ignore")          # divergence: see progress and check_finite
-    pasted = "ipykernel" in sys.argv[0]                 # into a notebook cell: argv is not ours
+    pasted = "__file__" not in globals() and sys.argv[:1] != ["-"]      # argv is the notebook's
     try:
         name, cfg = read_flags(tasks, [] if pasted else sys.argv[1:])
         tasks[name].main(cfg)
-    except (InputError, FloatingPointError, MemoryError) as error:
+    except (InputError, FloatingPointError, MemoryError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
 def sizes_fit(cfg):
     """What must hold between the values of a task: (ok, what, expected, found) for each."""
     yield cfg.dim % cfg.heads == 0, "--dim", f"a multiple of --heads {cfg.heads}", cfg.dim
@@ -919,6 +934,8 @@ def sizes_fit(cfg):
 
 
 CONSTRAINTS = dict.fromkeys((Config, Ranks, Quantize, QLoRA), sizes_fit)
+
+
 def lora_case(rng):
     """Inputs of lora for gradcheck.py; of W and b, True (1) or False (0), it asks no gradient."""
     frozen = {"Wo": rng.random((5, 7)) < 0.5, "bo": rng.random(7) < 0.5}

@@ -149,7 +149,7 @@ SHAPES = "disc ring square frame triangle diamond plus cross lines bars".split()
 
 
 def draw_shapes(labels, size, rng):
-    """Images of ten shapes at any position, in any size and colour, with noise.
+    """Images of ten shapes at any position, in any size and color, with noise.
     labels (N,) indices of SHAPES -> (N, size, size, 3), from about -1 to 1."""
     N = len(labels)
     radius = rng.uniform(0.3, 0.45, (N, 1)) * size
@@ -376,18 +376,16 @@ def learning_rate(step, cfg):
 def check_finite(loss, params=None):
     """Raise FloatingPointError unless the loss and all parameters are finite, and below 1e10."""
     if not all(np.abs(value).max() < 1e10 for value in (loss, *(params or {}).values())):
-        raise FloatingPointError(f"training diverged (loss {loss:.4g}); try a smaller --lr")
+        raise FloatingPointError(f"training diverged (loss {loss:.4g}); lower the learning rate")
 
 
 def progress(steps, losses, note=lambda: ""):
-    """for step in progress(steps, losses): ... losses.append(loss).   Prints ten lines, or one per
-    minute: the mean loss since the line before, note(), the time left. Ctrl-C ends the loop after
-    the step at hand, a second Ctrl-C the program. A loss that is not finite raises an error."""
-    stopped = []
-
+    """for step in progress(steps, losses): ... losses.append(loss).   Print ten lines, or one per
+    minute. Ctrl-C ends the loop after the step at hand; a loss that is not finite is an error."""
     def stop(*signal_and_frame):
         stopped.append(True)
         signal.signal(signal.SIGINT, previous)          # the next Ctrl-C ends the program
+    stopped = []
     main_thread = threading.current_thread() is threading.main_thread()
     previous = main_thread and signal.signal(signal.SIGINT, stop)
     start = printed = time.perf_counter()
@@ -535,6 +533,7 @@ import re
 import struct
 import sys
 import tarfile
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -1042,7 +1041,7 @@ def softmax_cross_entropy_forward(logits, targets):
 
 
 def softmax_cross_entropy_backward(dout, cache):
-    """dlogits = (p - onehot(targets)) / N: log p_t changes with logit k by (k == t) - p_k."""
+    """dlogits = (p - onehot(targets)) / N: -log p_y changes with logit k by p_k - (k == y)."""
     log_p, targets = cache
     dlogits = np.exp(log_p)
     dlogits[np.arange(len(targets)), targets] -= 1
@@ -1152,13 +1151,13 @@ def threaded_loss_and_grads(loss_and_grads, pool, params, batch, cfg):
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 def save_checkpoint(path, meta, params, state, losses, dry_run=False):
-    """All that a training needs to go on, in one .npz file; written beside it, then renamed. meta:
-    what must agree on loading. dry_run: only try whether it can be written.   Raises InputError."""
-    require(not os.path.isdir(path), f"--save {path}", "a file", "a folder")
+    """All that a training needs to go on, as a .npz file; dry_run: try it.   Raises InputError."""
+    own = not os.path.exists(path) or zipfile.is_zipfile(path)
+    require(own, f"--save {path}", "a new file or one of --save", "another file or a folder")
     check_finite(0.0, params)                           # never over a good one
-    arrays = {f"params {name}": value for name, value in params.items()}
-    arrays.update({f"state {name}": value for name, value in state.items()})
-    beside = f"{path}.{os.getpid()}"
+    arrays = {f"params {k}": v for k, v in params.items()}
+    arrays.update({f"state {k}": v for k, v in state.items()})
+    beside = f"{path}.{os.getpid()}"                    # renamed when it is complete
     try:
         with open(beside, "wb") as file:
             np.savez(file, meta=json.dumps(meta), losses=losses, **arrays)
@@ -1258,7 +1257,8 @@ def read_flags(tasks, argv):
         raise InputError(f"{message} ({program} {task} --help lists the flags{hint})")
 
     usage = f"%(prog)s [TASK] [--flags]     without TASK: {next(iter(tasks))}"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__ + MORE, allow_abbrev=False,
+    about = (__doc__ or "") + MORE                      # python -OO drops docstrings
+    parser = argparse.ArgumentParser(usage=usage, description=about, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="task", metavar="task", prog=parser.prog)
     parser.error = fail
@@ -1293,11 +1293,11 @@ def run(tasks):
         with contextlib.suppress(AttributeError, ValueError):   # Windows; not the main thread
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends it quietly
     np.seterr(over="ignore", invalid="ignore")          # divergence: see progress and check_finite
-    pasted = "ipykernel" in sys.argv[0]                 # into a notebook cell: argv is not ours
+    pasted = "__file__" not in globals() and sys.argv[:1] != ["-"]      # argv is the notebook's
     try:
         name, cfg = read_flags(tasks, [] if pasted else sys.argv[1:])
         tasks[name].main(cfg)
-    except (InputError, FloatingPointError, MemoryError) as error:
+    except (InputError, FloatingPointError, MemoryError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:

@@ -175,18 +175,16 @@ def adam_update(params, grads, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
 def check_finite(loss, params=None):
     """Raise FloatingPointError unless the loss and all parameters are finite, and below 1e10."""
     if not all(np.abs(value).max() < 1e10 for value in (loss, *(params or {}).values())):
-        raise FloatingPointError(f"training diverged (loss {loss:.4g}); try a smaller --lr")
+        raise FloatingPointError(f"training diverged (loss {loss:.4g}); lower the learning rate")
 
 
 def progress(steps, losses, note=lambda: ""):
-    """for step in progress(steps, losses): ... losses.append(loss).   Prints ten lines, or one per
-    minute: the mean loss since the line before, note(), the time left. Ctrl-C ends the loop after
-    the step at hand, a second Ctrl-C the program. A loss that is not finite raises an error."""
-    stopped = []
-
+    """for step in progress(steps, losses): ... losses.append(loss).   Print ten lines, or one per
+    minute. Ctrl-C ends the loop after the step at hand; a loss that is not finite is an error."""
     def stop(*signal_and_frame):
         stopped.append(True)
         signal.signal(signal.SIGINT, previous)          # the next Ctrl-C ends the program
+    stopped = []
     main_thread = threading.current_thread() is threading.main_thread()
     previous = main_thread and signal.signal(signal.SIGINT, stop)
     start = printed = time.perf_counter()
@@ -424,7 +422,7 @@ def softmax_cross_entropy_forward(logits, targets):
 
 
 def softmax_cross_entropy_backward(dout, cache):
-    """dlogits = (p - onehot(targets)) / N: log p_t changes with logit k by (k == t) - p_k."""
+    """dlogits = (p - onehot(targets)) / N: -log p_y changes with logit k by p_k - (k == y)."""
     log_p, targets = cache
     dlogits = np.exp(log_p)
     dlogits[np.arange(len(targets)), targets] -= 1
@@ -903,7 +901,7 @@ def read_text(path):
 
 def read_words(path):
     """One word per line of a text file, or the built-in names.   -> list.   Raises InputError."""
-    lines = read_text(path).splitlines() if path else NAMES
+    lines = read_text(path).split("\n") if path else NAMES
     words = [line.strip() for line in lines if line.strip()]
     require(len(words) >= 20, f"--data {path}", "20 words or more, one per line", len(words))
     return words
@@ -1225,7 +1223,8 @@ def read_flags(tasks, argv):
         raise InputError(f"{message} ({program} {task} --help lists the flags{hint})")
 
     usage = f"%(prog)s [TASK] [--flags]     without TASK: {next(iter(tasks))}"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__ + MORE, allow_abbrev=False,
+    about = (__doc__ or "") + MORE                      # python -OO drops docstrings
+    parser = argparse.ArgumentParser(usage=usage, description=about, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="task", metavar="task", prog=parser.prog)
     parser.error = fail
@@ -1260,11 +1259,11 @@ def run(tasks):
         with contextlib.suppress(AttributeError, ValueError):   # Windows; not the main thread
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends it quietly
     np.seterr(over="ignore", invalid="ignore")          # divergence: see progress and check_finite
-    pasted = "ipykernel" in sys.argv[0]                 # into a notebook cell: argv is not ours
+    pasted = "__file__" not in globals() and sys.argv[:1] != ["-"]      # argv is the notebook's
     try:
         name, cfg = read_flags(tasks, [] if pasted else sys.argv[1:])
         tasks[name].main(cfg)
-    except (InputError, FloatingPointError, MemoryError) as error:
+    except (InputError, FloatingPointError, MemoryError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
@@ -1298,11 +1297,18 @@ def fuse_fits(cfg):
     return ok, "--fuse", expected, cfg.fuse
 
 
+def two_or_more(flag, value):
+    """The constraint on a number whose spread is taken, or of which two are drawn."""
+    return value > 1, flag, "2 or more", value
+
+
 CONSTRAINTS = {Config: lambda cfg: [widths_are_right(cfg)],
                Net: lambda cfg: [widths_are_right(cfg), loss_fits(cfg)],
                Gates: lambda cfg: [widths_are_right(cfg), loss_fits(cfg)],
                Optimizers: lambda cfg: [widths_are_right(cfg)],
-               Names: lambda cfg: [widths_are_right(cfg), fuse_fits(cfg)],
+               Inits: lambda cfg: [two_or_more("--batch-size", cfg.batch_size)],
+               Names: lambda cfg: [widths_are_right(cfg), fuse_fits(cfg),
+                                   two_or_more("--embed-dim", cfg.embed_dim)],
                Mnist: lambda cfg: [widths_are_right(cfg)]}
 
 TASKS = {"points": Task(Config, init_params, make_batch, loss_and_grads, main),

@@ -3,12 +3,12 @@
 A feed-forward layer spends the same work on every token, and more parameters mean more work. A
 mixture of experts (MoE) has E feed-forward nets, the experts, and a router that sends each token
 to one of them: E times the parameters, the work of one. The price: a choice has no slope, so the
-router learns only from the weight of the expert that it has chosen, and experts can starve.
+router learns only from the weight of the chosen expert; and an expert without tokens cannot learn.
 
 Forward, for tokens x (N, D)
     p = softmax(x Wg)       the router;  e = argmax p, the expert of a token (Switch, top-1)
     y = p_e f_e(x)          the expert f_e(x) = relu(x W1_e) W2_e, for its own tokens only
-    balance = E sum_e load_e mean(p_e), load_e the share of the tokens sent to e; 1 if all are equal
+    balance = E sum_e load_e mean(p_e), load_e: the share of tokens sent to e; 1 if all are equal
 Backward; e is a constant, everything else is smooth
     df = p_e dy             through the expert as through any net; its dx goes to its tokens
     dp_e = dy . f_e(x), 0 for the others          the weight of f_e teaches the router
@@ -51,6 +51,7 @@ class Config:
 
 
 # ---- layers: N tokens, D dim, E experts of hidden width H, K experts per token (here 1) ----------
+# M tokens are those of one expert. params["E"] alone is something else: the embeddings.
 
 def rmsnorm_forward(x, gamma, eps=1e-5):
     """y = gamma xhat, xhat = x / sqrt(mean(x^2) + eps), per row.   x (N, D)."""
@@ -144,7 +145,7 @@ def softmax_cross_entropy_forward(logits, targets):
 
 
 def softmax_cross_entropy_backward(dout, cache):
-    """dlogits = (p - onehot(targets)) / N: log p_t changes with logit k by (k == t) - p_k."""
+    """dlogits = (p - onehot(targets)) / N: -log p_y changes with logit k by p_k - (k == y)."""
     log_p, targets = cache
     dlogits = np.exp(log_p)
     dlogits[np.arange(len(targets)), targets] -= 1
@@ -257,18 +258,16 @@ def adam_update(params, grads, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
 def check_finite(loss, params=None):
     """Raise FloatingPointError unless the loss and all parameters are finite, and below 1e10."""
     if not all(np.abs(value).max() < 1e10 for value in (loss, *(params or {}).values())):
-        raise FloatingPointError(f"training diverged (loss {loss:.4g}); try a smaller --lr")
+        raise FloatingPointError(f"training diverged (loss {loss:.4g}); lower the learning rate")
 
 
 def progress(steps, losses, note=lambda: ""):
-    """for step in progress(steps, losses): ... losses.append(loss).   Prints ten lines, or one per
-    minute: the mean loss since the line before, note(), the time left. Ctrl-C ends the loop after
-    the step at hand, a second Ctrl-C the program. A loss that is not finite raises an error."""
-    stopped = []
-
+    """for step in progress(steps, losses): ... losses.append(loss).   Print ten lines, or one per
+    minute. Ctrl-C ends the loop after the step at hand; a loss that is not finite is an error."""
     def stop(*signal_and_frame):
         stopped.append(True)
         signal.signal(signal.SIGINT, previous)          # the next Ctrl-C ends the program
+    stopped = []
     main_thread = threading.current_thread() is threading.main_thread()
     previous = main_thread and signal.signal(signal.SIGINT, stop)
     start = printed = time.perf_counter()
@@ -315,10 +314,12 @@ def shade(values):
 
 def measure_facts(params, route=SWITCH):
     """All facts -> share of right objects, shares (8, E) of a topic's facts that an expert gets."""
-    (logits, _), ((chosen, *_), *_) = model_forward(params, FACTS, route)
+    (logits, _), (moe, *_) = model_forward(params, FACTS, route)
     check_finite(logits.max(), params)
+    chosen, *_ = moe                                    # (2048, K)
     sent = (chosen[:, :, None] == np.arange(params["Wg"].shape[1])).mean(axis=1)    # (2048, E)
-    return float((logits.argmax(axis=1) == OBJECTS).mean()), sent.reshape(TOPICS, 256, -1).mean(1)
+    shares = sent.reshape(TOPICS, 256, -1).mean(axis=1)
+    return float((logits.argmax(axis=1) == OBJECTS).mean()), shares
 
 
 def information(joint):
@@ -328,7 +329,7 @@ def information(joint):
 
 
 def draw_topics(shares):
-    """The shares of measure_facts, a line per topic; experts stand in the order of their topics."""
+    """The shares of measure_facts, a line per topic; experts are sorted by their main topic."""
     order = np.argsort(shares.argmax(axis=0), kind="stable")
     for topic, row in enumerate(shade(shares[:, order])):
         print(f"topic {topic} |{''.join(4 * cell for cell in row)}|")
@@ -366,7 +367,8 @@ def main(cfg):
     print(f"\nThe fullest expert gets {fullest:.2f} times the mean. Rows: topics, columns: "
           "experts,\nshades: the share of a topic's facts that an expert gets, blank is 0, @ is 1")
     draw_topics(shares)
-    print(f"The expert tells {told:.0%} of the topic (mutual information over log {TOPICS})")
+    print(f"The expert of a fact gives {told:.0%} of the information about its topic (mutual "
+          f"information / log {TOPICS})")
     print("\nNext: python moe.py routes      python faster.py")
     print_result("facts", cfg, **metrics, fullest=fullest, information=told, params=size,
                  steps=len(losses), seconds=time.perf_counter() - start)
@@ -382,15 +384,17 @@ Tasks (seeds 0 to 4: right answers, load of the fullest expert over the mean)
                             twice the work, 89 to 94 % at equal work and half the parameters
     python moe.py time      at equal FLOPs 2.3 to 2.6 times dense at dim 32, 1.1 to 1.2 at dim 128
     python moe.py text --data tinyshakespeare.txt       25 seconds; 1.98 to 2.00 nats per character
-                            with one expert, 1.88 to 1.89 with eight, 1.84 to 1.86 as wide as eight
+                            with one expert, 1.88 to 1.89 with eight, 1.84 to 1.86 with one as wide
+                            as eight
 
 Break it (what to change, and what comes of it, seeds 0 to 2)
-    python moe.py --experts 1 --hidden 256      100 %: as many parameters, all at work, are better
+    python moe.py --experts 1 --hidden 256      100 %: as many parameters, all used for every fact
     python moe.py --balance 0.001               90 to 99 %, one to four experts nearly without
                                                 facts; 0.01: 95 to 99 %, none or one; 1: 99 to 100 %
-    TOPIC_SIZE = 0                              100 %, and the experts tell 1 or 2 % of the topic:
-                                                they divide the facts in another way, and as well
-    best_expert: return np.arange(len(p))[:, None] % p.shape[1]     24 %: an expert gets any fact
+    TOPIC_SIZE = 0                              100 %, with 1 or 2 % of the information about the
+                                                topic: experts divide the facts in another way
+    best_expert: return np.arange(len(p))[:, None] % p.shape[1]     24 %: a fact has another expert
+                                                in every batch
     switch_gate_backward: return 0 * dp         32 to 36 %: the balance loss alone moves the router;
                                                 with --balance 0 nothing does: 82 to 88 %
 
@@ -427,8 +431,8 @@ with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse f
 # ---- a bias on the choice, in place of the balance loss ------------------------------------------
 
 def biased_route(E, rate):
-    """DeepSeek: the choice is best_expert(p + bias), the weight stays p_e. -> the route, and what
-    is done after each update: bias_e rises by rate where the load was below 1 / E, else falls."""
+    """DeepSeek: the choice is best_expert(p + bias), the weight stays p_e.   -> the route, and a
+    function to call after each update: bias_e rises by rate if load_e < 1 / E, else it falls."""
     bias, load = np.zeros(E, np.float32), np.zeros(E)
 
     def choose(p):
@@ -484,7 +488,7 @@ class Routes(Config):
 
 
 def run_routes(cfg):
-    """Train once for each route; a table, and the load of the experts over three trainings."""
+    """Train once for each route; a table, and the loads of the experts during three trainings."""
     start, E, still = time.perf_counter(), cfg.experts, lambda step: None
     two = two_best, shared_gate_forward, shared_gate_backward
     queues = {c: functools.partial(capacity_choice, capacity=c) for c in (1.0, 1.25)}
@@ -521,9 +525,11 @@ def run_routes(cfg):
             break
     print("\nLoad of the experts (columns) from the first steps (top) to the last:\n"
           "blank is 0, = the mean, @ twice the mean or more")
-    print("   ".join(f"{name:{2 * E}s}" for name in list(histories)[:3]))
-    print(*map("   ".join, zip(*list(histories.values())[:3])), sep="\n")
-    print("\nFullest, emptiest expert: load over the mean; topic: what the expert tells of it\n"
+    shown = list(histories)[:3]
+    print("   ".join(f"{name:{2 * E}s}" for name in shown))
+    for lines in zip(*(histories[name] for name in shown)):
+        print("   ".join(lines))
+    print("\nFullest, emptiest expert: load over the mean; topic: information given by it\n"
           "route                   right  fullest  emptiest  dropped    topic", *table, sep="\n")
     print("\nNext: python moe.py routes --bias-rate 0.03      python moe.py time")
     print_result("routes", cfg, **metrics, steps=len(losses), seconds=time.perf_counter() - start)
@@ -533,7 +539,7 @@ def run_routes(cfg):
 
 @dataclass
 class Time:
-    """Seconds at equal FLOPs: a forward pass of the layer at three widths."""
+    """Time at equal FLOPs: a forward pass of the layer at three widths."""
     experts: int = 8        # number of experts
     repeats: int = 5        # runs, of which the fastest counts
     seed: int = 0           # random seed
@@ -543,15 +549,16 @@ def run_time(cfg):
     """One net, one of several experts, a net of their width, all experts; a bar for each."""
     start, rng, metrics = time.perf_counter(), np.random.default_rng(cfg.seed), {}
     every = (lambda p: np.tile(np.arange(cfg.experts), (len(p), 1)), *SWITCH[1:])
-    print("Time of a forward pass; a # is the time of dense, a net as wide as one expert; top1:\n"
-          "each token visits one expert, every: all; wide: one net as wide as all of them")
+    print("Time of a forward pass; a # is the time of dense, one net as wide as an expert. top1:\n"
+          "one expert per token; every: all per token; wide: one net as wide as all experts")
     for D, H, N in ((32, 32, 512), (64, 256, 1024), (128, 512, 1024)):
         print(f"dim {D}, hidden {H}, {N} tokens")
         x, least = rng.standard_normal((N, D)).astype(np.float32), {}
         for name, E, width, route in (("dense", 1, H, SWITCH), ("top1", cfg.experts, H, SWITCH),
                                       ("wide", 1, cfg.experts * H, SWITCH),
                                       ("every", cfg.experts, H, every)):
-            params, least[name] = init_params(Config(E, width, D), rng), math.inf
+            params = init_params(Config(experts=E, hidden=width, dim=D), rng)
+            least[name] = math.inf
             for _ in range(cfg.repeats):
                 before = time.perf_counter()
                 moe_forward(x, params, route)
@@ -570,7 +577,7 @@ def run_time(cfg):
 class Text(Config):
     """Predict the next character of a text file from the characters before it."""
     data: str = ""          # UTF-8 text file, its last tenth for validation
-    context: int = 8        # characters that the net sees
+    context: int = 8        # characters that the prediction depends on
     hidden: int = 64        # hidden width of an expert
     dim: int = 64           # embedding dimension
     steps: int = 2000       # optimizer steps
@@ -602,10 +609,11 @@ def split_text(path, length):
 
 
 def windows(text, ends, cfg, V):
-    """-> ids of the characters before the positions ends, + V j at distance j + 1, so that E has a
-    row for each character at each distance (N, context); targets: the characters there (N,)."""
+    """-> ids (N, context): the characters before the positions ends, plus V j at distance j + 1, so
+    that each character has an embedding for each distance; targets (N,): those at ends."""
     j = np.arange(cfg.context)
-    return text[ends[:, None] - 1 - j] + V * j, text[ends]
+    before = ends[:, None] - 1 - j                      # (N, context) positions
+    return text[before] + V * j, text[ends]
 
 
 def init_text(cfg, rng, dtype=np.float32):
@@ -632,7 +640,8 @@ def held_out(params, cfg):
     ends = np.arange(cfg.context, len(text))
     for some in np.array_split(ends, math.ceil(len(ends) / 4096)):
         ids, targets = windows(text, some, cfg, len(chars))
-        (logits, _), ((chosen, *_), *_) = model_forward(params, ids)
+        (logits, _), (moe, *_) = model_forward(params, ids)
+        chosen, *_ = moe
         total += float(softmax_cross_entropy_forward(logits, targets)[0]) * len(some)
         np.add.at(joint, (ids[:, 0], chosen[:, 0]), 1 / len(ends))
     return total / len(ends), joint
@@ -734,7 +743,8 @@ def read_flags(tasks, argv):
         raise InputError(f"{message} ({program} {task} --help lists the flags{hint})")
 
     usage = f"%(prog)s [TASK] [--flags]     without TASK: {next(iter(tasks))}"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__ + MORE, allow_abbrev=False,
+    about = (__doc__ or "") + MORE                      # python -OO drops docstrings
+    parser = argparse.ArgumentParser(usage=usage, description=about, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="task", metavar="task", prog=parser.prog)
     parser.error = fail
@@ -769,11 +779,11 @@ def run(tasks):
         with contextlib.suppress(AttributeError, ValueError):   # Windows; not the main thread
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends it quietly
     np.seterr(over="ignore", invalid="ignore")          # divergence: see progress and check_finite
-    pasted = "ipykernel" in sys.argv[0]                 # into a notebook cell: argv is not ours
+    pasted = "__file__" not in globals() and sys.argv[:1] != ["-"]      # argv is the notebook's
     try:
         name, cfg = read_flags(tasks, [] if pasted else sys.argv[1:])
         tasks[name].main(cfg)
-    except (InputError, FloatingPointError, MemoryError) as error:
+    except (InputError, FloatingPointError, MemoryError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
@@ -781,16 +791,22 @@ def run(tasks):
 
 
 def routed(rng):
-    """Probabilities of 4 experts for 5 tokens, and two that are chosen for each; gradcheck.py."""
+    """Inputs for gradcheck.py: probabilities of 4 experts for 5 tokens, two chosen for each."""
     chosen = rng.permuted(np.tile(np.arange(4), (5, 1)), axis=1)[:, :2]
     return dict(p=rng.random((5, 4)) + 0.1, chosen=chosen)
 
 
-GRADCHECK = {"softmax": lambda rng: dict(z=rng.standard_normal((3, 5))),
-             "switch_gate": routed, "shared_gate": routed, "balance": routed,
-             "experts": lambda rng: dict(zip(("x", "w", "W1", "W2"), map(rng.standard_normal, (
-                 (5, 3), (5, 2), (4, 3, 6), (4, 6, 3)))), chosen=routed(rng)["chosen"])}
+def expert_case(rng):
+    """Inputs of experts_forward: 5 tokens, dim 3, 4 experts of hidden width 6."""
+    return dict(x=rng.standard_normal((5, 3)), w=rng.standard_normal((5, 2)),
+                W1=rng.standard_normal((4, 3, 6)), W2=rng.standard_normal((4, 6, 3)),
+                chosen=routed(rng)["chosen"])
+
+
+GRADCHECK = {"softmax": "z 3 5", "switch_gate": routed, "shared_gate": routed, "balance": routed,
+             "experts": expert_case}
 CONSTRAINTS = {}
+
 TASKS = {"facts": Task(Config, init_params, make_batch, loss_and_grads, main),
          "routes": Task(Routes, init_params, make_batch, loss_and_grads, run_routes),
          "time": Task(Time, None, None, None, run_time),

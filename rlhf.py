@@ -5,13 +5,13 @@ texts is better? Learn a reward r from comparisons. Let the model, now a policy 
 raise the probability of those with more than the mean reward. A leash, beta times the distance from
 the start, keeps pi where r was learned. Here the true reward is known: one plot shows both curves.
 
-Forward: lp_t = log pi(x_t | words before), M 1 up to and with the full stop of the sentence x
-    start     loss = -sum M lp / sum M                                   sentences of the corpus
-    reward    loss = mean log(1 + e^(r(worse) - r(better)))              r(x) = sum_t M w[x_t]
-    policy    loss = -sum M A lp / sum M, x drawn from pi, A = (score - mean) / std over the batch,
-              score = r(x) - beta sum_t M (lp - lp of the start); A is a constant
+Forward: lp_t = log pi(x_t | words before), mask_t = 1 up to the first full stop, then 0
+    start     loss = -sum mask lp / sum mask, x from the corpus
+    reward    loss = mean log(1 + e^-m), m = r(better) - r(worse), K pairs; r(x) = sum_t mask w[x_t]
+    policy    loss = -sum mask A lp / sum mask, x drawn from pi, A = (score - mean) / std over the
+              batch, score = r(x) - beta sum_t mask (lp - lp of the start); A is a constant
 Backward: dlogits = dlp (onehot(x_t) - softmax(logits)), for the start and for the policy
-    dr(better) = -sigmoid(r(worse) - r(better)) / N = -dr(worse)
+    dm = -sigmoid(-m) / K, and w[v] occurs in m as often as v occurs in better, minus in worse
 Why no gradient through r or the drawing: d mean(r) = mean(r d log pi(x)) over x drawn from pi.
 
 Run    python rlhf.py      (leashes of three strengths; python rlhf.py --help lists the other tasks)
@@ -51,7 +51,7 @@ class Config:
     seed: int = 0           # random seed
 
 
-# ---- layers: B sequences, T positions, N = B T rows, D dim, H heads, d = D / H, V words ----------
+# ---- layers: B sequences, T positions, N = B T rows, D dim, H heads, d = D / H, V words, K pairs -
 
 def linear_forward(x, W, b):
     """y = x W + b.   x (N, D), W (D, M), b (M,) -> y (N, M)."""
@@ -62,18 +62,6 @@ def linear_backward(dout, cache):
     """dx = dout W^T, dW = x^T dout, db = sum_n dout: b is added to every row."""
     x, W = cache
     return dout @ W.T, x.T @ dout, dout.sum(axis=0)
-
-
-def tanh_forward(x):
-    """y = tanh(x), entry by entry."""
-    y = np.tanh(x)
-    return y, y
-
-
-def tanh_backward(dout, cache):
-    """dx = dout (1 - y^2)."""
-    y = cache
-    return dout * (1 - y * y)
 
 
 def causal_attention_forward(q, k, v):
@@ -112,15 +100,19 @@ def log_prob_backward(dout, cache):
     return dlogits * dout[:, None]
 
 
-def preference_forward(margin):
-    """mean log(1 + e^-m) = -mean log sigmoid(m), m = r(better) - r(worse).   (N,) -> scalar."""
-    return np.logaddexp(0, -margin).mean(), margin
+def bag_forward(w, differences, l2):
+    """mean log(1 + e^-m) + l2 / 2 sum w^2, m = differences w = r(better) - r(worse).
+    w (V,), differences (K, V): word counts of better minus worse sentences -> scalar."""
+    margin = differences @ w                                # (K,)
+    loss = np.logaddexp(0, -margin).mean() + l2 / 2 * (w * w).sum()
+    return loss, (w, differences, l2, margin)
 
 
-def preference_backward(dout, cache):
-    """dm = -sigmoid(-m) / N, and sigmoid(-m) = e^-log(1 + e^m), which cannot overflow."""
-    margin = cache
-    return -np.exp(-np.logaddexp(0, margin)) * (dout / len(margin))
+def bag_backward(dout, cache):
+    """dm = -sigmoid(-m) / K, sigmoid(-m) = e^-log(1 + e^m); dw = differences^T dm + l2 w."""
+    w, differences, l2, margin = cache
+    dmargin = -np.exp(-np.logaddexp(0, margin)) * (dout / len(margin))  # in logs: no overflow
+    return differences.T @ dmargin + dout * l2 * w
 
 
 # ---- data: a grammar, and what is wanted of its sentences ----------------------------------------
@@ -134,9 +126,9 @@ GRAMMAR = [[f"the {noun} {verb}" for noun in LEXICON[1:4] for verb in LEXICON[4:
            ["and we ran", "and we ate", "", ""]]
 
 
-def draw_sentences(rng, n):
-    """One of each list of GRAMMAR, a full stop, and full stops as padding.   -> ids (n, LENGTH)."""
-    ids = np.full((n, LENGTH), EOS)
+def draw_sentences(rng, B):
+    """One of each list of GRAMMAR, a full stop, and full stops as padding.   -> ids (B, LENGTH)."""
+    ids = np.full((B, LENGTH), EOS)
     for row in ids:
         words = " ".join(options[rng.integers(len(options))] for options in GRAMMAR).split()
         row[:len(words)] = [LEXICON.index(word) for word in words]
@@ -151,17 +143,18 @@ POSSIBLE[CORPUS[:, :-1], CORPUS[:, 1:]] = True
 def mask_of(ids):
     """ids (B, T) -> (B, T), 1 up to and with the first full stop, 0 after it."""
     stops = ids == EOS
-    return (np.cumsum(stops, axis=1) <= stops).astype(np.float32)
+    stops_before = np.cumsum(stops, axis=1) - stops         # how many stand before each position
+    return (stops_before == 0).astype(np.float32)
 
 
 def word_counts(ids):
-    """How often each word is in each sentence.   ids (N, LENGTH) -> (N, V)."""
+    """How often each word is in each sentence.   ids (B, LENGTH) -> (B, V)."""
     return (np.eye(len(LEXICON), dtype=np.float32)[ids] * mask_of(ids)[:, :, None]).sum(axis=1)
 
 
 def true_reward(ids):
     """What people want: kind words, up to 2 different ones; -1 per repeated kind word, -1 per
-    unkind one, -1/2 per impossible pair of neighbours, -1/2 without a full stop.   -> (N,)."""
+    unkind one, -1/2 per impossible pair of neighbours, -1/2 without a full stop.   -> (B,)."""
     counts = word_counts(ids)
     different = (counts[:, KIND] > 0).sum(axis=1)
     repeated = counts[:, KIND].sum(axis=1) - different
@@ -202,20 +195,21 @@ def policy_forward(params, ids, cfg):
     y, out = linear_forward(y.swapaxes(1, 2).reshape(x.shape), params["Wo"], params["bo"])
     x = x + y
     y, up = linear_forward(x, params["W1"], params["b1"])
-    y, tanh = tanh_forward(y)
-    y, down = linear_forward(y, params["W2"], params["b2"])
+    hidden = np.tanh(y)                                             # (B T, 4 D)
+    y, down = linear_forward(hidden, params["W2"], params["b2"])
     x = x + y
-    return x @ params["E"].T, (ids, qkv, attention, out, up, tanh, down, x, params)
+    return x @ params["E"].T, (ids, qkv, attention, out, up, hidden, down, x, params)
 
 
 def policy_backward(dout, cache):
     """policy_forward from bottom to top -> gradients under the keys of params."""
-    ids, qkv, attention, out, up, tanh, down, x, params = cache
+    ids, qkv, attention, out, up, hidden, down, x, params = cache
     (B, H, T, d), g = attention[0].shape, {}                        # attention[0] is q
     g["E"], g["P"] = dout.T @ x, np.zeros_like(params["P"])         # E is used at the end ...
     dx = dout @ params["E"]
-    dy, g["W2"], g["b2"] = linear_backward(dx, down)
-    dy, g["W1"], g["b1"] = linear_backward(tanh_backward(dy, tanh), up)
+    dhidden, g["W2"], g["b2"] = linear_backward(dx, down)
+    dy = dhidden * (1 - hidden * hidden)                            # the derivative of tanh
+    dy, g["W1"], g["b1"] = linear_backward(dy, up)
     dx = dx + dy
     dy, g["Wo"], g["bo"] = linear_backward(dx, out)
     dy = dy.reshape(B, T, H, d).swapaxes(1, 2)                      # (B, H, T, d)
@@ -229,7 +223,7 @@ def policy_backward(dout, cache):
 
 
 def loss_and_grads(params, batch, cfg):
-    """-sum weights lp; the weights are equal for the corpus, A for a policy.   -> loss, grads."""
+    """-sum weights lp. weights: mask / sum mask for the corpus, times A for a policy."""
     ids, weights = batch
     logits, policy = policy_forward(params, ids[:, :-1], cfg)
     log_p, cache = log_prob_forward(logits, ids[:, 1:].ravel())
@@ -238,11 +232,9 @@ def loss_and_grads(params, batch, cfg):
 
 
 def reward_loss_and_grads(params, batch, cfg):
-    """batch: word_counts of the better sentences minus those of the worse (N, V) -> loss, grads."""
-    w, differences = params["w"], batch
-    loss, cache = preference_forward(differences @ w)
-    dw = differences.T @ preference_backward(1.0, cache)
-    return loss + cfg.l2 / 2 * (w * w).sum(), {"w": dw + cfg.l2 * w}
+    """The loss of a bag of words. batch: differences (K, V).   -> loss, grads."""
+    loss, cache = bag_forward(params["w"], batch, cfg.l2)
+    return loss, {"w": bag_backward(1.0, cache)}
 
 
 # ---- optimizer and training ----------------------------------------------------------------------
@@ -262,18 +254,16 @@ def adam_update(params, grads, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
 def check_finite(loss, params=None):
     """Raise FloatingPointError unless the loss and all parameters are finite, and below 1e10."""
     if not all(np.abs(value).max() < 1e10 for value in (loss, *(params or {}).values())):
-        raise FloatingPointError(f"training diverged (loss {loss:.4g}); try a smaller --lr")
+        raise FloatingPointError(f"training diverged (loss {loss:.4g}); lower the learning rate")
 
 
 def progress(steps, losses, note=lambda: ""):
-    """for step in progress(steps, losses): ... losses.append(loss).   Prints ten lines, or one per
-    minute: the mean loss since the line before, note(), the time left. Ctrl-C ends the loop after
-    the step at hand, a second Ctrl-C the program. A loss that is not finite raises an error."""
-    stopped = []
-
+    """for step in progress(steps, losses): ... losses.append(loss).   Print ten lines, or one per
+    minute. Ctrl-C ends the loop after the step at hand; a loss that is not finite is an error."""
     def stop(*signal_and_frame):
         stopped.append(True)
         signal.signal(signal.SIGINT, previous)          # the next Ctrl-C ends the program
+    stopped = []
     main_thread = threading.current_thread() is threading.main_thread()
     previous = main_thread and signal.signal(signal.SIGINT, stop)
     start = printed = time.perf_counter()
@@ -311,34 +301,37 @@ def train(params, cfg, make_batch=make_batch, loss_and_grads=loss_and_grads, not
 
 # ---- people and policy ---------------------------------------------------------------------------
 
-def compose(params, cfg, rng, n):
-    """n sentences of the policy, which continues "the" word by word.   -> ids (n, LENGTH)."""
-    ids = np.full((n, LENGTH), THE)
+def compose(params, cfg, rng, B):
+    """B sentences of the policy, which continues "the" word by word.   -> ids (B, LENGTH)."""
+    ids = np.full((B, LENGTH), THE)
     for t in range(1, LENGTH):
         logits, _ = policy_forward(params, ids[:, :t], cfg)
-        logits = logits.reshape(n, t, -1)[:, -1]        # (n, V) of the next word
-        drawn = (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)     # as by softmax(logits)
-        ids[:, t] = np.where(ids[:, t - 1] == EOS, EOS, drawn)
+        logits = logits.reshape(B, t, -1)[:, -1]        # (B, V) of the next word
+        noise = rng.gumbel(size=logits.shape)           # the argmax of logits + noise is a draw
+        drawn = (logits + noise).argmax(axis=1)         # from softmax(logits)
+        ended = ids[:, t - 1] == EOS                    # more full stops follow a full stop
+        ids[:, t] = np.where(ended, EOS, drawn)
     return ids
 
 
 def log_probs(params, ids, cfg):
-    """lp of each word after "the", 0 after the full stop.   ids (N, T + 1) -> (N, T)."""
+    """lp of each word after "the", 0 after the full stop.   ids (B, T + 1) -> (B, T)."""
     logits, _ = policy_forward(params, ids[:, :-1], cfg)
     log_p, _ = log_prob_forward(logits, ids[:, 1:].ravel())
     return log_p.reshape(len(ids), -1) * mask_of(ids)[:, 1:]
 
 
-def draw_comparisons(params, cfg, rng, n):
-    """Pairs of sentences of the policy. People err: they prefer the first with probability
-    sigmoid(3 (true reward of the first - of the second)).   -> better, worse (n, LENGTH)."""
-    a, b = compose(params, cfg, rng, n), compose(params, cfg, rng, n)
-    first = 3 * (true_reward(a) - true_reward(b)) + rng.logistic(size=n) > 0
+def draw_comparisons(params, cfg, rng, K):
+    """K pairs of sentences of the policy. People err: they prefer the first with probability
+    sigmoid(3 (true reward of the first - of the second)).   -> better, worse (K, LENGTH)."""
+    a, b = compose(params, cfg, rng, K), compose(params, cfg, rng, K)
+    noise = rng.logistic(size=K)                        # P(z + noise > 0) = sigmoid(z)
+    first = 3 * (true_reward(a) - true_reward(b)) + noise > 0
     return np.where(first[:, None], a, b), np.where(first[:, None], b, a)
 
 
 def reinforce(start, reward, beta, cfg):
-    """Train a copy of start on its own sentences, weighted by A. reward: ids (N, LENGTH) -> (N,).
+    """Train a copy of start on its own sentences, weighted by A. reward: ids (B, LENGTH) -> (B,).
     -> policy, losses, per step the means of proxy, true reward, KL (steps, 3) and a sentence."""
     policy, means, sentences = {name: w.copy() for name, w in start.items()}, [], []
 
@@ -365,13 +358,13 @@ def draw_weights(w):
     """A line per word, the largest weight first."""
     print("\nWhat each word adds to the reward; a # is 0.1, right of the axis above 0, left below")
     for i in np.argsort(-w):
-        left, right = "#" * round(-10 * w[i]), "#" * round(10 * w[i])       # one of them is empty
+        left, right = "#" * min(25, round(-10 * w[i])), "#" * min(25, round(10 * w[i]))
         print(f"{LEXICON[i]:>6} {w[i]:5.2f} {left:>25}|{right}")
 
 
 def draw_rewards(rows, low=-16, high=24, unit=1, marks="pt"):
-    """Rows of (label, value, value, KL), in the order of KL: the first mark stands at the first
-    value, the second at the second, @ at both, | at 0; a column per unit from low to high."""
+    """Rows of (label, value, value, KL), in the order of KL: a mark at each value, @ where both are
+    equal, | at 0; a column per unit. Values beyond low or high are drawn at the edge."""
     for label, *values, kl in sorted(rows, key=lambda row: row[3]):
         line = ["."] * (1 + round((high - low) / unit))
         for mark, value in zip("|" + marks, (0, *values)):
@@ -394,8 +387,9 @@ def print_result(task, cfg, **metrics):
 def accuracy(reward, start, cfg):
     """The share of fresh pairs, of those with unequal true rewards, that reward orders rightly."""
     ids = compose(start, cfg, np.random.default_rng((cfg.seed, 10 ** 6)), 1000)
-    gap, found = (r[:500] - r[500:] for r in (true_reward(ids), reward(ids)))
-    return float(np.mean((gap * found > 0)[gap != 0]))
+    r, true = reward(ids), true_reward(ids)
+    gap, true_gap = r[:500] - r[500:], true[:500] - true[500:]
+    return float(np.mean((gap * true_gap > 0)[true_gap != 0]))      # of the same sign
 
 
 def outcome(policy, start, reward, cfg):
@@ -421,40 +415,46 @@ def prepare(cfg):
         print(f"\nReward: {cfg.pairs} comparisons\nchance level: loss {math.log(2):.3f}")
         losses = train({"w": w}, replace(cfg, lr=cfg.reward_lr), lambda cfg, step: differences,
                        reward_loss_and_grads)
+    if len(losses) < cfg.steps:
+        print("The stages that come after this training are left out.")
     offset = (word_counts(compose(start, cfg, rng, 512)) @ w).mean()
     return start, w, lambda ids: word_counts(ids) @ w - offset, (better, worse), losses
 
 
-def follow(start, reward, losses, cfg):
-    """A policy for each beta of cfg.betas; sentences and rewards on the way -> metrics, losses."""
-    rows, metrics = [], {}
+def follow(start, reward, metrics, cfg):
+    """A policy for each beta of cfg.betas; metrics gets the outcome of each.   -> losses."""
+    rows = []
     for beta in cfg.betas.split(","):
-        if len(losses) < cfg.steps:                     # Ctrl-C
-            break
         print(f"\nBeta {beta}; proxy: learned reward, true: true reward, KL: distance from start")
         policy, losses, means, sentences = reinforce(start, reward, float(beta), cfg)
         found = outcome(policy, start, reward, cfg)
         check_finite(found["proxy"], policy)
         metrics.update({f"{k}_{beta.replace('.', '_')}": value for k, value in found.items()})
-        rows += [(beta, *part.mean(axis=0)) for part in np.array_split(means, min(10, len(means)))]
-        for step in sorted({1, 10, 20, 40, len(losses)} & set(range(len(losses) + 1))):
-            print(f"    drawn at step {step:3d}: {sentences[step - 1]}")
+        for tenth in np.array_split(means, min(10, len(means))):
+            rows.append((beta, *tenth.mean(axis=0)))
+        for step in sorted({1, 10, 20, 40, len(losses)}):
+            if step <= len(losses):
+                print(f"    drawn at step {step:3d}: {sentences[step - 1]}")
+        if len(losses) < cfg.steps:                     # Ctrl-C
+            break
     print("\nRows: tenths of trainings, by KL. Columns: -16 to 24, | 0, p proxy, t true, @ both\n"
           "     beta     KL")
     draw_rewards(rows)
-    return metrics, losses
+    return losses
 
 
 def main(cfg):
     """Follow a bag of words on each leash, and see what becomes of the true reward."""
     begin = time.perf_counter()
     start, w, reward, _, losses = prepare(cfg)
-    right = accuracy(reward, start, cfg)
-    print(f"{right:.1%} of fresh pairs in the right order")
-    draw_weights(w)
-    metrics, losses = follow(start, reward, losses, cfg)
+    metrics = {}
+    if len(losses) == cfg.steps:                        # not after Ctrl-C
+        metrics["accuracy"] = accuracy(reward, start, cfg)
+        print(f"{metrics['accuracy']:.1%} of fresh pairs in the right order")
+        draw_weights(w)
+        losses = follow(start, reward, metrics, cfg)
     print("\nNext: python rlhf.py reward      python rlhf.py dpo      python rlhf.py --betas 0.1,3")
-    print_result("leash", cfg, accuracy=right, **metrics, steps=len(losses),
+    print_result("leash", cfg, **metrics, steps=len(losses),
                  params=sum(p.size for p in start.values()), seconds=time.perf_counter() - begin)
 
 
@@ -476,7 +476,7 @@ Break it (seed 0: the true reward at the end)
     reinforce: score = proxy + beta * distance       beta 0.3: -15, the leash pushes
     reinforce: ids = compose(start, ...)             beta 0.3: -0.04, KL 10: A is right only for
                                                      sentences of the policy
-    dpo_loss_and_grads: - 0 * start                  0.05 instead of 0.50
+    dpo_loss_and_grads: rise without - start         0.05 instead of 0.50
     python rlhf.py dpo --beta 1                      1.14, 97 % of the sentences possible
     python rlhf.py --betas 0 --l2 0                  the full stop gets 3.9: few pairs judge it
     python rlhf.py --betas 0.3,1 --pairs 50          -1.57, 1.13: a worse reward, a shorter leash
@@ -509,15 +509,31 @@ with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse f
 
 # ---- what several sections use -------------------------------------------------------------------
 
+def preference_forward(margin):
+    """mean log(1 + e^-m) = -mean log sigmoid(m), m = r(better) - r(worse).   (K,) -> scalar."""
+    return np.logaddexp(0, -margin).mean(), margin
+
+
+def preference_backward(dout, cache):
+    """dm = -sigmoid(-m) / K, as in bag_backward."""
+    margin = cache
+    return -np.exp(-np.logaddexp(0, margin)) * (dout / len(margin))
+
+
 def sentence(row):
-    """ids (LENGTH,) -> text up to the full stop."""
+    """ids (LENGTH,) -> text up to the first full stop."""
     return " ".join(LEXICON[i] for i in row[:int(mask_of(row[None]).sum())])
 
 
-def print_end(task, cfg, begin, start, losses, metrics, commands):
-    """Next: commands of rlhf.py; the result line, with the size of a policy."""
-    commands = [f"rlhf.py {command}" for command in commands] + ["autodiff.py"]
-    print("\nNext: python " + "      python ".join(commands))
+PROPOSED = {"best": ("reward", "comparisons"), "reward": ("comparisons", "reward --betas 0.3,1"),
+            "comparisons": ("reward", "dpo"), "dpo": ("grpo", "dpo --beta 1"),
+            "grpo": ("best", "grpo --reuse 16")}
+
+
+def print_end(task, cfg, begin, start, losses, metrics):
+    """Next: two tasks, the next lesson; the result line, with the size of a policy."""
+    first, second = PROPOSED[task]
+    print(f"\nNext: python rlhf.py {first}      python rlhf.py {second}      python autodiff.py")
     print_result(task, cfg, **metrics, params=sum(p.size for p in start.values()),
                  steps=len(losses), seconds=time.perf_counter() - begin)
 
@@ -531,7 +547,7 @@ def pairs_batch(cfg, step, dtype=np.float32, better=CORPUS[:1000], worse=CORPUS[
 
 # ---- best of n: python rlhf.py best --------------------------------------------------------------
 # The cheapest way to follow a reward: draw n sentences, keep the one with the highest reward. No
-# policy is trained. The best of n draws is at most log n - (n - 1) / n nats away from the start.
+# policy is trained. The KL of the best of n from the start is at most log n - (n - 1) / n nats.
 
 @dataclass
 class Best:
@@ -551,20 +567,22 @@ def run_best(cfg):
     """Proxy and true reward of the best of n, for n up to 256."""
     begin, rows, metrics = time.perf_counter(), [], {}
     start, _, reward, _, losses = prepare(cfg)
+    if len(losses) < cfg.steps:                         # Ctrl-C
+        return print_end("best", cfg, begin, start, losses, metrics)
     ids = compose(start, cfg, np.random.default_rng((cfg.seed, 10 ** 6 + 3)), 16384)
     proxy, true = reward(ids), true_reward(ids)
     check_finite(proxy.mean(), start)
     print("\nBest of")
     for n in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-        groups = np.arange(len(ids) // n * n).reshape(-1, n)    # (groups, n)
-        best = groups[np.arange(len(groups)), proxy[groups].argmax(axis=1)]
+        first = np.arange(0, len(ids), n)               # n sentences from each of these on
+        best = first + proxy.reshape(-1, n).argmax(axis=1)
         rows.append((n, proxy[best].mean(), true[best].mean(), math.log(n) - (n - 1) / n))
         metrics[f"true_{n}"] = float(true[best].mean())
         print(f"{n:6d}: {sentence(ids[best[0]])}")
     print("\nRows: n, with the largest KL that it allows. Columns: -1 to 6, p proxy, t true "
           "reward, @ both\n        n     KL")
     draw_rewards(rows, -1, 6, 0.1)
-    print_end("best", cfg, begin, start, losses, metrics, ["reward", "comparisons"])
+    print_end("best", cfg, begin, start, losses, metrics)
 
 
 # ---- a transformer as reward model: python rlhf.py reward ----------------------------------------
@@ -580,9 +598,10 @@ class Reward(Config):
 
 
 def reader_forward(params, ids, cfg):
-    """Logit 0 at the full stop, or at the last word if there is none.   ids (N, LENGTH) -> (N,)."""
-    logits, policy = policy_forward(params, ids, cfg)
-    ends = np.arange(len(ids)) * LENGTH + mask_of(ids).sum(axis=1).astype(int) - 1
+    """Logit 0 at the full stop, or at the last word if there is none.   ids (B, LENGTH) -> (B,)."""
+    logits, policy = policy_forward(params, ids, cfg)       # (B LENGTH, V)
+    lengths = mask_of(ids).sum(axis=1).astype(int)
+    ends = np.arange(len(ids)) * LENGTH + lengths - 1       # rows of the logits
     return logits[ends, 0], (logits.shape, ends, policy)
 
 
@@ -607,24 +626,29 @@ def reader_loss_and_grads(params, batch, cfg):
 
 def run_reward(cfg):
     """Bag of words and transformer on fresh pairs; policies that follow the transformer."""
-    begin = time.perf_counter()
-    start, _, bag, (better, worse), losses = prepare(cfg)
+    begin, metrics = time.perf_counter(), {}
+    start, _, bag_reward, (better, worse), losses = prepare(cfg)
+    if len(losses) < cfg.steps:                         # Ctrl-C
+        return print_end("reward", cfg, begin, start, losses, metrics)
     reader = {name: w.copy() for name, w in start.items()}
-    if len(losses) == cfg.steps:                        # not after Ctrl-C
-        print(f"\nTransformer as reward model\nchance level: loss {math.log(2):.3f}")
-        losses = train(reader, replace(cfg, lr=cfg.reader_lr), lambda cfg, step: pairs_batch(
-            cfg, step, better=better, worse=worse), reader_loss_and_grads)
+
+    def reader_batch(cfg, step):
+        return pairs_batch(cfg, step, better=better, worse=worse)
+    print(f"\nTransformer as reward model\nchance level: loss {math.log(2):.3f}")
+    losses = train(reader, replace(cfg, lr=cfg.reader_lr), reader_batch, reader_loss_and_grads)
     fresh = compose(start, cfg, np.random.default_rng((cfg.seed, 10 ** 6 + 3)), 512)
     offset = reader_forward(reader, fresh, cfg)[0].mean()
 
     def reward(ids):
         return reader_forward(reader, ids, cfg)[0] - offset
-    bag, right = accuracy(bag, start, cfg), accuracy(reward, start, cfg)
     check_finite(offset, reader)
-    print(f"Fresh pairs in the right order: bag of words {bag:.1%}, transformer {right:.1%}")
-    metrics, losses = follow(start, reward, losses, cfg)
-    print_end("reward", cfg, begin, start, losses, {"bag": bag, "accuracy": right, **metrics},
-              ["comparisons", "reward --betas 0.3,1"])
+    metrics["bag"] = accuracy(bag_reward, start, cfg)
+    metrics["accuracy"] = accuracy(reward, start, cfg)
+    print(f"Fresh pairs in the right order: bag of words {metrics['bag']:.1%}, transformer "
+          f"{metrics['accuracy']:.1%}")
+    if len(losses) == cfg.steps:                        # not after Ctrl-C
+        losses = follow(start, reward, metrics, cfg)
+    print_end("reward", cfg, begin, start, losses, metrics)
 
 
 # ---- over-optimisation: python rlhf.py comparisons -----------------------------------------------
@@ -645,7 +669,7 @@ def init_bag(cfg, rng, dtype=np.float32):
 
 
 def bag_batch(cfg, step, dtype=np.float32):
-    """-> differences of word counts (B / 2, V), to check reward_loss_and_grads."""
+    """-> differences of word counts (B / 2, V), with which gradcheck.py checks the bag of words."""
     better, worse = np.split(word_counts(pairs_batch(cfg, step)), 2)
     return (better - worse).astype(dtype)
 
@@ -657,11 +681,10 @@ def run_comparisons(cfg):
         start, _, reward, _, losses = prepare(replace(cfg, pairs=pairs))
         rewards.append((pairs, reward, 0.0))
         if len(losses) < cfg.steps:                     # Ctrl-C
-            break
+            return print_end("comparisons", cfg, begin, start, losses, metrics)
     for name, reward, beta in [*rewards, ("true", true_reward, cfg.beta)]:
-        if len(losses) < cfg.steps:                     # Ctrl-C
-            break
-        print(f"\nPolicy, reward: {name} comparisons, beta {beta:g}")
+        source = "the true reward" if name == "true" else f"a reward from {name} comparisons"
+        print(f"\nA policy follows {source}, beta {beta:g}")
         policy, losses, means, _ = reinforce(start, reward, beta, cfg)
         found, right = outcome(policy, start, reward, cfg), accuracy(reward, start, cfg)
         check_finite(found["proxy"], policy)
@@ -670,10 +693,12 @@ def run_comparisons(cfg):
                      f"{means[top, 2]:6.1f} {found['true']:8.2f} {found['kl']:7.1f}")
         metrics.update({f"right_{name}": right, f"best_{name}": float(means[top, 1]),
                         f"best_at_{name}": int(top + 1), f"end_{name}": found["true"]})
+        if len(losses) < cfg.steps:                     # Ctrl-C
+            break
     print("\nRows: number of comparisons. Columns: fresh pairs in the right order, highest true "
           "reward of a\nbatch, its step and KL, true reward and KL at the end\n"
           "comparisons     right   highest   at step     KL      end      KL", *lines, sep="\n")
-    print_end("comparisons", cfg, begin, start, losses, metrics, ["reward", "dpo"])
+    print_end("comparisons", cfg, begin, start, losses, metrics)
 
 
 # ---- DPO: the pairs without a reward model (Rafailov et al. 2023): python rlhf.py dpo ------------
@@ -696,13 +721,14 @@ def dpo_batch(cfg, step, dtype=np.float32, pairs=(CORPUS[:1000], CORPUS[1000:]),
 
 
 def dpo_loss_and_grads(params, batch, cfg):
-    """m = beta (d(better) - d(worse)), d = sum_t M (lp - lp of the start), loss = mean log(1 +
-    e^-m); so dlp = beta dm in better sentences, -beta dm in worse ones.   -> loss, gradients."""
+    """loss = mean log(1 + e^-m), m = beta (rise(better) - rise(worse)), rise = sum_t mask (lp - lp
+    of the start); so dlp = beta dm in better sentences, -beta dm in worse ones."""
     ids, start = batch
     logits, policy = policy_forward(params, ids[:, :-1], cfg)
     log_p, cache = log_prob_forward(logits, ids[:, 1:].ravel())
     mask = mask_of(ids)[:, 1:]
-    better, worse = np.split((log_p.reshape(mask.shape) * mask - start).sum(axis=1), 2)
+    rise = (log_p.reshape(mask.shape) * mask - start).sum(axis=1)       # (B,)
+    better, worse = np.split(rise, 2)
     loss, margin = preference_forward(cfg.beta * (better - worse))
     dmargin = cfg.beta * preference_backward(1.0, margin)
     dlog_p = np.concatenate([dmargin, -dmargin])[:, None] * mask
@@ -713,6 +739,8 @@ def run_dpo(cfg):
     """DPO on the pairs; what becomes of the better and of the worse sentences of these."""
     begin, rows, trues = time.perf_counter(), [], []
     start, _, reward, pairs, losses = prepare(cfg)
+    if len(losses) < cfg.steps:                         # Ctrl-C
+        return print_end("dpo", cfg, begin, start, losses, {})
     policy = {name: w.copy() for name, w in start.items()}
     before = [log_probs(start, ids, cfg).sum(axis=1).mean() for ids in pairs]
 
@@ -723,11 +751,12 @@ def run_dpo(cfg):
         rows.append((len(rows) + 1, now[0] - before[0], now[1] - before[1], found["kl"]))
         _, better, worse, kl = rows[-1]
         return f"  true {found['true']:5.2f}  KL {kl:4.1f}  b {better:5.1f}  w {worse:5.1f}"
-    if len(losses) == cfg.steps:                        # not after Ctrl-C
-        print(f"\nDPO, beta {cfg.beta}; b, w: change of the log-probability of better and worse "
-              f"sentences,\nin nats\nchance level: loss {math.log(2):.3f}")
-        losses = train(policy, replace(cfg, lr=cfg.policy_lr), lambda cfg, step: dpo_batch(
-            cfg, step, pairs=pairs, start=start), dpo_loss_and_grads, note)
+
+    def batch_of(cfg, step):
+        return dpo_batch(cfg, step, pairs=pairs, start=start)
+    print(f"\nDPO, beta {cfg.beta}; b, w: change of the log-probability of better and worse "
+          f"sentences,\nin nats\nchance level: loss {math.log(2):.3f}")
+    losses = train(policy, replace(cfg, lr=cfg.policy_lr), batch_of, dpo_loss_and_grads, note)
     found = outcome(policy, start, reward, cfg)
     check_finite(found["proxy"], policy)
     ids = compose(policy, cfg, np.random.default_rng((cfg.seed, 10 ** 6 + 3)), 512)
@@ -737,9 +766,9 @@ def run_dpo(cfg):
     print("\nRows: tenths of the training. Columns: -50 to 10 nats, change of log-probability of"
           "\nthe better (b) and the worse (w) sentences, @ both\n    tenth     KL")
     draw_rewards(rows, -50, 10, 1, "bw")
-    found.update(best_true=max(trues, default=found["true"]), possible=float(1 - odd.mean()))
-    found.update(zip(("better", "worse"), map(float, rows[-1][1:3] if rows else (0, 0))))
-    print_end("dpo", cfg, begin, start, losses, found, ["grpo", "dpo --beta 1"])
+    found.update(best_true=max(trues), possible=float(1 - odd.mean()),
+                 better=float(rows[-1][1]), worse=float(rows[-1][2]))
+    print_end("dpo", cfg, begin, start, losses, found)
 
 
 # ---- PPO's clip and GRPO: python rlhf.py grpo ----------------------------------------------------
@@ -747,7 +776,7 @@ def run_dpo(cfg):
 # not the one that wrote it: A is multiplied by ratio, pi over pi as it was. PPO's clip (Schulman et
 # al. 2017) ends the slope of a word whose ratio has moved by more than clip in the direction of A.
 # GRPO (Shao et al. 2024) takes A from a group of texts on one prompt, here the whole batch, and has
-# the leash in the loss: k3 = e^d - d - 1, d = lp of the start - lp. Its slope is at most 1.
+# the leash in the loss: k3 = e^z - z - 1, z = lp of the start - lp. Its slope is at most 1.
 
 @dataclass
 class Grpo(Best):
@@ -769,8 +798,8 @@ def grpo_batch(cfg, step, dtype=np.float32, policy=None, start=None, reward=true
 
 
 def grpo_loss_and_grads(params, batch, cfg):
-    """mean of beta k3 - min(ratio A, clipped ratio A) over all words. Slopes by lp: of k3 1 - e^d;
-    of the minimum ratio A, or 0 where it is the clipped one.   -> loss, gradients."""
+    """mean of beta k3 - min(ratio A, clipped ratio A) over all words. Slopes with respect to lp:
+    k3 has 1 - e^z; the minimum has ratio A, or 0 where it is the clipped one."""
     ids, before, start, A = batch
     logits, policy = policy_forward(params, ids[:, :-1], cfg)
     log_p, cache = log_prob_forward(logits, ids[:, 1:].ravel())
@@ -778,11 +807,11 @@ def grpo_loss_and_grads(params, batch, cfg):
     log_p = log_p.reshape(mask.shape) * mask
     ratio = np.exp(log_p - before)                      # 1 in the first step on a batch
     clipped = np.clip(ratio, 1 - cfg.clip_ratio, 1 + cfg.clip_ratio) * A
-    e_d = np.exp(start - log_p)
+    z = start - log_p
+    k3 = np.exp(z) - z - 1
     weights = mask / mask.sum()
-    k3 = e_d - (start - log_p) - 1
     loss = (weights * (cfg.beta * k3 - np.minimum(ratio * A, clipped))).sum()
-    slope = cfg.beta * (1 - e_d) - np.where(ratio * A <= clipped, ratio * A, 0)
+    slope = cfg.beta * (1 - np.exp(z)) - np.where(ratio * A <= clipped, ratio * A, 0)
     return loss, policy_backward(log_prob_backward((weights * slope).ravel(), cache), policy)
 
 
@@ -790,9 +819,9 @@ def run_grpo(cfg):
     """With the clip of the configuration, then without; how far probabilities move on a batch."""
     begin, rows, metrics = time.perf_counter(), [], {}
     start, _, reward, _, losses = prepare(cfg)
+    if len(losses) < cfg.steps:                         # Ctrl-C
+        return print_end("grpo", cfg, begin, start, losses, metrics)
     for name, clip in (("clip", cfg.clip_ratio), ("free", 1e6)):
-        if len(losses) < cfg.steps:                     # Ctrl-C
-            break
         policy, batch = {key: w.copy() for key, w in start.items()}, []
 
         def reused_batch(cfg, step):
@@ -812,11 +841,13 @@ def run_grpo(cfg):
               "\nbatch have changed by more than a fifth")
         losses = train(policy, replace(cfg, lr=cfg.policy_lr, clip_ratio=clip), reused_batch,
                        grpo_loss_and_grads, note)
-    check_finite(metrics.get("proxy_free", 0.0), start)
+        check_finite(metrics[f"proxy_{name}"], policy)
+        if len(losses) < cfg.steps:                     # Ctrl-C
+            break
     print("\nRows: tenths of trainings, by KL. Columns: -4 to 8, p proxy, t true reward, @ both\n"
           "               KL")
     draw_rewards(rows, -4, 8, 0.2)
-    print_end("grpo", cfg, begin, start, losses, metrics, ["best", "grpo --reuse 16"])
+    print_end("grpo", cfg, begin, start, losses, metrics)
 
 
 # ---- flags and errors: the same in every lesson --------------------------------------------------
@@ -879,7 +910,8 @@ def read_flags(tasks, argv):
         raise InputError(f"{message} ({program} {task} --help lists the flags{hint})")
 
     usage = f"%(prog)s [TASK] [--flags]     without TASK: {next(iter(tasks))}"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__ + MORE, allow_abbrev=False,
+    about = (__doc__ or "") + MORE                      # python -OO drops docstrings
+    parser = argparse.ArgumentParser(usage=usage, description=about, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="task", metavar="task", prog=parser.prog)
     parser.error = fail
@@ -914,11 +946,11 @@ def run(tasks):
         with contextlib.suppress(AttributeError, ValueError):   # Windows; not the main thread
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends it quietly
     np.seterr(over="ignore", invalid="ignore")          # divergence: see progress and check_finite
-    pasted = "ipykernel" in sys.argv[0]                 # into a notebook cell: argv is not ours
+    pasted = "__file__" not in globals() and sys.argv[:1] != ["-"]      # argv is the notebook's
     try:
         name, cfg = read_flags(tasks, [] if pasted else sys.argv[1:])
         tasks[name].main(cfg)
-    except (InputError, FloatingPointError, MemoryError) as error:
+    except (InputError, FloatingPointError, MemoryError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
@@ -927,14 +959,17 @@ def run(tasks):
 
 def fits(cfg):
     """The constraints on --dim and, where there are any, --betas."""
-    betas = getattr(cfg, "betas", "0")
-    ok = all(re.fullmatch(r"\d+(\.\d+)?", beta) for beta in betas.split(","))
+    found = getattr(cfg, "betas", "0")
+    betas = found.split(",")
+    ok = all(re.fullmatch(r"\d+(\.\d+)?", beta) for beta in betas)
+    different = ok and len(set(map(float, betas))) == len(betas)
     return [(cfg.dim % cfg.heads == 0, "--dim", f"a multiple of --heads {cfg.heads}", cfg.dim),
-            (ok, "--betas", "numbers, separated by commas", betas)]
+            (different, "--betas", "different numbers, 0 or more, as in 0,0.3,1", found)]
 
 
 CONSTRAINTS = dict.fromkeys((Config, Best, Reward, Comparisons, Dpo, Grpo), fits)
-GRADCHECK = {"log_prob": "logits 3 5, targets<5 3", "preference": "margin 5"}
+GRADCHECK = {"log_prob": "logits 3 5, targets<5 3", "preference": "margin 5",
+             "bag": "w 5, differences<3 7 5, l2=0.3"}
 
 TASKS = {"leash": Task(Config, init_params, make_batch, loss_and_grads, main),
          "best": Task(Best, None, None, None, run_best),

@@ -4,17 +4,17 @@ A leaky integrator h' = a h + b u keeps a trace of all inputs u. With constants 
 fades at the same rate whatever the input is. Here every token chooses the step size dt of its own
 update: a large dt forgets the past and writes the token, and dt = 0 holds the state.
 
-Forward, for every channel and its states n, A = -exp(A_log) < 0:
-    dt = softplus(z)     z, B, C = linear(u)     so all three depend on the token
-    a = exp(dt A)        b = dt u B              zero-order hold for A, Euler's step for B
+Forward, for every channel and its states s, A = -exp(A_log) < 0; Bt, Ct are B, C of the papers:
+    dt = softplus(z)     z, Bt, Ct = linear(u)   so all three depend on the token
+    a = exp(dt A)        b = dt u Bt             zero-order hold for A, Euler's step for Bt
     h_t = a_t h_{t-1} + b_t                      the scan, linear in h
-    y_t = sum_n C_t h_t + skip u_t
+    y_t = sum_s Ct_t h_t + skip u_t
 Block: x + out(y silu(gate)), u = silu(conv(x')); x', gate are the halves of linear(rmsnorm(x))
-Backward, with g_t the derivative by h_t, s_t that by the exponent dt A:
-    g_t = dy_t C_t + a_{t+1} g_{t+1}             the same scan, run from the end
-    s_t = g_t a_t h_{t-1}                        dA_log = A sum_t s dt      dskip = sum dy u
-    dC = sum dy h        dB = sum g dt u         both summed over the channels
-    ddt = sum_n s A + u sum_n g B    dz = ddt sigmoid(z)    du = dt sum_n g B + skip dy
+Backward, g_t is the gradient of h_t, slope_t that of the exponent dt A:
+    g_t = dy_t Ct_t + a_{t+1} g_{t+1}            the same scan, run from the end
+    slope_t = g_t a_t h_{t-1}                    dA_log = A sum_t slope dt      dskip = sum dy u
+    dCt = sum dy h       dBt = sum g dt u        both summed over the channels
+    ddt = sum_s slope A + u sum_s g Bt    dz = ddt sigmoid(z)    du = dt sum_s g Bt + skip dy
 
 Run    python ssm.py      (induction heads; python ssm.py --help lists the other tasks)
 Papers: Gu, Dao 2023 (Mamba), Gu, Goel, Re 2021 (S4), Gu et al. 2022 (S4D), Fu et al. 2022 (H3).
@@ -44,7 +44,7 @@ class Config:
     layers: int = 1         # blocks
     dim: int = 32           # embedding dimension, channels of the scan
     states: int = 8         # states per channel
-    kernel: int = 3         # tokens that the causal convolution sees
+    kernel: int = 3         # tokens in the window of the convolution
     batch_size: int = 32    # sequences per step
     steps: int = 300        # optimizer steps
     lr: float = 0.02        # peak learning rate
@@ -53,7 +53,7 @@ class Config:
     seed: int = 0           # random seed
 
 
-# ---- layers: T tokens, B sequences, D channels, N states per channel -----------------------------
+# ---- layers: T tokens, B sequences, N = T B rows, D channels, S states per channel ---------------
 
 def linear_forward(x, W, b):
     """y = x W + b.   x (N, D), W (D, M), b (M,) -> y (N, M)."""
@@ -99,8 +99,8 @@ def silu_backward(dout, cache):
 
 
 def causal_conv_forward(x, W, b):
-    """y_t = b + sum_k W_k x_{t-k}: a filter per channel, which sees no later token.
-    x (T, B, D), W (K, D), b (D,)."""
+    """y_t = b + sum_k W_k x_{t-k}: a filter per channel; no output depends on a later token.
+    x (T, B, D), W (kernel, D), b (D,)."""
     y = b + W[0] * x
     for k in range(1, len(W)):
         y[k:] += W[k] * x[:-k]
@@ -140,25 +140,25 @@ def scan_backward(dout, cache):
 
 
 def selective_scan_forward(u, dt, Bt, Ct, A_log, skip):
-    """a = exp(dt A), A = -exp(A_log), b = dt u Bt, h the scan of a and b, y = sum_n Ct h + skip u.
-    u, dt (T, B, D), Bt, Ct (T, B, N), A_log (N, D), skip (D,) -> y (T, B, D)."""
+    """a = exp(dt A), A = -exp(A_log), b = dt u Bt, h the scan of a and b, y = sum_s Ct h + skip u.
+    u, dt (T, B, D), Bt, Ct (T, B, S), A_log (S, D), skip (D,) -> y (T, B, D)."""
     A = -np.exp(A_log)
-    a = np.exp(dt[:, :, None] * A)                      # (T, B, N, D)
-    b = Bt[..., None] * (dt * u)[:, :, None]            # (T, B, N, D)
+    a = np.exp(dt[:, :, None] * A)                      # (T, B, S, D)
+    b = Bt[..., None] * (dt * u)[:, :, None]            # (T, B, S, D)
     h, scan = scan_forward(a, b)
-    y = (Ct[:, :, None] @ h)[:, :, 0] + skip * u        # (T, B, D)
+    y = (Ct[:, :, None] @ h)[:, :, 0] + skip * u        # (T, B, D); @ sums over the states
     return y, (u, dt, Bt, Ct, A, skip, a, h, scan)
 
 
 def selective_scan_backward(dout, cache):
-    """The formulas at the top of the file; slope is s.   -> du, ddt, dBt, dCt, dA_log, dskip."""
+    """The formulas at the top of the file; db is g.   -> du, ddt, dBt, dCt, dA_log, dskip."""
     u, dt, Bt, Ct, A, skip, a, h, scan = cache
     da, db = scan_backward(Ct[..., None] * dout[:, :, None], scan)
-    slope = da * a                                      # by dt A, since a = exp(dt A)
-    dwrite = (Bt[:, :, None] @ db)[:, :, 0]             # by dt u, (T, B, D)
+    slope = da * a                                      # gradient of dt A, since a = exp(dt A)
+    dwrite = (Bt[:, :, None] @ db)[:, :, 0]             # gradient of dt u, (T, B, D)
     du = dwrite * dt + skip * dout
     ddt = (slope * A).sum(axis=2) + dwrite * u
-    dBt = (db @ (dt * u)[..., None])[..., 0]            # (T, B, N)
+    dBt = (db @ (dt * u)[..., None])[..., 0]            # (T, B, S)
     dCt = (h @ dout[..., None])[..., 0]
     dA_log = (slope * dt[:, :, None]).sum(axis=(0, 1)) * A
     return du, ddt, dBt, dCt, dA_log, (dout * u).sum(axis=(0, 1))
@@ -173,7 +173,7 @@ def softmax_cross_entropy_forward(logits, targets):
 
 
 def softmax_cross_entropy_backward(dout, cache):
-    """dlogits = (p - onehot(targets)) / N: log p_t changes with logit k by (k == t) - p_k."""
+    """dlogits = (p - onehot(targets)) / N: -log p_y changes with logit k by p_k - (k == y)."""
     log_p, targets = cache
     dlogits = np.exp(log_p)
     dlogits[np.arange(len(targets)), targets] -= 1
@@ -201,19 +201,19 @@ def make_batch(cfg, step, dtype=np.float32):
 
 def init_params(cfg, rng, dtype=np.float32, vocab_size=len(ALPHABET)):
     """E (V, D); "0.gamma", Win, bin, Wconv, bconv, Wx, bx, A_log, skip, Wout, bout of block 0, ...;
-    gamma, Wo, bo. A = -1, ..., -N in every channel; dt is from 0.001 to 1 at the beginning."""
-    D, N, V = cfg.dim, cfg.states, vocab_size
+    gamma, Wo, bo. A = -1, ..., -S in every channel; dt is from 0.001 to 1 at the beginning."""
+    D, S, V = cfg.dim, cfg.states, vocab_size
     params = {"E": rng.standard_normal((V, D)), "gamma": np.ones(D),
               "Wo": rng.standard_normal((D, V)) * D ** -0.5, "bo": np.zeros(V)}
     for i in range(cfg.layers):
-        for name, n, m in (("in", D, 2 * D), ("x", D, D + 2 * N), ("out", D, D)):
+        for name, n, m in (("in", D, 2 * D), ("x", D, D + 2 * S), ("out", D, D)):
             params[f"{i}.W{name}"] = rng.standard_normal((n, m)) * n ** -0.5
             params[f"{i}.b{name}"] = np.zeros(m)
         params[f"{i}.Wconv"] = rng.standard_normal((cfg.kernel, D)) * cfg.kernel ** -0.5
         params[f"{i}.bconv"] = np.zeros(D)
-        dt = 0.001 ** rng.random(D)                     # log-uniform
+        dt = 0.001 ** rng.random(D)                     # log-uniform from 0.001 to 1
         params[f"{i}.bx"][:D] = np.log(np.exp(dt) - 1)  # the inverse of softplus
-        params[f"{i}.A_log"] = np.repeat(np.log(np.arange(1, N + 1))[:, None], D, axis=1)
+        params[f"{i}.A_log"] = np.repeat(np.log(np.arange(1, S + 1))[:, None], D, axis=1)
         params[f"{i}.gamma"], params[f"{i}.skip"] = np.ones(D), np.ones(D)
     return {name: value.astype(dtype) for name, value in params.items()}
 
@@ -225,10 +225,10 @@ def part(params, prefix):
 
 def selective_forward(u, params):
     """z, Bt, Ct = linear(u), dt = softplus(z), then the scan.   u (T, B, D) -> y (T, B, D)."""
-    D = u.shape[2]
+    S, D = params["A_log"].shape
     y, linear = linear_forward(u.reshape(-1, D), params["Wx"], params["bx"])
-    y = y.reshape(*u.shape[:2], -1)                     # (T, B, D + 2 N)
-    z, Bt, Ct = np.split(y, [D, (D + y.shape[2]) // 2], axis=2)
+    y = y.reshape(*u.shape[:2], -1)                     # (T, B, D + 2 S)
+    z, Bt, Ct = np.split(y, [D, D + S], axis=2)
     dt = np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z)))        # log(1 + e^z) without overflow
     y, scan = selective_scan_forward(u, dt, Bt, Ct, params["A_log"], params["skip"])
     return y, (scan, z, linear)
@@ -247,7 +247,7 @@ SELECTIVE = selective_forward, selective_backward
 
 
 def mamba_block_forward(x, params, mixer):
-    """The block at the top of the file.   x (T, B, D) -> (T, B, D)."""
+    """The block at the top of the file; mixer: (forward, backward) of u -> y.   x (T, B, D)."""
     y, norm = rmsnorm_forward(x.reshape(-1, x.shape[2]), params["gamma"])
     y, up = linear_forward(y, params["Win"], params["bin"])
     u, gate = np.split(y.reshape(*x.shape[:2], -1), 2, axis=2)      # (T, B, D) each
@@ -275,23 +275,23 @@ def mamba_block_backward(dout, cache):
 
 
 def mamba_forward(params, ids, last, cfg, mixer):
-    """ids (B, T) -> logits (last B, V) after the last tokens, all sequences at each of them."""
-    x, caches = params["E"][ids.T], []                  # (T, B, D): the time is first
+    """ids (B, T) -> logits (last B, V) at the last tokens: B rows for each of them, in order."""
+    x, caches = params["E"][ids.T], []                  # (T, B, D): time comes first
     for i in range(cfg.layers):
         x, cache = mamba_block_forward(x, part(params, f"{i}."), mixer)
         caches.append(cache)
     y, norm = rmsnorm_forward(x[-last:].reshape(-1, cfg.dim), params["gamma"])
     logits, out = linear_forward(y, params["Wo"], params["bo"])
-    return logits, (caches, ids, x, norm, out, params)
+    return logits, (caches, ids, x, norm, out, params, last)
 
 
 def mamba_backward(dout, cache):
     """mamba_forward from bottom to top -> gradients under the keys of params."""
-    caches, ids, x, norm, out, params = cache
+    caches, ids, x, norm, out, params, last = cache
     grads, dx = {"E": np.zeros_like(params["E"])}, np.zeros_like(x)
     dy, grads["Wo"], grads["bo"] = linear_backward(dout, out)
     dy, grads["gamma"] = rmsnorm_backward(dy, norm)
-    dx[-len(dy) // len(ids):] = dy.reshape(-1, *x.shape[1:])        # 0 before the last tokens
+    dx[-last:] = dy.reshape(last, *x.shape[1:])         # 0 before the last tokens
     for i in reversed(range(len(caches))):
         dx, g = mamba_block_backward(dx, caches[i])
         grads.update({f"{i}.{name}": value for name, value in g.items()})
@@ -340,18 +340,16 @@ def learning_rate(step, cfg):
 def check_finite(loss, params=None):
     """Raise FloatingPointError unless the loss and all parameters are finite, and below 1e10."""
     if not all(np.abs(value).max() < 1e10 for value in (loss, *(params or {}).values())):
-        raise FloatingPointError(f"training diverged (loss {loss:.4g}); try a smaller --lr")
+        raise FloatingPointError(f"training diverged (loss {loss:.4g}); lower the learning rate")
 
 
 def progress(steps, losses, note=lambda: ""):
-    """for step in progress(steps, losses): ... losses.append(loss).   Prints ten lines, or one per
-    minute: the mean loss since the line before, note(), the time left. Ctrl-C ends the loop after
-    the step at hand, a second Ctrl-C the program. A loss that is not finite raises an error."""
-    stopped = []
-
+    """for step in progress(steps, losses): ... losses.append(loss).   Print ten lines, or one per
+    minute. Ctrl-C ends the loop after the step at hand; a loss that is not finite is an error."""
     def stop(*signal_and_frame):
         stopped.append(True)
         signal.signal(signal.SIGINT, previous)          # the next Ctrl-C ends the program
+    stopped = []
     main_thread = threading.current_thread() is threading.main_thread()
     previous = main_thread and signal.signal(signal.SIGINT, stop)
     start = printed = time.perf_counter()
@@ -407,17 +405,19 @@ def shade(values):
 def draw_steps(params, cfg, rows=12, columns=80):
     """The step sizes of the last block below the tokens of fresh sequences."""
     ids, _ = make_batch(cfg, cfg.steps + 1)
-    ids = ids[:max(1, columns // (cfg.length + 2)), -columns:]
+    ids = ids[:max(1, columns // (cfg.length + 2)), -columns:]      # as many as fit into a line
     _, (caches, *_) = mamba_forward(params, ids, 1, cfg, SELECTIVE)
-    ((_, dt, _, _, A, *_), *_), *_ = caches[-1]         # of the scan: dt (T, B, D), A (N, D)
+    mix, *_ = caches[-1]                                # of the last block: the cache of its mixer;
+    (_, dt, _, _, A, *_), *_ = mix                      # in it, of the scan: dt (T, B, D), A (S, D)
     later = dt[::-1].cumsum(axis=0)[::-1] - dt          # the sum of all later steps
     left = (dt[:, :, None] * np.exp(later[:, :, None] * A)).mean(axis=(2, 3))       # (T, B)
     most = np.argsort(-dt.std(axis=(0, 1)))[:rows]
-    lines = {"text": np.array(list(ALPHABET))[ids],
-             **{f"dt {d}": shade(dt[:, :, d].T / dt[:, :, most].max()) for d in most},
-             "left": shade(left.T / left.max(axis=0)[:, None])}
+    lines = {"text": np.array(list(ALPHABET))[ids]}     # every value: (B, T) characters
+    for d in most:
+        lines[f"dt {d}"] = shade(dt[:, :, d].T / dt[:, :, most].max())
+    lines["left"] = shade(left.T / left.max(axis=0)[:, None])
     for title, sequences in lines.items():
-        print(f"{title:6s}" + "  ".join(map("".join, sequences)))
+        print(f"{title:6s}" + "  ".join("".join(row) for row in sequences))
 
 
 def print_result(task, cfg, **metrics):
@@ -439,7 +439,7 @@ def main(cfg):
           f"{cfg.dim}, {size} parameters\nchance level: loss {math.log(8):.3f}, accuracy 12.5%")
     losses = train(params, cfg)
     metrics = {f"accuracy_{n}": accuracy_at(n, params, cfg) for n in cfg.length * 4 ** np.arange(3)}
-    print("Step sizes dt below the tokens, a row per channel, those that vary most: blank is 0, @ "
+    print("Step sizes dt below the tokens; a row per channel, the 12 that vary most; blank is 0, @ "
           "the\nlargest. Last row: how much of each token is left in the states at the end")
     draw_steps(params, cfg)
     print("Accuracy at 1, 4, 16 times the length: {:.1%}, {:.1%}, {:.1%}".format(*metrics.values()))
@@ -455,9 +455,11 @@ MORE = """
 Break it (accuracy at lengths 24 / 96 / 384, seed 0; as it is 100 / 100 / 86 %)
     python ssm.py --kernel 1 --layers 2     13 / 11 / 14 %, chance: only the convolution shows a
         token its predecessor
-    Wx and its gradient 0 but for the columns of z, B and C random in bx    100 / 100 / 100 %
-    Wx and its gradient 0 in the columns of z   100 / 77 / 30 %: no step holds the state for long
-    scan_backward: a[t] for a[t + 1]    100 / 100 / 100 % with a wrong gradient: check gradients
+    only dt depends on the token (columns of Bt and Ct in Wx and its gradient 0, random in bx)
+                                        100 / 100 / 100 %
+    only Bt and Ct do (columns of z in Wx and its gradient 0)
+                                        100 / 77 / 30 %: no step holds the state for long
+    scan_backward: a[t] for a[t + 1]    100 / 100 / 100 %: a wrong gradient need not show; check it
     scan_backward: return 0 * da, g     100 / 97 / 60 %: no gradient asks for a longer memory
     scan_forward: P = np.cumprod(a, axis=0), h = P * np.cumsum(b / P, axis=0)   nan: P becomes 0
 
@@ -491,14 +493,15 @@ with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse f
 
 
 # ---- the time-invariant twin: a convolution ------------------------------------------------------
-# Without Wx dt, B and C, from bx, are the same for all tokens, and y = K * u + skip u (S4D).
+# Without Wx, dt, Bt and Ct come from bx alone and are the same for all tokens. Then y is a
+# convolution, K * u + skip u, with a fixed filter K (S4D).
 
 def lti_conv_forward(u, dt, Bt, Ct, A_log, skip):
-    """y_t = sum_j K_j u_{t-j} + skip u_t, K_j = sum_n C_n exp(j dt A) dt B_n, by transforms of 2 T
-    numbers, as T would be a circle.   u (T, B, D), dt, skip (D,), Bt, Ct (N,), A_log (N, D)."""
+    """y_t = sum_j K_j u_{t-j} + skip u_t, K_j = sum_s Ct exp(j dt A) dt Bt, by FFT of length 2 T:
+    one of T would wrap around.   u (T, B, D), dt, skip (D,), Bt, Ct (S,), A_log (S, D)."""
     T, A = len(u), -np.exp(A_log)
     j = np.arange(T, dtype=u.dtype)[:, None, None]
-    powers = np.exp(j * (dt * A))                       # (T, N, D)
+    powers = np.exp(j * (dt * A))                       # (T, S, D)
     K = ((Bt * Ct)[:, None] * powers).sum(axis=1) * dt  # (T, D)
     fu, fK = np.fft.rfft(u, 2 * T, axis=0), np.fft.rfft(K, 2 * T, axis=0)[:, None]
     y = np.fft.irfft(fu * fK, 2 * T, axis=0)[:T].astype(u.dtype)
@@ -507,12 +510,12 @@ def lti_conv_forward(u, dt, Bt, Ct, A_log, skip):
 
 def lti_conv_backward(dout, cache):
     """du_t = sum_j K_j dout_{t+j} + skip dout_t, dK_j = sum_t dout_t u_{t-j}: correlations, that is
-    products with a conjugate. The slope by the exponent dt A is j times the term of K."""
+    products with a conjugate. The gradient of dt A is j times that of the exponent j dt A."""
     u, dt, Bt, Ct, A, skip, j, powers, K, fu, fK = cache
     T, f = len(u), np.fft.rfft(dout, 2 * len(u), axis=0)
     du = np.fft.irfft(f * fK.conj(), 2 * T, axis=0)[:T].astype(u.dtype) + skip * dout
     dK = np.fft.irfft(f * fu.conj(), 2 * T, axis=0)[:T].astype(u.dtype).sum(axis=1)
-    terms = (dK * dt)[:, None] * powers                 # (T, N, D)
+    terms = (dK * dt)[:, None] * powers                 # (T, S, D)
     slope = (Bt * Ct)[:, None] * (j * terms).sum(axis=0)
     ddt = (slope * A).sum(axis=0) + (dK * K).sum(axis=0) / dt
     dBC = terms.sum(axis=(0, 2))
@@ -521,8 +524,8 @@ def lti_conv_backward(dout, cache):
 
 def twin_forward(u, params):
     """selective_forward with the same z, Bt, Ct for every token, those of the bias."""
-    N, D = params["A_log"].shape
-    z, Bt, Ct = np.split(params["bx"], [D, D + N])
+    S, D = params["A_log"].shape
+    z, Bt, Ct = np.split(params["bx"], [D, D + S])
     dt = np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z)))
     y, conv = lti_conv_forward(u, dt, Bt, Ct, params["A_log"], params["skip"])
     return y, (z, conv)
@@ -537,7 +540,7 @@ def twin_backward(dout, cache):
 
 
 def init_twin(cfg, rng, dtype=np.float32):
-    """init_params without Wx, with random B and C in bx."""
+    """init_params without Wx, with random Bt and Ct in bx."""
     params = init_params(cfg, rng, dtype)
     for i in range(cfg.layers):
         del params[f"{i}.Wx"]
@@ -552,12 +555,17 @@ def twin_loss_and_grads(params, batch, cfg):
 
 # ---- both at lengths beyond training: python ssm.py lengths --------------------------------------
 
+@dataclass
+class Lengths(Config):
+    """Induction heads by the selective model and by its twin, up to 16 times the trained length."""
+
+
 COMPARED = {"selective": (init_params, loss_and_grads, SELECTIVE),
             "twin": (init_twin, twin_loss_and_grads, (twin_forward, twin_backward))}
 
 
 def compare_models(task, cfg, make_batch, lengths, classes):
-    """Train both models; draw their accuracies by length."""
+    """Train both models to choose among classes; draw their accuracies by length."""
     start, metrics = time.perf_counter(), {}
     for model, (init, function, mixer) in COMPARED.items():
         params = init(cfg, np.random.default_rng(cfg.seed))
@@ -565,11 +573,12 @@ def compare_models(task, cfg, make_batch, lengths, classes):
         print(f"\n{model}: length {cfg.length}, layers {cfg.layers}, dim {cfg.dim}, "
               f"{size} parameters\nchance level: loss {math.log(classes):.3f}")
         losses = train(params, cfg, make_batch, function)
-        metrics.update({f"{model}_{n}": accuracy_at(n, params, cfg, make_batch, mixer)
-                        for n in lengths})
+        for length in lengths:
+            accuracy = accuracy_at(length, params, cfg, make_batch, mixer)
+            metrics[f"{model}_{length}"] = accuracy
         if len(losses) < cfg.steps:                     # Ctrl-C
             break
-    print(f"\nAccuracy by length of fresh sequences, trained at {cfg.length}; 40 times @ is 100 %:")
+    print(f"\nAccuracy by length of fresh sequences, trained at {cfg.length}; 40 @ are 100 %:")
     for name, accuracy in metrics.items():
         print(f"{name:14s} {accuracy:6.1%}  {'@' * round(40 * accuracy)}")
     print("\nNext: python ssm.py scan      python ssm.py copy --layers 1")
@@ -593,13 +602,14 @@ class Copy(Config):
 
 
 def copy_batch(cfg, step, dtype=np.float32):
-    """Three of a to d among h, which stands for nothing; then three marks, where these three are to
-    be output.   -> ids (B, length + 3), targets (B, 3)."""
+    """Three data tokens of a to d among h, the blank; then three marks, at which the data tokens
+    are to be output in order.   -> ids (B, length + 3), targets (B, 3)."""
     rng, B = np.random.default_rng((cfg.seed, step)), cfg.batch_size
     ids = np.full((B, cfg.length + 3), ALPHABET.index("h"))
     ids[:, cfg.length:] = ALPHABET.index("*")
     targets = rng.integers(0, 4, (B, 3))
-    positions = np.sort(rng.random((B, cfg.length)).argsort(axis=1)[:, :3], axis=1)
+    shuffled = rng.random((B, cfg.length)).argsort(axis=1)          # all positions, per sequence
+    positions = np.sort(shuffled[:, :3], axis=1)
     np.put_along_axis(ids, positions, targets, axis=1)
     return ids, targets
 
@@ -617,30 +627,33 @@ def halves_scan(a, b):
     """h of scan_forward in 2 log2 T passes: join pairs, scan the half that is left, fill in."""
     T, h = len(a), b.copy()
     if T > 1:
-        even = T // 2 * 2
-        h[1::2] = halves_scan(a[1::2] * a[:even:2], a[1::2] * b[:even:2] + b[1::2])
-        h[2::2] += a[2::2] * h[1:T - 1:2]
+        a2, b2 = a[1::2], b[1::2]                       # t = 1, 3, 5, ...
+        a1, b1 = a[::2][:len(a2)], b[::2][:len(a2)]     # the token before each of these
+        h[1::2] = halves_scan(a2 * a1, a2 * b1 + b2)
+        h[2::2] += a[2::2] * h[1:T - 1:2]               # t = 2, 4, ...: one step from t - 1
     return h
 
 
 def ssd_forward(x, log_a, Bt, Ct):
-    """Y = (L * C B^T) X, L_ts = exp(S_t - S_s) for s <= t, else 0, S = cumsum(log a).
-    x, Y (H, T, P), log_a (H, T), Bt, Ct (T, N)."""
-    S = log_a.cumsum(axis=1)
-    gap = S[:, :, None] - S[:, None]                    # (H, T, T)
+    """Y = (L * Ct Bt^T) X, L_ti = exp(total_t - total_i) for i <= t, else 0, total = cumsum(log a).
+    x, Y (H, T, P): H heads of P channels; log_a (H, T), Bt, Ct (T, S)."""
+    total = log_a.cumsum(axis=1)
+    gap = total[:, :, None] - total[:, None]            # (H, T, T)
     L = np.exp(np.where(np.tri(x.shape[1], dtype=bool), gap, -1e9))
     y = (L * (Ct @ Bt.T)) @ x
     return y, (x, Bt, Ct, L, y)
 
 
 def ssd_backward(dout, cache):
-    """G = dY X^T, dX = (L * C B^T)^T dY, dC = (L * G) B, dB = (L * G)^T C. exp(S_t) is a factor of
-    row t, exp(-S_t) of column t: dS = rowsum(dY * Y - dX * X), dlog_a = its cumsum from the end."""
+    """G = dY X^T, dX = (L * Ct Bt^T)^T dY, dCt = (L * G) Bt, dBt = (L * G)^T Ct. exp(total_t) is a
+    factor of row t, exp(-total_t) of column t, so dtotal = rowsum(dY * Y - dX * X); dlog_a is its
+    cumsum from the end."""
     x, Bt, Ct, L, y = cache
     dx = (L * (Ct @ Bt.T)).swapaxes(1, 2) @ dout
-    LG = (L * (dout @ x.swapaxes(1, 2))).sum(axis=0)    # (T, T): all heads share B and C
-    dS = (dout * y).sum(axis=2) - (dx * x).sum(axis=2)
-    return dx, dS[:, ::-1].cumsum(axis=1)[:, ::-1], LG.T @ Ct, LG @ Bt
+    LG = (L * (dout @ x.swapaxes(1, 2))).sum(axis=0)    # (T, T): all heads share Bt and Ct
+    dtotal = (dout * y).sum(axis=2) - (dx * x).sum(axis=2)
+    dlog_a = dtotal[:, ::-1].cumsum(axis=1)[:, ::-1]
+    return dx, dlog_a, LG.T @ Ct, LG @ Bt
 
 
 @dataclass
@@ -654,18 +667,20 @@ class Scan:
 def run_scan(cfg):
     """Differences between all ways, and steps in a row; the mask L of three heads."""
     start, rng = time.perf_counter(), np.random.default_rng(cfg.seed)
-    T, D, N = cfg.length, cfg.dim, 16
-    u, Bt, Ct = (rng.standard_normal((T, 1, n)).astype(np.float32) for n in (D, N, N))
+    T, D, S = cfg.length, cfg.dim, 16
+    u = rng.standard_normal((T, 1, D)).astype(np.float32)
+    Bt = rng.standard_normal((T, 1, S)).astype(np.float32)
+    Ct = rng.standard_normal((T, 1, S)).astype(np.float32)
     dt = np.repeat(0.01 ** rng.random((T, 1, 1)), D, axis=2).astype(np.float32)     # one head
-    A_log, skip = np.zeros((N, D), np.float32), np.zeros(D, np.float32)             # A is -1
-    y, (*_, a, h, _) = selective_scan_forward(u, dt, Bt, Ct, A_log, skip)
+    A_log, skip = np.zeros((S, D), np.float32), np.zeros(D, np.float32)             # A is -1
+    y, (_, _, _, _, _, _, a, h, _) = selective_scan_forward(u, dt, Bt, Ct, A_log, skip)
     halves = halves_scan(a, Bt[..., None] * (dt * u)[:, :, None])
     heads, _ = ssd_forward((dt * u).swapaxes(0, 1), -dt[:, :, 0].T, Bt[:, 0], Ct[:, 0])
-    same = [np.broadcast_to(x[:1], x.shape) for x in (dt, Bt, Ct)]
+    same = [np.broadcast_to(x[:1], x.shape) for x in (dt, Bt, Ct)]      # all tokens as the first
     y_same, _ = selective_scan_forward(u, *same, A_log, skip)
-    fixed, _ = lti_conv_forward(u, *(x[0, 0] for x in same), A_log, skip)
+    fixed, _ = lti_conv_forward(u, dt[0, 0], Bt[0, 0], Ct[0, 0], A_log, skip)
     log2, metrics = math.ceil(math.log2(T)), {}
-    print(f"{T} tokens, {D} channels, {N} states, float32, beside a loop of {T} steps in a row:")
+    print(f"{T} tokens, {D} channels, {S} states, float32, beside a loop of {T} steps in a row:")
     for name, steps, error in (("halves", 2 * log2, halves - h),
                                ("fft", 2 * log2 + 2, fixed - y_same),
                                ("attention", 1, heads.swapaxes(0, 1) - y)):
@@ -673,11 +688,12 @@ def run_scan(cfg):
         print(f"    {name:10s} {steps:3d} steps in a row, largest difference {metrics[name]:.0e}")
     log_a = np.zeros((3, 24))
     log_a[1], log_a[2, [8, 17]] = -0.15, -3
-    _, (_, _, _, L, _) = ssd_forward(np.zeros((3, 24, 1)), log_a, *np.zeros((2, 24, 1)))
+    zeros = np.zeros((24, 1))                           # L depends on log_a alone
+    _, (_, _, _, L, _) = ssd_forward(np.zeros((3, 24, 1)), log_a, zeros, zeros)
     print("\nThe mask L of three heads: row t is dark in the columns of tokens that count at t.\n"
           "Left: a is 1; middle: the same a for all tokens; right: two tokens make a large step")
-    for rows in shade(L).swapaxes(0, 1):
-        print("   ".join(map("".join, rows)))
+    for t in range(24):                                 # row t of all heads side by side
+        print("   ".join("".join(head[t]) for head in shade(L)))
     print("\nNext: python ssm.py lengths      python ssm.py copy")
     print_result("scan", cfg, **metrics, seconds=time.perf_counter() - start)
 
@@ -743,7 +759,7 @@ def validation_nats(params, cfg, length, most=10 ** 9):
         windows = ids[some[:, None] + np.arange(length + 1)]
         logits, _ = mamba_forward(params, windows[:, :-1], length, cfg, SELECTIVE)
         loss, _ = softmax_cross_entropy_forward(logits, windows[:, 1:].T.ravel())
-        losses += [float(loss)] * len(some)
+        losses += [float(loss)] * len(some)             # every window counts once
     return sum(losses) / len(losses)
 
 
@@ -757,8 +773,10 @@ def run_text(cfg):
     print(f"{cfg.data}: {len(ids)} characters to learn from, {len(chars)} different\nlayers "
           f"{cfg.layers}, dim {cfg.dim}, states {cfg.states}, {size} parameters\n"
           f"chance level: loss {math.log(len(chars)):.3f}")
-    losses = train(params, cfg, text_batch, note=lambda:
-                   f"  validation {validation_nats(params, cfg, cfg.length, 20000):.4f}")
+
+    def note():
+        return f"  validation {validation_nats(params, cfg, cfg.length, 20000):.4f}"
+    losses = train(params, cfg, text_batch, note=note)
     lengths = cfg.length, min(4 * cfg.length, len(validation) - 1)
     nats = [validation_nats(params, cfg, length) for length in lengths]
     check_finite(max(nats), params)
@@ -834,7 +852,8 @@ def read_flags(tasks, argv):
         raise InputError(f"{message} ({program} {task} --help lists the flags{hint})")
 
     usage = f"%(prog)s [TASK] [--flags]     without TASK: {next(iter(tasks))}"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__ + MORE, allow_abbrev=False,
+    about = (__doc__ or "") + MORE                      # python -OO drops docstrings
+    parser = argparse.ArgumentParser(usage=usage, description=about, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="task", metavar="task", prog=parser.prog)
     parser.error = fail
@@ -869,18 +888,18 @@ def run(tasks):
         with contextlib.suppress(AttributeError, ValueError):   # Windows; not the main thread
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends it quietly
     np.seterr(over="ignore", invalid="ignore")          # divergence: see progress and check_finite
-    pasted = "ipykernel" in sys.argv[0]                 # into a notebook cell: argv is not ours
+    pasted = "__file__" not in globals() and sys.argv[:1] != ["-"]      # argv is the notebook's
     try:
         name, cfg = read_flags(tasks, [] if pasted else sys.argv[1:])
         tasks[name].main(cfg)
-    except (InputError, FloatingPointError, MemoryError) as error:
+    except (InputError, FloatingPointError, MemoryError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-CONSTRAINTS = dict.fromkeys((Config, Copy, Scan, Text), lambda cfg: [
+CONSTRAINTS = dict.fromkeys((Config, Lengths, Copy, Scan, Text), lambda cfg: [
     (cfg.length >= 3, "--length", "3 or more", cfg.length)])
 GRADCHECK = {"causal_conv": "x 5 3 4, W 3 4, b 4", "scan": "a 5 3 6, b 5 3 6",
              "selective_scan": "u 5 3 4, dt 5 3 4, Bt 5 3 6, Ct 5 3 6, A_log 6 4, skip 4",
@@ -888,7 +907,7 @@ GRADCHECK = {"causal_conv": "x 5 3 4, W 3 4, b 4", "scan": "a 5 3 6, b 5 3 6",
              "ssd": "x 3 5 4, log_a 3 5, Bt 5 6, Ct 5 6"}
 
 TASKS = {"induction": Task(Config, init_params, make_batch, loss_and_grads, main),
-         "lengths": Task(Config, init_twin, make_batch, twin_loss_and_grads, run_lengths),
+         "lengths": Task(Lengths, init_twin, make_batch, twin_loss_and_grads, run_lengths),
          "copy": Task(Copy, init_params, copy_batch, loss_and_grads, run_copy),
          "scan": Task(Scan, None, None, None, run_scan),
          "text": Task(Text, init_text, text_batch, loss_and_grads, run_text)}

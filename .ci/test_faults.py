@@ -58,11 +58,16 @@ RUN = """import sys; sys.argv = [{path!r}, "--steps", "3"]
 """
 WAYS = {    # what a notebook, an editor or a program does with a lesson
     "run_path": 'import runpy\nrunpy.run_path({path!r}, run_name="__main__")',
-    "exec": 'text = READ\nexec(text, {{"__name__": "__main__"}})',
+    "exec": 'text = READ\nexec(text.replace("steps: int = ", "steps: int = 3  # "), '
+            '{{"__name__": "__main__"}})',
     "pasted into a cell": 'text = READ\n'
                           'sys.argv = ["/x/ipykernel_launcher.py", "-f", "kernel.json"]\n'
                           'exec(text.replace("steps: int = ", "steps: int = 3  # "), '
                           '{{"__name__": "__main__"}})',
+    "pasted into another console": 'text = READ\n'
+                                   'sys.argv = ["/x/pydevconsole.py", "--port=1"]\n'
+                                   'exec(text.replace("steps: int = ", "steps: int = 3  # "), '
+                                   '{{"__name__": "__main__"}})',
     "redirect_stdout": 'import contextlib, io, runpy\nout = io.StringIO()\n'
                        'with contextlib.redirect_stdout(out):\n'
                        '    runpy.run_path({path!r}, run_name="__main__")\n'
@@ -93,6 +98,21 @@ def test_way_to_run(name, way):
     done = python(code.format(path=str(ROOT / name)))
     assert done.returncode == 0 and not done.stderr, done.stderr[-2000:]
     assert "result: task=" in done.stdout
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_without_docstrings(name):
+    done = subprocess.run([sys.executable, "-OO", ROOT / name, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr and "Break it" in done.stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device")
+@pytest.mark.parametrize("name", SOME)
+def test_full_disk(name):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, ROOT / name, "--steps", "3"], stdout=full, stderr=subprocess.PIPE,
+                              text=True)
+    assert done.returncode and "Traceback" not in done.stderr, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("module", ["cProfile", "trace --count --coverdir=FOLDER", ""])
@@ -293,6 +313,14 @@ def test_save_onto_the_data(name, task, tmp_path):
     for path in (file, same):
         is_refused(lesson(name, task, "--data", file, "--save", path, "--steps", "1"), "--save", "--data")
         assert open(file, "rb").read() == before
+
+
+@pytest.mark.parametrize("name, task", pairs("save", "data"))
+def test_save_onto_something_else(name, task, tmp_path):
+    file, notes = data_for(task, tmp_path), tmp_path / "notes.txt"
+    notes.write_text("mine")
+    is_refused(lesson(name, task, "--data", file, "--save", str(notes), "--steps", "1"), "--save", "another file")
+    assert notes.read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in pairs("save")}))

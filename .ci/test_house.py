@@ -81,7 +81,7 @@ def test_file(name):
 
 @pytest.mark.parametrize("name", NEW)
 def test_budget(name):
-    assert len(spine(name).splitlines()) <= BUDGET[name.removesuffix(".py")][0]
+    assert len(spine(name).splitlines()) + 2 <= BUDGET[name.removesuffix(".py")][0]     # two are blank
     first = next(n.lineno for n in ast.parse(source(name)).body if isinstance(n, ast.FunctionDef))
     assert first < 70, f"the first function stands at line {first}"
 
