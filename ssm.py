@@ -578,7 +578,7 @@ def compare_models(task, cfg, make_batch, lengths, classes):
             metrics[f"{model}_{length}"] = accuracy
         if len(losses) < cfg.steps:                     # Ctrl-C
             break
-    print(f"\nAccuracy on fresh sequences, trained at length {cfg.length}; rows: length; 40 @ is 100 %:")
+    print(f"\nAccuracy on fresh sequences, trained at {cfg.length}; rows: length; 40 @ is 100 %:")
     for name, accuracy in metrics.items():
         print(f"{name:14s} {accuracy:6.1%}  {'@' * round(40 * accuracy)}")
     print("\nNext: python ssm.py scan      python ssm.py copy --layers 1")
