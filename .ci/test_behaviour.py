@@ -390,8 +390,11 @@ def test_same_seed_same_numbers(name, task, tmp_path):
         metrics(done)
         lines = without_times(done.stdout)
         return [re.sub(r" (lr|seed)=\S+", "", line) for line in lines]
-    assert numbers("--seed", "3") == numbers("--seed", "3") != numbers("--seed", "4")
-    assert numbers("--lr", "1e-3") != numbers("--lr", "3e-2"), "the learning rate has no effect"
+    once = numbers("--seed", "3")
+    assert once == numbers("--seed", "3")
+    if task == next(iter(tasks(name))):                 # the others have the same train
+        assert once != numbers("--seed", "4"), "the seed has no effect"
+        assert once != numbers("--seed", "3", "--lr", "3e-2"), "the learning rate has no effect"
 
 
 @pytest.mark.parametrize("name", NEW)
