@@ -517,12 +517,6 @@ def pieces(module, name):
         return [(line.partition(": ")[2], line) for line in lines]
     nodes, found = [n for n in ast.walk(tree) if isinstance(n, ast.stmt)], []
     for n in sorted(nodes, key=lambda n: n.lineno):
-        table = getattr(n, "value", None)
-        if isinstance(table, ast.Dict):                 # rules in a table: entry by entry
-            for k, v in zip(table.keys, table.values):
-                line = numbered(module, (k or v).lineno, v.end_lineno)
-                found.append((ast.unparse(ast.Dict([k], [v])), line))
-            continue
         last = n.body[0].lineno - 1 if hasattr(n, "body") else n.end_lineno
         found.append((ast.unparse(n).splitlines()[0], numbered(module, n.lineno, last)))
     return [piece for piece in found if piece[0][0] not in "'\""]       # without the docstring

@@ -94,6 +94,7 @@ REFUSED = {     # values that do not go together, or are out of range: command, 
         ("optimizers --hidden -8", "--hidden"), ("mnist --hidden 10.5", "--hidden 10.5"),
         ("names --fuse 3", "--fuse 3"), ("names --fuse 2 --context 9", "--fuse --context 9"),
         ("names --fuse 1", "--fuse 1"), ("names --data nowhere", "nowhere"),
+        ("names --embed-dim 1", "--embed-dim 2"), ("inits --batch-size 1", "--batch-size 2"),
         ("names --hidden 8,", "--hidden"), ("mnist", "--data MNIST"),
         ("mnist --data nowhere", "nowhere train-images-idx3-ubyte.gz")],
     "lstm.py": [
