@@ -775,12 +775,14 @@ def measure_drafts(params, cfg, draft, k, prompt, samples=20):
     """Continue the prompt with k drafts per pass, by the model itself if draft is None.   -> the
     last sample, its marks, share accepted, characters per pass, milliseconds per character."""
     rng, every, count = np.random.default_rng(cfg.seed), "", cfg.context - len(prompt) - 8
-    before = time.process_time()
+    seconds = []
     for _ in range(samples):
+        before = time.process_time()
         target, other = cached_reader(params, cfg), draft or cached_reader(params, cfg)
         ids, marks = speculate(target, other, prompt, count, k, rng)
+        seconds.append(time.process_time() - before)
         every += marks
-    ms = 1000 * (time.process_time() - before) / (samples * count)
+    ms = 1000 * float(np.median(seconds)) / count       # other programs disturb a few samples
     accepted, refused, all_accepted = (every.count(mark) for mark in " ^+")
     share = accepted / max(1, accepted + refused)
     return ids[len(prompt):], marks, share, len(every) / (refused + all_accepted), ms
