@@ -79,9 +79,9 @@ def embedding_forward(ids, E):
 def embedding_backward(dout, cache):
     """Row v of dE is the sum of dout over all positions whose id is v."""
     ids, shape = cache
-    dE = np.zeros(shape, dout.dtype)
-    np.add.at(dE, ids, dout)                            # unlike dE[ids] += dout, adds repeated ids
-    return dE
+    onehot = (ids.reshape(-1, 1) == np.arange(shape[0])).astype(dout.dtype)     # (positions, V)
+    dE = onehot.T @ dout.reshape(len(onehot), -1)       # E[ids] is onehot @ E, a linear layer
+    return dE.reshape(shape)
 
 
 def sigmoid(z):
@@ -261,7 +261,7 @@ def bilstm_encoder_forward(params, source):
 
 
 def bilstm_encoder_backward(dvalues, cache):
-    """bilstm_encoder_forward from bottom to top -> gradients under the keys of params."""
+    """bilstm_encoder_forward in reverse order -> gradients under the keys of params."""
     embed, order, zeros, fore_cache, back_cache = cache
     dfore, dback = np.split(dvalues, 2, axis=2)
     dback = np.take_along_axis(dback, order, axis=1)
@@ -289,7 +289,7 @@ def attention_decoder_forward(x, state, values, mask, p, attend=additive_attenti
 
 def attention_decoder_backward(da, dstate, cache, attend_backward=additive_attention_backward,
                                keys_backward=project_backward):
-    """From bottom to top.   -> dx, dstate before, dvalues, gradients by name."""
+    """In reverse order.   -> dx, dstate before, dvalues, gradients by name."""
     _, project, lstm, attention, join, a = cache
     da = da * (1 - a ** 2)
     djoined, dWa = project_backward(da, join)
@@ -315,7 +315,7 @@ def translator_forward(params, source, target, decode=attention_decoder_forward)
 
 
 def translator_backward(dlogits, cache, decode_backward=attention_decoder_backward):
-    """translator_forward from bottom to top -> gradients under the keys of params."""
+    """translator_forward in reverse order -> gradients under the keys of params."""
     _, encoder, embed, decoder, a, real, params = cache
     da = np.zeros_like(a)
     da[real] = dlogits @ params["Wo"].T
@@ -697,7 +697,7 @@ def bottleneck_decoder_forward(x, state, values, mask, p):
 
 
 def bottleneck_decoder_backward(dh, dstate, cache):
-    """bottleneck_decoder_forward from bottom to top.   -> dx, dstate before, dvalues, gradients."""
+    """bottleneck_decoder_forward in reverse order.   -> dx, dstate before, dvalues, gradients."""
     _, lstm, rows, last, shape = cache
     dx, dstate, grads = lstm_layer_backward(dh, dstate, lstm)
     dx, dsummary = np.split(dx, [-shape[2]], axis=2)

@@ -485,7 +485,7 @@ def layer_forward(x, W, B, residual=True):
 
 
 def layer_backward(dout, cache):
-    """layer_forward with residual connections from bottom to top, by hand.   -> dx, dW."""
+    """layer_forward with residual connections in reverse order, by hand.   -> dx, dW."""
     W, x, y, q, k, v, weights, head, mid, z, h = cache
     dh = dout @ W["d"].T * (h > 0)
     dmid = dout + layernorm_dx(dh @ W["u"].T, z, mid)

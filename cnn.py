@@ -226,7 +226,7 @@ def cnn_forward(params, x, running=None):
 
 
 def cnn_backward(dout, cache):
-    """cnn_forward from bottom to top -> gradients under the keys of params."""
+    """cnn_forward in reverse order -> gradients under the keys of params."""
     (blocks, shape, hidden, relu, out), grads = cache, {}
     dx, grads["W5"], grads["b5"] = linear_backward(dout, out)
     dx, grads["W4"], grads["b4"] = linear_backward(relu_backward(dx, relu), hidden)
@@ -800,7 +800,7 @@ def convnorm_forward(x, params, norm, stride, running):
 
 
 def convnorm_backward(dout, cache, first=False):
-    """convnorm_forward from bottom to top -> dx, gradients under the keys of params.   The first
+    """convnorm_forward in reverse order -> dx, gradients under the keys of params.   The first
     layer is without dx: images need no gradient, which saves a seventh of a step."""
     conv, cache, norm = cache
     _, backward, names = NORMS[norm]
@@ -820,7 +820,7 @@ def convblock_forward(x, params, norm, stride, running):
 
 
 def convblock_backward(dout, cache, first=False):
-    """convblock_forward from bottom to top -> dx, gradients under the keys of params."""
+    """convblock_forward in reverse order -> dx, gradients under the keys of params."""
     dx, grads = convnorm_backward(relu_backward(dout, cache["relu"]), cache["a"], first)
     return dx, prefixed(grads, "a.")
 
@@ -839,7 +839,7 @@ def residual_forward(x, params, norm, stride, running):
 
 
 def residual_backward(dout, cache):
-    """residual_forward from bottom to top; x is used twice, so its two gradients add."""
+    """residual_forward in reverse order; x is used twice, so its two gradients add."""
     dsum = relu_backward(dout, cache["last"])
     dy, g = convnorm_backward(dsum, cache["b"])
     dx, a = convnorm_backward(relu_backward(dy, cache["relu"]), cache["a"])
@@ -911,7 +911,7 @@ def convnet_forward(params, x, cfg, keep=None, running=None):
 
 
 def convnet_backward(dout, cache):
-    """convnet_forward from bottom to top -> gradients under the keys of params."""
+    """convnet_forward in reverse order -> gradients under the keys of params."""
     (blocks, shape, drop, out, cfg), grads = cache, {}
     dx, grads["out.W"], grads["out.b"] = linear_backward(dout, out)
     if drop is not None:
@@ -1143,7 +1143,7 @@ def resnet18_forward(params, x, running=None):
 
 
 def resnet18_backward(dout, cache):
-    """resnet18_forward from bottom to top -> gradients under the keys of params."""
+    """resnet18_forward in reverse order -> gradients under the keys of params."""
     (blocks, pool, shape, out), grads = cache, {}
     dx, grads["out.W"], grads["out.b"] = linear_backward(dout, out)
     dx = globalpool_backward(dx, shape)
@@ -1477,7 +1477,7 @@ def save_checkpoint(path, meta, params, state, losses, dry_run=False):
 def read_checkpoint(path):
     """A file of save_checkpoint -> meta, losses, arrays by name.   Raises InputError."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
+        with zipfile.ZipFile(path), open(path, "rb") as file, np.load(file) as saved:
             arrays = dict(saved)
         meta, losses = json.loads(str(arrays.pop("meta"))), arrays.pop("losses").tolist()
         return dict(meta), list(losses), arrays

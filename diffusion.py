@@ -187,7 +187,7 @@ def dense_forward(params, x, c):
 
 
 def dense_backward(dout, cache):
-    """dense_forward from bottom to top -> dx, gradients under the keys of params."""
+    """dense_forward in reverse order -> dx, gradients under the keys of params."""
     (caches, out, C), grads = cache, {}
     last = len(caches)
     dx, grads[f"W{last}"], grads[f"b{last}"] = linear_backward(dout, out)
@@ -635,7 +635,7 @@ def multihead_forward(x, p, heads, B, mask, memory):
 
 
 def multihead_backward(dout, cache):
-    """multihead_forward from bottom to top.   -> dx, gradients, dmemory."""
+    """multihead_forward in reverse order.   -> dx, gradients, dmemory."""
     q_cache, kv_cache, attention, out, (B, H, T, d) = cache
     g = {}
     dy, g["Wo"], g["bo"] = linear_backward(dout, out)
@@ -794,7 +794,7 @@ def resblock_forward(x, p, c):
 
 
 def resblock_backward(dout, cache):
-    """resblock_forward from bottom to top -> dx, gradients, dc."""
+    """resblock_forward in reverse order -> dx, gradients, dc."""
     norm1, silu1, conv1, time_cache, norm2, silu2, conv2 = cache
     g = {}
     dy, g["W2"] = conv_backward(dout, conv2)
@@ -815,7 +815,7 @@ def attend_forward(x, p, memory):
 
 
 def attend_backward(dout, cache):
-    """attend_forward from bottom to top -> dx, gradients, dmemory."""
+    """attend_forward in reverse order -> dx, gradients, dmemory."""
     norm, attention = cache
     dy, g, dmemory = multihead_backward(dout.reshape(-1, dout.shape[3]), attention)
     dy, g["gamma"], g["beta"] = groupnorm_backward(dy.reshape(dout.shape), norm)
@@ -848,7 +848,7 @@ def unet_forward(params, x, c):
 
 
 def unet_backward(dout, cache):
-    """unet_forward from bottom to top -> gradients under the keys of params. The time and the skip
+    """unet_forward in reverse order -> gradients under the keys of params. The time and the skip
     are used more than once, so their gradients add."""
     g, own, N, side = {}, {}, len(dout), math.isqrt(dout.shape[1])
     dx = space_to_depth(dout.reshape(N, side, side, 1))

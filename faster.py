@@ -187,7 +187,7 @@ def plain_block_forward(x, p, heads, B, tiles, tile):
 
 
 def plain_block_backward(dout, cache):
-    """plain_block_forward from bottom to top: x and y are used twice, so gradients add."""
+    """plain_block_forward in reverse order: x and y are used twice, so gradients add."""
     x, attention, a, y, h, p = cache
     B, H, T, d = attention[0].shape                                 # attention[0] is q
     dh = (dout @ p["W2"].T) * (h > 0)
@@ -211,7 +211,7 @@ def plain_gpt_forward(params, ids, cfg, tiles):
 
 
 def plain_gpt_backward(dout, cache):
-    """plain_gpt_forward from bottom to top -> gradients under the keys of params."""
+    """plain_gpt_forward in reverse order -> gradients under the keys of params."""
     ids, caches, x, params = cache
     dout = dout.reshape(len(x), -1)                                 # (B T, V)
     grads = {name: np.zeros_like(params[name]) for name in "EP"} | {"U": x.T @ dout}

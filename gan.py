@@ -154,7 +154,7 @@ def generator_forward(params, noise):
 
 
 def generator_backward(dout, cache):
-    """generator_forward from bottom to top -> gradients under the keys of params."""
+    """generator_forward in reverse order -> gradients under the keys of params."""
     linear1, relu1, linear2, relu2, linear3 = cache
     grads = {}
     dy, grads["g_W3"], grads["g_b3"] = linear_backward(dout, linear3)
@@ -176,7 +176,7 @@ def discriminator_forward(params, x):
 
 
 def discriminator_backward(dout, cache):
-    """discriminator_forward from bottom to top -> dx, gradients under the keys of params."""
+    """discriminator_forward in reverse order -> dx, gradients under the keys of params."""
     linear1, leaky1, linear2, leaky2, linear3 = cache
     grads = {}
     dy, grads["d_W3"], _ = linear_backward(dout, linear3)

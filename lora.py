@@ -232,7 +232,7 @@ def layer_block_forward(x, p, heads, B, layer, layer_backward):
 
 
 def layer_block_backward(dout, cache):
-    """layer_block_forward from bottom to top; x is used twice: gradients add.   -> dx, grads."""
+    """layer_block_forward in reverse order; x is used twice: gradients add.   -> dx, grads."""
     norm1, qkv, attention, out, norm2, up, hidden, down, layer_backward = cache
     (B, H, T, d), g = attention[0].shape, {}                        # attention[0] is q
     dhidden, g_down = layer_backward(dout, down)
@@ -264,7 +264,7 @@ def layer_gpt_forward(params, ids, cfg, layer=AFFINE):
 
 
 def layer_gpt_backward(dout, cache):
-    """layer_gpt_forward from bottom to top -> gradients by name."""
+    """layer_gpt_forward in reverse order -> gradients by name."""
     (ids, caches, norm, out, params), (B, T) = cache, cache[0].shape
     dx, grads = affine_backward(dout, out)
     dx, grads["gamma"], grads["beta"] = layernorm_backward(dx, norm)

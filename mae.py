@@ -254,7 +254,7 @@ def vit_block_forward(x, p, heads, N):
 
 
 def vit_block_backward(dout, cache):
-    """vit_block_forward from bottom to top; x is used twice, so gradients add. -> dx, gradients."""
+    """vit_block_forward in reverse order; x is used twice, so gradients add. -> dx, gradients."""
     norm1, qkv, attention, out, norm2, up, gelu, down = cache
     N, H, T, d = attention[0].shape                                 # of q
     g = {}
@@ -284,7 +284,7 @@ def blocks_forward(x, params, side, heads):
 
 
 def blocks_backward(dout, cache):
-    """blocks_forward from bottom to top.   dout (N T, D) -> dx (N, T, D), gradients."""
+    """blocks_forward in reverse order.   dout (N T, D) -> dx (N, T, D), gradients."""
     caches, norm, side, N = cache
     grads = {}
     dx, grads[f"{side}.gamma"], grads[f"{side}.beta"] = layernorm_backward(dout, norm)
@@ -305,7 +305,7 @@ def encoder_forward(params, x, visible, heads):
 
 
 def encoder_backward(dout, cache):
-    """encoder_forward from bottom to top -> gradients under the keys of params."""
+    """encoder_forward in reverse order -> gradients under the keys of params."""
     embed, gather, blocks = cache
     dx, grads = blocks_backward(dout, blocks)
     dx = gather_backward(dx, gather)                                # (N, T, D)
@@ -330,7 +330,7 @@ def decoder_forward(params, x, visible, masked, heads):
 
 
 def decoder_backward(dout, cache):
-    """decoder_forward from bottom to top -> dx (N K, D), gradients."""
+    """decoder_forward in reverse order -> dx (N K, D), gradients."""
     embed, restore, blocks, gather, pixels, K = cache
     ids, (N, T, E) = gather                                         # see gather_forward
     dx, dWx, dbx = linear_backward(dout, pixels)
@@ -1025,7 +1025,7 @@ def classifier_forward(params, x, heads):
 
 
 def classifier_backward(dout, cache):
-    """classifier_forward from bottom to top -> gradients under the keys of params."""
+    """classifier_forward in reverse order -> gradients under the keys of params."""
     encoder, linear, T = cache
     dz, dWy, dby = linear_backward(dout, linear)
     dz = np.repeat(dz / T, T, axis=0)                   # each token has 1 / T of the mean
@@ -1171,7 +1171,7 @@ def save_checkpoint(path, meta, params, state, losses, dry_run=False):
 def read_checkpoint(path):
     """A file of save_checkpoint -> meta, losses, arrays by name.   Raises InputError."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
+        with zipfile.ZipFile(path), open(path, "rb") as file, np.load(file) as saved:
             arrays = dict(saved)
         meta, losses = json.loads(str(arrays.pop("meta"))), arrays.pop("losses").tolist()
         return dict(meta), list(losses), arrays

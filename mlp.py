@@ -880,9 +880,9 @@ def embedding_forward(ids, E):
 def embedding_backward(dout, cache):
     """Row v of dE is the sum of dout over all positions whose id is v."""
     ids, shape = cache
-    dE = np.zeros(shape, dout.dtype)
-    np.add.at(dE, ids, dout)                            # unlike dE[ids] += dout, adds repeated ids
-    return dE
+    onehot = (ids.reshape(-1, 1) == np.arange(shape[0])).astype(dout.dtype)     # (positions, V)
+    dE = onehot.T @ dout.reshape(len(onehot), -1)       # E[ids] is onehot @ E, a linear layer
+    return dE.reshape(shape)
 
 
 def read_text(path):

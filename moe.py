@@ -204,7 +204,7 @@ def moe_forward(x, params, route=SWITCH):
 
 
 def moe_backward(dy, daux, cache):
-    """moe_forward from bottom to top; x is used twice, so gradients add.   -> dx, gradients."""
+    """moe_forward in reverse order; x is used twice, so gradients add.   -> dx, gradients."""
     chosen, x, Wg, softmax, gate_back, gated, experts, balance = cache
     dx, dw, dW1, dW2 = experts_backward(dy, experts)
     dp = gate_back(dw, gated) + balance_backward(daux, balance)
@@ -222,7 +222,7 @@ def model_forward(params, ids, route=SWITCH):
 
 
 def model_backward(dlogits, daux, cache):
-    """model_forward from bottom to top -> gradients under the keys of params."""
+    """model_forward in reverse order -> gradients under the keys of params."""
     moe, ids, norm1, norm2, h, params = cache
     grads = {"E": np.zeros_like(params["E"]), "Wout": h.T @ dlogits}
     dx, grads["gamma2"] = rmsnorm_backward(dlogits @ params["Wout"].T, norm2)

@@ -76,9 +76,9 @@ def embedding_forward(ids, E):
 def embedding_backward(dout, cache):
     """Row v of dE is the sum of dout over all positions whose id is v."""
     ids, shape = cache
-    dE = np.zeros(shape, dout.dtype)
-    np.add.at(dE, ids, dout)                            # unlike dE[ids] += dout, adds repeated ids
-    return dE
+    onehot = (ids.reshape(-1, 1) == np.arange(shape[0])).astype(dout.dtype)     # (positions, V)
+    dE = onehot.T @ dout.reshape(len(onehot), -1)       # E[ids] is onehot @ E, a linear layer
+    return dE.reshape(shape)
 
 
 def unit_forward(x):
@@ -214,7 +214,7 @@ def recall_forward(params, tokens, cfg):
 
 
 def recall_backward(dout, cache):
-    """recall_forward from bottom to top -> gradients by name."""
+    """recall_forward in reverse order -> gradients by name."""
     tokens_cache, memory, shape, linear = cache
     dy, dWo, dbo = linear_backward(dout, linear)
     dinputs = memory_backward(dy.reshape(shape), memory)
@@ -653,7 +653,7 @@ def rule_forward(params, tokens, cfg):
 
 
 def rule_backward(dout, cache):
-    """rule_forward from bottom to top -> gradients by name."""
+    """rule_forward in reverse order -> gradients by name."""
     _, tokens_cache, gate_caches, memory, shape, linear = cache
     dy, dWo, dbo = linear_backward(dout, linear)
     *dinputs, dalpha, dmu = inner_memory_backward(dy.reshape(shape), memory)

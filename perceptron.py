@@ -260,7 +260,8 @@ Break it (what to change, and what comes of it)
     X1, X2: -1 -> 0                  the margin shrinks: AND takes 18 mistakes; the bound is 87
     perceptron_rule: <= -> <         w = 0 never makes a mistake, so nothing is learned
     names, softmax_cross_entropy_backward: -= 1 -> += 1     the loss climbs to 1400
-    names, embedding_backward: dE[ids] += dout              repeated ids are lost: 2.18, not 2.14
+    names, embedding_backward: dE = np.zeros(shape, dout.dtype), then dE[ids] += dout
+                                     of repeated ids only one counts: 2.18, not 2.14
     names --lr 2000 without "- logits.max(...)"             loss inf; with it, 2.14 in the end
 
 Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
@@ -397,9 +398,9 @@ def embedding_forward(ids, E):
 def embedding_backward(dout, cache):
     """Row v of dE is the sum of dout over all positions whose id is v."""
     ids, shape = cache
-    dE = np.zeros(shape, dout.dtype)
-    np.add.at(dE, ids, dout)                            # unlike dE[ids] += dout, adds repeated ids
-    return dE
+    onehot = (ids.reshape(-1, 1) == np.arange(shape[0])).astype(dout.dtype)     # (positions, V)
+    dE = onehot.T @ dout.reshape(len(onehot), -1)       # E[ids] is onehot @ E, a linear layer
+    return dE.reshape(shape)
 
 
 def init_names(cfg, rng, dtype=np.float32):

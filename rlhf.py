@@ -202,7 +202,7 @@ def policy_forward(params, ids, cfg):
 
 
 def policy_backward(dout, cache):
-    """policy_forward from bottom to top -> gradients under the keys of params."""
+    """policy_forward in reverse order -> gradients under the keys of params."""
     ids, qkv, attention, out, up, hidden, down, x, params = cache
     (B, H, T, d), g = attention[0].shape, {}                        # attention[0] is q
     g["E"], g["P"] = dout.T @ x, np.zeros_like(params["P"])         # E is used at the end ...

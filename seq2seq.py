@@ -73,9 +73,9 @@ def embedding_forward(ids, E):
 def embedding_backward(dout, cache):
     """Row v of dE is the sum of dout over all positions whose id is v."""
     ids, shape = cache
-    dE = np.zeros(shape, dout.dtype)
-    np.add.at(dE, ids, dout)                            # unlike dE[ids] += dout, adds repeated ids
-    return dE
+    onehot = (ids.reshape(-1, 1) == np.arange(shape[0])).astype(dout.dtype)     # (positions, V)
+    dE = onehot.T @ dout.reshape(len(onehot), -1)       # E[ids] is onehot @ E, a linear layer
+    return dE.reshape(shape)
 
 
 def sigmoid(z):
@@ -216,7 +216,7 @@ def seq2seq_forward(params, source, inputs):
 
 
 def seq2seq_backward(dlogits, cache):
-    """seq2seq_forward from bottom to top -> gradients under the keys of params."""
+    """seq2seq_forward in reverse order -> gradients under the keys of params."""
     encoder, decoder, readout, real, source_shape, shape = cache
     drows, dWo, dbo = linear_backward(dlogits, readout)     # (count, H)
     dh = np.zeros(shape, dlogits.dtype)

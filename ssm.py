@@ -235,7 +235,7 @@ def selective_forward(u, params):
 
 
 def selective_backward(dout, cache):
-    """selective_forward from bottom to top -> du, gradients; u is used twice, so gradients add."""
+    """selective_forward in reverse order -> du, gradients; u is used twice, so gradients add."""
     (scan, z, linear), g = cache, {}
     du, ddt, dBt, dCt, g["A_log"], g["skip"] = selective_scan_backward(dout, scan)
     dy = np.concatenate([ddt * sigmoid(z), dBt, dCt], axis=2)
@@ -260,7 +260,7 @@ def mamba_block_forward(x, params, mixer):
 
 
 def mamba_block_backward(dout, cache):
-    """mamba_block_forward from bottom to top.   -> dx, gradients."""
+    """mamba_block_forward in reverse order.   -> dx, gradients."""
     mix, norm, up, conv, silu, y, gate, gate_silu, down, mixer = cache
     dy, Wout, bout = linear_backward(dout.reshape(-1, dout.shape[2]), down)
     dy = dy.reshape(dout.shape)
@@ -286,7 +286,7 @@ def mamba_forward(params, ids, last, cfg, mixer):
 
 
 def mamba_backward(dout, cache):
-    """mamba_forward from bottom to top -> gradients under the keys of params."""
+    """mamba_forward in reverse order -> gradients under the keys of params."""
     caches, ids, x, norm, out, params, last = cache
     grads, dx = {"E": np.zeros_like(params["E"])}, np.zeros_like(x)
     dy, grads["Wo"], grads["bo"] = linear_backward(dout, out)
@@ -532,7 +532,7 @@ def twin_forward(u, params):
 
 
 def twin_backward(dout, cache):
-    """twin_forward from bottom to top -> du, gradients."""
+    """twin_forward in reverse order -> du, gradients."""
     z, conv = cache
     du, ddt, dBt, dCt, dA_log, dskip = lti_conv_backward(dout, conv)
     dbx = np.concatenate([ddt * sigmoid(z), dBt, dCt])

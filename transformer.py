@@ -197,7 +197,7 @@ def block_forward(x, p, heads, B, attend=causal_attention_forward):
 
 
 def block_backward(dout, cache, attend_backward=causal_attention_backward):
-    """block_forward from bottom to top; x is used twice, so gradients add.   -> dx, gradients."""
+    """block_forward in reverse order; x is used twice, so gradients add.   -> dx, gradients."""
     norm1, qkv, attention, out, norm2, up, gelu, down, (B, H, T, d) = cache
     g = {}
     dy, g["W2"], g["b2"] = linear_backward(dout, down)
@@ -227,7 +227,7 @@ def gpt_forward(params, ids, cfg, attend=causal_attention_forward):
 
 
 def gpt_backward(dout, cache, attend_backward=causal_attention_backward):
-    """gpt_forward from bottom to top -> gradients under the keys of params."""
+    """gpt_forward in reverse order -> gradients under the keys of params."""
     ids, caches, norm, x, params = cache
     grads = {"E": dout.T @ x, "P": np.zeros_like(params["P"])}      # E is used at the end ...
     dx, grads["gamma"], grads["beta"] = layernorm_backward(dout @ params["E"], norm)
@@ -639,7 +639,7 @@ def rotary_attention_forward(q, k, v):
 
 
 def rotary_attention_backward(dout, cache):
-    """rotary_attention_forward from bottom to top.   -> dq, dk, dv."""
+    """rotary_attention_forward in reverse order.   -> dq, dk, dv."""
     rope, attention = cache
     dq, dk, dv = causal_attention_backward(dout, attention)
     return rope_backward(dq, rope), rope_backward(dk, rope), dv
@@ -672,7 +672,7 @@ def modern_block_forward(x, p, heads, B, attend=rotary_attention_forward):
 
 
 def modern_block_backward(dout, cache):
-    """modern_block_forward from bottom to top.   -> dx, gradients."""
+    """modern_block_forward in reverse order.   -> dx, gradients."""
     y, norm1, a, attention, z, norm2, h, swiglu, p, (B, H, T, d) = cache
     g = {"Wdown": h.T @ dout}
     dgate, dup = swiglu_backward(dout @ p["Wdown"].T, swiglu)
@@ -700,7 +700,7 @@ def modern_forward(params, ids, cfg):
 
 
 def modern_backward(dout, cache):
-    """modern_forward from bottom to top -> gradients under the keys of params."""
+    """modern_forward in reverse order -> gradients under the keys of params."""
     ids, caches, norm, x, params = cache
     grads = {"E": dout.T @ x}
     dx, grads["gamma"] = rmsnorm_backward(dout @ params["E"], norm)
@@ -1046,7 +1046,7 @@ def mnist_forward(params, images, cfg):
 
 
 def mnist_backward(dout, cache):
-    """mnist_forward from bottom to top -> gradients under the keys of params."""
+    """mnist_forward in reverse order -> gradients under the keys of params."""
     embed, caches, norm, x, (B, T), params = cache
     grads = {"E": dout.T @ x}
     dx = np.repeat(dout @ params["E"] / T, T, axis=0)               # the mean of T tokens
@@ -1149,7 +1149,7 @@ def multihead_forward(x, p, heads, B, mask, memory):
 
 
 def multihead_backward(dout, cache):
-    """multihead_forward from bottom to top.   -> dx, gradients, dmemory."""
+    """multihead_forward in reverse order.   -> dx, gradients, dmemory."""
     q_cache, kv_cache, attention, out, (B, H, T, d) = cache
     g = {}
     dy, g["Wo"], g["bo"] = linear_backward(dout, out)
@@ -1182,7 +1182,7 @@ def ffn_forward(x, p):
 
 
 def ffn_backward(dout, cache):
-    """ffn_forward from bottom to top.   -> dx, gradients."""
+    """ffn_forward in reverse order.   -> dx, gradients."""
     up, gelu, down = cache
     g = {}
     dy, g["W2"], g["b2"] = linear_backward(dout, down)
@@ -1199,7 +1199,7 @@ def prenorm_forward(x, p, sublayer, *arguments):
 
 
 def prenorm_backward(dout, cache):
-    """prenorm_forward from bottom to top.   -> dx, gradients, and dmemory if f has a memory."""
+    """prenorm_forward in reverse order.   -> dx, gradients, and dmemory if f has a memory."""
     norm, cache, f_backward = cache
     dy, g, *dmemory = f_backward(dout, cache)
     dy, g["gamma"], g["beta"] = layernorm_backward(dy, norm)
@@ -1215,7 +1215,7 @@ def postnorm_forward(x, p, sublayer, *arguments):
 
 
 def postnorm_backward(dout, cache):
-    """postnorm_forward from bottom to top.   -> dx, gradients, and dmemory if f has a memory."""
+    """postnorm_forward in reverse order.   -> dx, gradients, and dmemory if f has a memory."""
     norm, cache, f_backward = cache
     dout, dgamma, dbeta = layernorm_backward(dout, norm)
     dx, g, *dmemory = f_backward(dout, cache)
@@ -1240,7 +1240,7 @@ def encdec_layer_forward(x, p, norm, sublayers):
 
 
 def encdec_layer_backward(dout, cache):
-    """From bottom to top.   -> dx, gradients, and dmemory if an f has a memory."""
+    """In reverse order.   -> dx, gradients, and dmemory if an f has a memory."""
     caches, residual_backward = cache
     grads, dmemory = {}, []
     for name in reversed(caches):
@@ -1294,7 +1294,7 @@ def encdec_forward(params, source, inputs, cfg):
 
 
 def encdec_backward(dout, cache):
-    """encdec_forward from bottom to top -> gradients under the keys of params."""
+    """encdec_forward in reverse order -> gradients under the keys of params."""
     source, inputs, caches, enc_norm, dec_norm, x, params, cfg = cache
     grads, dmemory = {"E": dout.T @ x}, 0
     dx = dout @ params["E"]
@@ -1562,7 +1562,7 @@ def save_checkpoint(path, meta, params, state, losses, dry_run=False):
 def read_checkpoint(path):
     """A file of save_checkpoint -> meta, losses, arrays by name.   Raises InputError."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
+        with zipfile.ZipFile(path), open(path, "rb") as file, np.load(file) as saved:
             arrays = dict(saved)
         meta, losses = json.loads(str(arrays.pop("meta"))), arrays.pop("losses").tolist()
         return dict(meta), list(losses), arrays

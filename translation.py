@@ -91,7 +91,7 @@ def rotary_multihead_forward(x, p, memory, heads, B, mask, t):
 
 
 def rotary_multihead_backward(dout, cache):
-    """rotary_multihead_forward from bottom to top.   -> dx, gradients, dmemory."""
+    """rotary_multihead_forward in reverse order.   -> dx, gradients, dmemory."""
     x, p, memory, t, q, k, v, w, y = cache
     (B, H, T, d), D = q.shape, x.shape[1]
     dy = (dout @ p["Wo"].T).reshape(B, T, H, d).swapaxes(1, 2)
@@ -113,7 +113,7 @@ def swiglu_mlp_forward(x, p):
 
 
 def swiglu_mlp_backward(dout, cache):
-    """swiglu_mlp_forward from bottom to top.   -> dx, gradients."""
+    """swiglu_mlp_forward in reverse order.   -> dx, gradients."""
     x, p, gate, up, s, h = cache
     dh = dout @ p["W2"].T                               # then the product rule
     dz = np.concatenate([dh * up * (s + gate * s * (1 - s)), dh * gate * s], axis=1)
@@ -131,7 +131,7 @@ def pointer_forward(x, p, memory, B):
 
 
 def pointer_backward(dout, cache):
-    """pointer_forward from bottom to top.   -> dx, gradients, dmemory."""
+    """pointer_forward in reverse order.   -> dx, gradients, dmemory."""
     x, p, m, q, k = cache
     B, S, D = k.shape
     dq = (dout @ k).reshape(x.shape)
@@ -271,7 +271,7 @@ def layers_forward(x, params, stack, sublayers, memory, keep):
 
 
 def layers_backward(dout, cache):
-    """layers_forward from bottom to top.   -> dx, gradients, dmemory."""
+    """layers_forward in reverse order.   -> dx, gradients, dmemory."""
     stack, keep, caches, norm = cache
     grads, dmemory = {}, 0
     dx, grads[stack + ".gamma"], grads[stack + ".beta"] = layernorm_backward(dout, norm)
@@ -304,7 +304,7 @@ def encdec_copy_forward(params, source, target, cfg, keeps, pointer=True):
 
 
 def encdec_copy_backward(dout, cache):
-    """encdec_copy_forward from bottom to top -> gradients under the keys of params."""
+    """encdec_copy_forward in reverse order -> gradients under the keys of params."""
     enc, dec, copy, ids, x, E, B = cache
     dlogits, dc = np.split(dout, [len(E)], axis=1)
     dx, g, dmemory = pointer_backward(dc.reshape(B, -1, dc.shape[1]), copy)
@@ -994,7 +994,7 @@ def save_checkpoint(path, meta, params, state, losses, dry_run=False):
 def read_checkpoint(path):
     """A file of save_checkpoint -> meta, losses, arrays by name.   Raises InputError."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
+        with zipfile.ZipFile(path), open(path, "rb") as file, np.load(file) as saved:
             arrays = dict(saved)
         meta, losses = json.loads(str(arrays.pop("meta"))), arrays.pop("losses").tolist()
         return dict(meta), list(losses), arrays

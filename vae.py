@@ -216,7 +216,7 @@ def coder_forward(x, params, side):
 
 
 def coder_backward(dout, cache):
-    """coder_forward from bottom to top -> dx, gradients under the keys of params."""
+    """coder_forward in reverse order -> dx, gradients under the keys of params."""
     side, linear1, tanh1, linear2, tanh2, linear3 = cache
     dx, dW3, db3 = linear_backward(dout, linear3)
     dx = tanh_backward(dx, tanh2)

@@ -108,7 +108,7 @@ SLIPS = [
     ("mlp.py", "", "def penalty_forward", "def other_forward",
      ["penalty_backward has no penalty_forward"]),
     ("mlp.py", "", "def relu_backward", "def my_relu_backward", ["my_relu"]),
-    ("mlp.py", "embedding_backward", "np.add.at(dE, ids, dout)", "dE[ids] = dout",
+    ("mlp.py", "embedding_backward", "    return dE.", "    dE = 0 * dE\n    dE[ids] += dout\n    return dE.",
      ["embedding, gradient of E", "named more than once", "yours, line ", "mend first: embedding"]),
 ]
 """The sixteen slips of a reader who typed lessons, and what they come to now."""
