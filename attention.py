@@ -2,22 +2,23 @@
 
 An encoder that hands over its last state must fit a sentence of any length into this one state
 (seq2seq.py shows where this fails). With attention the decoder has the encoder's states of all
-positions, the values. For every output each position gets a score; a softmax turns the scores into
-weights, and the decoder reads the weighted mean of the values, the context. All of it is learned.
+positions, the values. For every output each position gets a score from its key v_s Wk and the
+decoder's query h_t Wq; a softmax turns the scores into weights, and the decoder reads the weighted
+mean of the values, the context. All of it is learned.
 
 Forward, for decoder states h_t and values v_s = [LSTM from the left, LSTM from the right]:
     m_ts = tanh(h_t Wq + v_s Wk)    e_ts = u . m_ts    w_t = softmax_s(e_ts), 0 at padding
     context_t = sum_s w_ts v_s      a_t = tanh([h_t, context_t] Wa + ba)      logits_t = a_t Wo + bo
-Backward (the LSTM is derived in lstm.py):
+Backward (the LSTM: lstm.py), from [dh_t, dcontext_t] = da_t (1 - a_t^2) Wa^T:
     dw_ts = dcontext_t . v_s        de_ts = w_ts (dw_ts - sum_r w_tr dw_tr)   (softmax Jacobian)
     du = sum_ts de_ts m_ts          dn_ts = de_ts u (1 - m_ts^2)              (before the tanh)
-    dWq = sum_ts h_t^T dn_ts        dh_t = sum_s dn_ts Wq^T, and through a_t
+    dWq = sum_ts h_t^T dn_ts        dh_t += sum_s dn_ts Wq^T
     dWk = sum_ts v_s^T dn_ts        dv_s = sum_t dn_ts Wk^T, and sum_t w_ts dcontext_t
 
 The weights show what an output depends on only if the context is the decoder's one way to the
-source, and if they are sharp. So the decoder's state starts at zero, not at the encoder's last
-state. And the first scores are large: the layers above can decode a blurred mean as well, so the
-loss alone does not ask for sharp weights.
+source, and if they are sharp. So the decoder's state starts at zero, not at the encoder's last one.
+And the first scores are large: a blurred mean can be decoded, too, so the loss alone does not ask
+for sharp weights.
 
 Run    python attention.py      (reverse up to 10 letters; --help lists the other tasks)
 Papers: Bahdanau et al. 2015, Luong et al. 2015 (a_t), Schuster and Paliwal 1997 (two directions).
@@ -45,8 +46,8 @@ class Config:
     """Read 2 to 10 letters, write them in reverse order."""
     length: int = 10        # most letters
     embed_dim: int = 32     # embedding dimension
-    hidden: int = 128       # hidden units; each direction of the encoder has half
-    score_init_scale: float = 8.0  # scale of the first attention scores
+    hidden: int = 128       # hidden units, even: each direction of the encoder has half
+    score_init_scale: float = 8.0  # factor of the first Wq, Wk and u
     batch_size: int = 32    # sequences per step
     steps: int = 600        # optimizer steps
     lr: float = 0.01        # peak learning rate
@@ -129,10 +130,10 @@ def lstm_backward(dh_out, dc, cache):
 def masked_softmax_forward(scores, mask):
     """w = e^score / sum e^score over the positions s where mask is True; 0 elsewhere.
     scores (N, T, S), mask (N, S) -> w (N, T, S)."""
-    scores = np.where(mask[:, None], scores, -1e9)
+    scores = np.where(mask[:, None], scores, -1e9)          # mask[:, None] (N, 1, S)
     w = np.exp(scores - scores.max(axis=2, keepdims=True))
     w /= w.sum(axis=2, keepdims=True)
-    return w, w
+    return w, w                                             # all that backward needs
 
 
 def masked_softmax_backward(dout, cache):
@@ -142,8 +143,8 @@ def masked_softmax_backward(dout, cache):
 
 
 def additive_attention_forward(h, k, values, mask, p):
-    """As above, with keys k = values Wk.   h (N, T, H), k (N, S, A), values (N, S, C), mask (N, S),
-    p: Wq (H, A), u (A,) -> context (N, T, C); the cache begins with w (N, T, S)."""
+    """The formulas above; keys k = values Wk.   h (N, T, H), k (N, S, A), values (N, S, C), mask
+    (N, S), p: Wq (H, A), u (A,) -> context (N, T, C); the cache begins with w (N, T, S)."""
     q, project = project_forward(h, p["Wq"])                # (N, T, A)
     m = np.tanh(q[:, :, None] + k[:, None])                 # (N, T, S, A)
     w, softmax = masked_softmax_forward(m @ p["u"], mask)   # (N, T, S)
@@ -151,13 +152,13 @@ def additive_attention_forward(h, k, values, mask, p):
 
 
 def additive_attention_backward(dout, cache):
-    """As above.   -> dh, dk, dvalues, gradients under the keys of p."""
+    """-> dh, dk, dvalues (of the means; keys add theirs), gradients under the keys of p."""
     w, softmax, m, project, values, u = cache
-    dscores = masked_softmax_backward(dout @ values.swapaxes(1, 2), softmax)
+    dscores = masked_softmax_backward(dout @ values.swapaxes(1, 2), softmax)    # (N, T, S)
     dn = dscores[..., None] * u * (1 - m ** 2)              # (N, T, S, A)
     dk = dn.sum(axis=1)                                     # k_s meets all q_t,
     dh, dWq = project_backward(dn.sum(axis=2), project)     # and q_t all k_s
-    du = dscores.ravel() @ m.reshape(-1, len(u))
+    du = dscores.ravel() @ m.reshape(-1, len(u))            # (N T S) @ (N T S, A)
     return dh, dk, w.swapaxes(1, 2) @ dout, {"Wq": dWq, "u": du}
 
 
@@ -205,8 +206,8 @@ def make_batch(cfg, step, dtype=np.float32):
 # ---- model: two LSTMs read the source, a third writes the target ---------------------------------
 
 def init_params(cfg, rng, dtype=np.float32, source_size=len(VOCAB), target_size=len(VOCAB)):
-    """E_source, E_target; fore., back. and decoder.: Wx, Wh, b of an LSTM; decoder.: Wq, Wk, u, Wa,
-    ba; Wo, bo. The variance of W (n, m) is 1 / n; Wq, Wk, u are score_init_scale times larger."""
+    """E_source, E_target; Wx, Wh, b of "fore.", "back.", "decoder.", and its Wq, Wk, u, Wa, ba; Wo,
+    bo. The variance of W (n, m) is 1 / n; Wq, Wk, u are score_init_scale times larger."""
     H, D = cfg.hidden, cfg.embed_dim
     shapes = {"decoder.Wq": (H, H), "decoder.Wk": (H, H), "decoder.u": (H,),
               "decoder.Wa": (2 * H, H), "Wo": (H, target_size)}
@@ -250,7 +251,7 @@ def bilstm_encoder_forward(params, source):
     that of the LSTM from the right. Either LSTM reads padding after all tokens."""
     s = np.arange(source.shape[1])
     n = (source != PAD).sum(axis=1, keepdims=True)          # (N, 1)
-    order = np.where(s < n, n - 1 - s, s)[:, :, None]       # reverses a source; twice: as it was
+    order = np.where(s < n, n - 1 - s, s)[:, :, None]       # reverses tokens; undoes itself
     x, embed = embedding_forward(source, params["E_source"])            # (N, S, D)
     zeros = np.zeros((2, len(x), len(params["fore.Wh"])), x.dtype)
     (fore, _), fore_cache = lstm_layer_forward(x, zeros, part(params, "fore."))
@@ -494,7 +495,9 @@ Break it (what to change, and what comes of it; exact match and alignment of the
 
 Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
     1. Derive and add the score of Luong et al. 2015 that they call location: w = softmax(h_t W),
-       one column per position of the source.
+       one column per position of the source, 64 of them. It is DOT with keys that do not depend on
+       the values: W (H, 64) is `Wk`, and a pair keys_forward, _backward replaces PROJECT. Add it to
+       SCORES, to init_model (drawn by a rng of its own) and to the Literal of --score.
     2. Start the decoder from the encoder's last state. What becomes of the alignment?
     3. python attention.py lengths: why do 11 letters go wrong, though attention could reach them?
        Does --input-feeding help? Measure it.
@@ -893,6 +896,9 @@ def part_alignment(w, dates, name, beside=0):
     return float(np.mean(shares))
 
 
+PNG = b"\x89PNG\r\n\x1a\n"    # the first bytes of every PNG file
+
+
 def write_png(path, image):
     """Colors (H, W, 3) from 0 to 1 as a PNG file: a signature, then chunks of length, name, content
     and checksum.   Raises InputError."""
@@ -904,16 +910,20 @@ def write_png(path, image):
     raw = b"".join(struct.pack(">I", len(body)) + name + body
                    + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks)
     try:
-        Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + raw)
+        Path(path).write_bytes(PNG + raw)
     except OSError as error:
         raise InputError(f"--png {path}: expected a file to write, found: {error}") from None
 
 
 def try_png(path):
-    """Raise InputError if no picture can be written to path: before the training, not after it."""
-    require(not os.path.isdir(path), f"--png {path}", "a file", "a folder")
-    write_png(f"{path}.{os.getpid()}", np.zeros((1, 1, 3)))
-    os.remove(f"{path}.{os.getpid()}")
+    """Raise InputError if no picture can be written to path, or if something else stands there."""
+    if os.path.exists(path):
+        own = os.path.isfile(path) and os.access(path, os.R_OK | os.W_OK)
+        own = own and Path(path).read_bytes().startswith(PNG)
+        require(own, f"--png {path}", "a new file or a PNG", "something else, which stays")
+    else:
+        write_png(path, np.zeros((1, 1, 3)))            # before the training, not after it
+        os.remove(path)
 
 
 def tile_images(images, columns, scale):
@@ -1271,7 +1281,7 @@ def run(tasks):
         name, cfg = read_flags(tasks, [] if pasted else sys.argv[1:])
         tasks[name].main(cfg)
     except (InputError, FloatingPointError, MemoryError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {str(error) or 'out of memory'}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -599,7 +599,7 @@ def run_tape(cfg):
     by_way = [function(params, batch, cfg)[1] for function in WAYS.values()]
     difference = max(float(np.abs(g[k] - by_way[0][k]).max()) for g in by_way for k in params)
     print(f"gradients by hand, by tape and by graphs: largest difference {difference:.0e}")
-    inputs, errors, h = {**params, "x": batch[0], "targets": batch[1]}, [], 1e-7
+    inputs, errors, h = {**params, "x": batch[0], "targets": batch[1]}, [], 1e-8
     for name, w in params.items():
         step = rng.standard_normal(w.shape)
         up = transformer_loss({**inputs, name: w + h * step})
@@ -824,7 +824,7 @@ def run(tasks):
         name, cfg = read_flags(tasks, [] if pasted else sys.argv[1:])
         tasks[name].main(cfg)
     except (InputError, FloatingPointError, MemoryError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {str(error) or 'out of memory'}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

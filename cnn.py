@@ -1458,8 +1458,9 @@ def threaded_with_statistics(loss_and_grads, pool, params, batch, cfg, running):
 
 def save_checkpoint(path, meta, params, state, losses, dry_run=False):
     """All that a training needs to go on, as a .npz file; dry_run: try it.   Raises InputError."""
-    own = not os.path.exists(path) or zipfile.is_zipfile(path)
-    require(own, f"--save {path}", "a new file or one of --save", "another file or a folder")
+    own = os.path.isfile(path) and zipfile.is_zipfile(path)
+    own = own and "meta.npy" in zipfile.ZipFile(path).namelist() or not os.path.exists(path)
+    require(own, f"--save {path}", "a new file or one of --save", "something else, which stays")
     check_finite(0.0, params)                           # never over a good one
     arrays = {f"params {k}": v for k, v in params.items()}
     arrays.update({f"state {k}": v for k, v in state.items()})
@@ -1467,11 +1468,12 @@ def save_checkpoint(path, meta, params, state, losses, dry_run=False):
     try:
         with open(beside, "wb") as file:
             np.savez(file, meta=json.dumps(meta), losses=losses, **arrays)
-        os.remove(beside) if dry_run else os.replace(beside, path)
+        os.replace(beside, beside if dry_run else path)
     except (OSError, ValueError) as error:
-        with contextlib.suppress(OSError, ValueError):
-            os.remove(beside)
         raise InputError(f"--save {path}: expected a file to write, found: {error}") from None
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            os.remove(beside)                           # of a dry run, an error or Ctrl-C
 
 
 def read_checkpoint(path):
@@ -1602,7 +1604,7 @@ def run(tasks):
         name, cfg = read_flags(tasks, [] if pasted else sys.argv[1:])
         tasks[name].main(cfg)
     except (InputError, FloatingPointError, MemoryError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {str(error) or 'out of memory'}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -948,6 +948,9 @@ def tile_images(images, columns, scale):
     return rows.reshape(len(rows) * rows.shape[1], -1, 3)
 
 
+PNG = b"\x89PNG\r\n\x1a\n"    # the first bytes of every PNG file
+
+
 def write_png(path, image):
     """Colors (H, W, 3) from 0 to 1 as a PNG file: a signature, then chunks of length, name, content
     and checksum.   Raises InputError."""
@@ -959,16 +962,20 @@ def write_png(path, image):
     raw = b"".join(struct.pack(">I", len(body)) + name + body
                    + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks)
     try:
-        Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + raw)
+        Path(path).write_bytes(PNG + raw)
     except OSError as error:
         raise InputError(f"--png {path}: expected a file to write, found: {error}") from None
 
 
 def try_png(path):
-    """Raise InputError if no picture can be written to path: before the training, not after it."""
-    require(not os.path.isdir(path), f"--png {path}", "a file", "a folder")
-    write_png(f"{path}.{os.getpid()}", np.zeros((1, 1, 3)))
-    os.remove(f"{path}.{os.getpid()}")
+    """Raise InputError if no picture can be written to path, or if something else stands there."""
+    if os.path.exists(path):
+        own = os.path.isfile(path) and os.access(path, os.R_OK | os.W_OK)
+        own = own and Path(path).read_bytes().startswith(PNG)
+        require(own, f"--png {path}", "a new file or a PNG", "something else, which stays")
+    else:
+        write_png(path, np.zeros((1, 1, 3)))            # before the training, not after it
+        os.remove(path)
 
 
 def run_images(cfg):
@@ -1236,6 +1243,7 @@ def judge_of(cfg):
     x, labels = digits(cfg.data, "test")
     _, real = judged(x[::2])
     unit = within_variance(real, labels[::2])
+    require(unit > 0, f"--data {cfg.data}", "images that differ within a class", "equal ones")
 
     def evaluate(images, labels):
         classes, features = judged((images.astype(np.float32) + 1) / 2)
@@ -1354,7 +1362,7 @@ def run(tasks):
         name, cfg = read_flags(tasks, [] if pasted else sys.argv[1:])
         tasks[name].main(cfg)
     except (InputError, FloatingPointError, MemoryError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {str(error) or 'out of memory'}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

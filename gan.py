@@ -358,7 +358,7 @@ def main(cfg):
     print("modes: the share of the points on each of the eight, in tenths; a dot is below 1/80")
     losses = train(params, cfg, note=lambda: f"  modes {mode_digits(generated(params, cfg, 1000))}")
     points = generated(params, cfg, 4000)
-    check_finite(points, params)
+    check_finite(np.abs(points).max(), params)
     metrics = show_ring(points, cfg)
     print("Next: python gan.py --noise-dim 2      python gan.py game      python gan.py shapes")
     print_result("ring", cfg, **metrics, params=size, steps=len(losses),
@@ -615,7 +615,7 @@ def play(cfg, title, note, init=init_params, batch=game_batch):
                 params[name] = np.clip(params[name], -cfg.strength, cfg.strength)
     losses = train(params, cfg, batch, game_loss_and_grads, update, lambda: note(params))
     points = generated(params, cfg, 4000)
-    check_finite(points, params)
+    check_finite(np.abs(points).max(), params)
     return params, points, losses
 
 
@@ -625,6 +625,7 @@ def draw_critic(critic, edge=2.6, cols=40, rows=20):
     logits, cache = discriminator_forward(critic, np.stack([x1.ravel(), x2.ravel()], axis=1))
     slopes, _ = discriminator_backward(np.ones_like(logits), cache)
     slope = float(np.hypot(*slopes.T).mean())
+    check_finite(slope + np.ptp(logits), critic)
     print("Output of D in the same square, blank where lowest, @ where highest; mean length of "
           f"dD/dx {slope:.3f}:")
     height = (logits - logits.min()) / (np.ptp(logits) + 1e-12)
@@ -865,7 +866,7 @@ def run(tasks):
         name, cfg = read_flags(tasks, [] if pasted else sys.argv[1:])
         tasks[name].main(cfg)
     except (InputError, FloatingPointError, MemoryError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {str(error) or 'out of memory'}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -31,7 +31,6 @@ import os
 for library in ("OPENBLAS", "MKL", "OMP"):  # the matrices are small: one BLAS thread is fastest
     os.environ.setdefault(library + "_NUM_THREADS", "1")
 import numpy as np
-
 TOLERANCE = 1e-6
 
 def slope(f, x, step, middle, h=1e-5):
@@ -122,8 +121,8 @@ def expect(ok, message):
 
 def sound(a, what):
     """Failure unless these are finite numbers in float64."""
-    ok = a.dtype == np.float64 and np.isfinite(a).all()
-    expect(ok, f"{what} is {a.dtype}, expected float64 without nan and inf")
+    expect(a.dtype == np.float64, f"{what} is {a.dtype}, expected float64")
+    expect(np.isfinite(a).all(), f"{what} has nan or inf")
 
 # ---- how to call the operations that several lessons share ---------------------------------------
 # A case names the inputs in forward's order: "x 3 5" is normal numbers (3, 5), "ids<7 3" integers
@@ -491,8 +490,9 @@ def models(module):
 @functools.lru_cache
 def lessons():
     """The lessons here, in order: files with Config that begin with their own name."""
-    found = [path for path in Path(__file__).resolve().parent.glob("*.py")
-             if re.search(rf'^"""{path.name}: (?s:.*)^class Config', source(path), re.M)]
+    found = [path for path in Path(__file__).resolve().parent.glob("[!.]*.py") if path.is_file()
+             and re.search(rf'^"""{path.name}: (?s:.*)^class Config',
+                           path.read_text("utf-8", "ignore"), re.M)]
     return sorted(found, key=lambda p: (ORDER.index(p.stem) if p.stem in ORDER else 99, p.name))
 
 def names_in(path, end="\0"):
@@ -538,8 +538,7 @@ def diff(module, lesson, names, most=6):
     return lines[:most] + ["..."] * (len(lines) > most)
 
 def other_values(module, draws, good):
-    """Where does a copy give other values than its lesson? A forward pass can be wrong and its
-    derivative right.   -> {name: lines of a note}; the names that agree."""
+    """Where does a copy give other values than its lesson?   -> {name: note}; names that agree."""
     lesson, whose, notes, agree = load(module.lesson), module.lesson.name + "'s", {}, set()
 
     def compared(name, yours, right, text):
@@ -562,7 +561,8 @@ def other_values(module, draws, good):
         yours, right = (three_steps(m, name, lesson) for m in (module, lesson))
         if yours and right:
             compared(name, yours, right, f"{name} gives other values than {whose}")
-    for _, text, cfg, *theirs in models(lesson):
+    spine = [vars(lesson)[name] for name in FOUR]       # which tasks may do without
+    for _, text, cfg, *theirs in [*models(lesson), ("", "default", spine[0](), *spine[1:])]:
         names, Mine = [f.__name__ for f in theirs], vars(module).get(type(cfg).__name__)
         with contextlib.suppress(Exception):            # a model of its own, or not there yet
             mine = Mine(**{k: v for k, v in vars(cfg).items() if hasattr(Mine, k)})
@@ -940,9 +940,9 @@ def notes(module, draws, attempt, called, good):
         spine = names_in(lesson, "\n# ====")
         parts = [n[:-9] for n in spine if n.endswith("_backward")]
         done = [n for n in parts if {n + "_forward", n + "_backward"} <= mine]
-        last = max(k for k, n in enumerate(["", *spine]) if n in {"", *vars(module)})
+        first = min(k for k, n in enumerate([*spine, ""]) if n in {"", *vars(module)})
         absent = [re.match(r"(?:[^:]+: )?(.+?) (?:is not|cannot)", n)[1] for n in module.absent]
-        rest = absent + [n for n in spine[last:] + spine if n not in vars(module)]
+        rest = absent + [n for n in spine[first:] + spine if n not in vars(module)]
         then = f"next: {rest[0]}" if rest else "the spine is complete"
         alike = [name for name in module.functions if name in agree - {"loss_and_grads"}]
         if alike:
@@ -966,7 +966,7 @@ def main(words):
     if flags & {"-h", "--help"}:
         return print(__doc__)
     check = check_teeth if "--teeth" in flags else check_file
-    paths = [Path(word).resolve() for word in words if word not in flags] or lessons()
+    paths = [Path(os.path.realpath(word)) for word in words if word not in flags] or lessons()
     errors = [f"{flag}: unknown flag, see --help" for flag in flags - {"--teeth"}]
     errors += [f"{p}: expected a Python file, found none" for p in paths if not p.is_file()]
     if errors:

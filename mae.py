@@ -861,6 +861,9 @@ def pretrain(cfg):
     return params, losses, {"error": error, "mean_patch_error": mean_error}
 
 
+PNG = b"\x89PNG\r\n\x1a\n"    # the first bytes of every PNG file
+
+
 def write_png(path, image):
     """Colors (H, W, 3) from 0 to 1 as a PNG file: a signature, then chunks of length, name, content
     and checksum.   Raises InputError."""
@@ -872,16 +875,20 @@ def write_png(path, image):
     raw = b"".join(struct.pack(">I", len(body)) + name + body
                    + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks)
     try:
-        Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + raw)
+        Path(path).write_bytes(PNG + raw)
     except OSError as error:
         raise InputError(f"--png {path}: expected a file to write, found: {error}") from None
 
 
 def try_png(path):
-    """Raise InputError if no picture can be written to path: before the training, not after it."""
-    require(not os.path.isdir(path), f"--png {path}", "a file", "a folder")
-    write_png(f"{path}.{os.getpid()}", np.zeros((1, 1, 3)))
-    os.remove(f"{path}.{os.getpid()}")
+    """Raise InputError if no picture can be written to path, or if something else stands there."""
+    if os.path.exists(path):
+        own = os.path.isfile(path) and os.access(path, os.R_OK | os.W_OK)
+        own = own and Path(path).read_bytes().startswith(PNG)
+        require(own, f"--png {path}", "a new file or a PNG", "something else, which stays")
+    else:
+        write_png(path, np.zeros((1, 1, 3)))            # before the training, not after it
+        os.remove(path)
 
 
 def tile_images(images, columns, scale):
@@ -1152,8 +1159,9 @@ def threaded_loss_and_grads(loss_and_grads, pool, params, batch, cfg):
 
 def save_checkpoint(path, meta, params, state, losses, dry_run=False):
     """All that a training needs to go on, as a .npz file; dry_run: try it.   Raises InputError."""
-    own = not os.path.exists(path) or zipfile.is_zipfile(path)
-    require(own, f"--save {path}", "a new file or one of --save", "another file or a folder")
+    own = os.path.isfile(path) and zipfile.is_zipfile(path)
+    own = own and "meta.npy" in zipfile.ZipFile(path).namelist() or not os.path.exists(path)
+    require(own, f"--save {path}", "a new file or one of --save", "something else, which stays")
     check_finite(0.0, params)                           # never over a good one
     arrays = {f"params {k}": v for k, v in params.items()}
     arrays.update({f"state {k}": v for k, v in state.items()})
@@ -1161,11 +1169,12 @@ def save_checkpoint(path, meta, params, state, losses, dry_run=False):
     try:
         with open(beside, "wb") as file:
             np.savez(file, meta=json.dumps(meta), losses=losses, **arrays)
-        os.remove(beside) if dry_run else os.replace(beside, path)
+        os.replace(beside, beside if dry_run else path)
     except (OSError, ValueError) as error:
-        with contextlib.suppress(OSError, ValueError):
-            os.remove(beside)
         raise InputError(f"--save {path}: expected a file to write, found: {error}") from None
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            os.remove(beside)                           # of a dry run, an error or Ctrl-C
 
 
 def read_checkpoint(path):
@@ -1298,7 +1307,7 @@ def run(tasks):
         name, cfg = read_flags(tasks, [] if pasted else sys.argv[1:])
         tasks[name].main(cfg)
     except (InputError, FloatingPointError, MemoryError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {str(error) or 'out of memory'}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -389,7 +389,7 @@ def accuracy(reward, start, cfg):
     ids = compose(start, cfg, np.random.default_rng((cfg.seed, 10 ** 6)), 1000)
     r, true = reward(ids), true_reward(ids)
     gap, true_gap = r[:500] - r[500:], true[:500] - true[500:]
-    return float(np.mean((gap * true_gap > 0)[true_gap != 0]))      # of the same sign
+    return float((gap * true_gap > 0).sum() / max(1, (true_gap != 0).sum()))    # of the same sign
 
 
 def outcome(policy, start, reward, cfg):
@@ -951,7 +951,7 @@ def run(tasks):
         name, cfg = read_flags(tasks, [] if pasted else sys.argv[1:])
         tasks[name].main(cfg)
     except (InputError, FloatingPointError, MemoryError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {str(error) or 'out of memory'}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -961,7 +961,7 @@ def fits(cfg):
     """The constraints on --dim and, where there are any, --betas."""
     found = getattr(cfg, "betas", "0")
     betas = found.split(",")
-    ok = all(re.fullmatch(r"\d+(\.\d+)?", beta) for beta in betas)
+    ok = all(re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", beta) for beta in betas)
     different = ok and len(set(map(float, betas))) == len(betas)
     return [(cfg.dim % cfg.heads == 0, "--dim", f"a multiple of --heads {cfg.heads}", cfg.dim),
             (different, "--betas", "different numbers, 0 or more, as in 0,0.3,1", found)]

@@ -348,6 +348,7 @@ def generate(params, cfg, ids, count, rng, temperature=0.5):
     """-> ids, continued by count characters, each drawn from softmax(logits / temperature)."""
     for _ in range(count):
         logits, _ = gpt_forward(params, ids[None, -cfg.context:], cfg)
+        check_finite(logits[-1].max())
         p = np.exp((logits[-1].astype(float) - logits[-1].max()) / temperature)
         ids = np.append(ids, rng.choice(len(p), p=p / p.sum()))
     return ids
@@ -531,10 +532,11 @@ def sample(params, cfg, ids, count, rng, next_logits, temperature=0.5, top_k=0, 
             first, past = len(ids) - cfg.context // 2, None
         if past is None or not cached:
             new, past = ids[first:], empty_cache(cfg, params["E"].dtype)
-        logits = next_logits(params, np.array(new), cfg, past).astype(float) / temperature
+        logits = next_logits(params, np.array(new), cfg, past).astype(float)
+        check_finite(logits.max())
         least = np.sort(logits)[-top_k:][0]             # of the top_k; if 0, of all: [-0:] is [0:]
         logits = np.where(logits < least, -np.inf, logits)
-        p = np.exp(logits - logits.max())
+        p = np.exp((logits - logits.max()) / temperature)
         new = [int(rng.choice(len(p), p=p / p.sum()))]
         ids += new
     return ids
@@ -1543,8 +1545,9 @@ def threaded_loss_and_grads(loss_and_grads, pool, params, batch, cfg):
 
 def save_checkpoint(path, meta, params, state, losses, dry_run=False):
     """All that a training needs to go on, as a .npz file; dry_run: try it.   Raises InputError."""
-    own = not os.path.exists(path) or zipfile.is_zipfile(path)
-    require(own, f"--save {path}", "a new file or one of --save", "another file or a folder")
+    own = os.path.isfile(path) and zipfile.is_zipfile(path)
+    own = own and "meta.npy" in zipfile.ZipFile(path).namelist() or not os.path.exists(path)
+    require(own, f"--save {path}", "a new file or one of --save", "something else, which stays")
     check_finite(0.0, params)                           # never over a good one
     arrays = {f"params {k}": v for k, v in params.items()}
     arrays.update({f"state {k}": v for k, v in state.items()})
@@ -1552,11 +1555,12 @@ def save_checkpoint(path, meta, params, state, losses, dry_run=False):
     try:
         with open(beside, "wb") as file:
             np.savez(file, meta=json.dumps(meta), losses=losses, **arrays)
-        os.remove(beside) if dry_run else os.replace(beside, path)
+        os.replace(beside, beside if dry_run else path)
     except (OSError, ValueError) as error:
-        with contextlib.suppress(OSError, ValueError):
-            os.remove(beside)
         raise InputError(f"--save {path}: expected a file to write, found: {error}") from None
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            os.remove(beside)                           # of a dry run, an error or Ctrl-C
 
 
 def read_checkpoint(path):
@@ -1687,7 +1691,7 @@ def run(tasks):
         name, cfg = read_flags(tasks, [] if pasted else sys.argv[1:])
         tasks[name].main(cfg)
     except (InputError, FloatingPointError, MemoryError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {str(error) or 'out of memory'}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -1701,10 +1705,13 @@ def constraints(cfg):
         yield d % 2 == 0, "--dim", "an even number per head", d
     if type(cfg) in (Config, Generate, Modern):
         yield 1 < cfg.context < len(TEXT), "--context", f"2 to {len(TEXT) - 1}", cfg.context
+    if isinstance(cfg, Text):
+        yield cfg.context > 1, "--context", "2 or more", cfg.context
     if isinstance(cfg, Fill):
         yield 0 < cfg.mask_ratio < 1, "--mask-ratio", "between 0 and 1", cfg.mask_ratio
     if isinstance(cfg, (Text, Mnist)):
-        yield cfg.threads <= cfg.batch_size, "--threads", "at most --batch-size", cfg.threads
+        most = f"at most --batch-size {cfg.batch_size}"
+        yield cfg.threads <= cfg.batch_size, "--threads", most, cfg.threads
         same = os.path.realpath(cfg.save) == os.path.realpath(cfg.data)
         yield not cfg.save or not same, "--save", "another file than --data", cfg.save
 
