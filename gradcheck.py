@@ -562,7 +562,7 @@ def other_values(module, draws, good):
         if yours and right:
             compared(name, yours, right, f"{name} gives other values than {whose}")
     spine = [vars(lesson)[name] for name in FOUR]       # which tasks may do without
-    for _, text, cfg, *theirs in [*models(lesson), ("", "default", spine[0](), *spine[1:])]:
+    for _, text, cfg, *theirs in [("", "default", spine[0](), *spine[1:]), *models(lesson)]:
         names, Mine = [f.__name__ for f in theirs], vars(module).get(type(cfg).__name__)
         with contextlib.suppress(Exception):            # a model of its own, or not there yet
             mine = Mine(**{k: v for k, v in vars(cfg).items() if hasattr(Mine, k)})

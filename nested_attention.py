@@ -443,12 +443,12 @@ def main(cfg):
 
 MORE = """
 Break it (what to change, and what becomes of the accuracy of delta, 100 % as it is)
-    memory_backward: return 0 * dk, dq, 0 * dv, deta    delta 91 %: keys stay as they are. How to
-        write a key is learned only through the memories after it
+    memory_backward: return 0 * dk[..., 0], dq[..., 0], 0 * de[..., 0], deta    delta 91 %: keys
+        stay as they are. How to write a key is learned only through the memories after it
     memory_backward: drop MT @ (c * de) from dk         delta 100 %, though the gradient is wrong:
         check gradients instead of looking at the loss
-    memory_forward: y = M[1:] @ q, a read after the write        14 %, and an identity fails; with a
-        backward pass to match 43 %: the delta rule has replaced the value that is asked for
+    memory_forward: y = M[1:] @ q, a read after the write    delta diverges, and an identity fails;
+        with a backward pass to match 43 %: the rule has replaced the value that is asked for
     tokens_forward: eta = 0 * eta + 2.5 before return   36 %; with 2.1 60 %: with keys of length 1
         a step above 2 overshoots by more than the error
     unit_forward: return x, (0 * x, 1)                  15 %: long keys make steps that diverge

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -318,10 +319,29 @@ def test_save_onto_the_data(name, task, tmp_path):
 
 @pytest.mark.parametrize("name, task", pairs("save", "data"))
 def test_save_onto_something_else(name, task, tmp_path):
-    file, notes = data_for(task, tmp_path), tmp_path / "notes.txt"
+    file = data_for(task, tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    np.savez(tmp_path / "arrays.npz", mine=1)
+    for path in (tmp_path / "notes.txt", tmp_path / "arrays.npz", Path(os.devnull)):
+        before = path.read_bytes()
+        is_refused(lesson(name, task, "--data", file, "--save", str(path), "--steps", "1"),
+                   "--save", "a new file or one of --save")
+        assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name, task", pairs("png"))
+def test_png_onto_something_else(name, task, tmp_path):
+    """Before any training, and a picture of before is replaced."""
+    notes, module = tmp_path / "notes.txt", load(name)
     notes.write_text("mine")
-    is_refused(lesson(name, task, "--data", file, "--save", str(notes), "--steps", "1"), "--save", "another file")
+    flags = ["--data", data_for(task, tmp_path)] if (name, task) in pairs("data") else []
+    is_refused(lesson(name, task, *flags, "--png", str(notes)), "--png", "a new file or a PNG")
+    is_refused(lesson(name, task, *flags, "--png", str(tmp_path / "none" / "a.png")), "--png", "a.png'")
     assert notes.read_text() == "mine"
+    for path in (tmp_path / "a.png", tmp_path / "a.png"):
+        module.try_png(str(path))
+        module.write_png(str(path), np.zeros((2, 3, 3)))
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in pairs("save")}))
