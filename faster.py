@@ -406,8 +406,8 @@ Tasks
 
 Break it (python faster.py; as it is: accuracy 100 %, difference from the quadratic form 2e-15)
     tiled_attention_forward: no f * in the line of out (or of l)    7 % (8 %): nothing is learned
-        np.log(l) for m + np.log(l)         8 %: out is right, but gradients are 20 times too large
-        new = s.max(axis=3, keepdims=True)  100 %, 2e-15: any m is exact, until e^(s - m) overflows
+        np.log(l) for m + np.log(l)         8 %: out is right, but gradients are e^m times too large
+        new_m = s.max(3, keepdims=True)     100 %, 2e-15: any m is exact, until f overflows
     tiled_attention_backward: ds = p * dp   7 %, although out and dv are right
     tile_scores: if False:                  100 %, but off by 1.4: rows see ahead within their tile
     main: causal_tiles(cfg.context, cfg.tile)[::-1]     2e-15: the order does not matter

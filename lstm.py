@@ -646,18 +646,23 @@ def run_gradient(cfg):
     """Print for each cell the norm of d (last output) / d (input) at every step."""
     start, metrics = time.perf_counter(), {}
     print(f"The gradient of the last output by the input of every step, before training, hidden "
-          f"{cfg.hidden}.\nColumns: steps. Norm over that of the last step: @ is 1, blank 1e-8.")
+          f"{cfg.hidden}.\nColumns: steps. Norm over that of the last step, geometric mean over 10 "
+          "draws of the weights:\n@ is 1, blank 1e-8.")
     for cell in ("rnn", "gru", "lstm"):
-        part = Add(cell=cell, **vars(cfg))
-        params = init_add(part, np.random.default_rng(cfg.seed), np.float64)
-        x, _ = add_batch(part, 0, np.float64)
-        (y, _), cache = stack_forward(params, x, cell, zero_states(params, cell, cfg.batch_size))
-        dy = np.zeros_like(y)
-        dy[-1] = 1
-        dx, _ = stack_backward(dy, cache)
-        norm = np.linalg.norm(dx, axis=(1, 2))
-        norm /= norm[-1]
-        picture = "".join(shade(1 + np.log10(norm + 1e-30) / 8))
+        part, exponents = Add(cell=cell, **vars(cfg)), []
+        for draw in range(10):
+            params = init_add(part, np.random.default_rng((cfg.seed, draw)), np.float64)
+            x, _ = add_batch(part, draw, np.float64)
+            zeros = zero_states(params, cell, cfg.batch_size)
+            (y, _), cache = stack_forward(params, x, cell, zeros)
+            dy = np.zeros_like(y)
+            dy[-1] = 1
+            dx, _ = stack_backward(dy, cache)
+            norm = np.linalg.norm(dx, axis=(1, 2))
+            exponents.append(np.log10(norm / norm[-1] + 1e-30))
+        exponent = np.mean(exponents, axis=0)
+        norm = 10 ** exponent
+        picture = "".join(shade(1 + exponent / 8))
         rate = norm[0] ** (1 / (cfg.length - 1))
         print(f"{cell:>5s} |{picture}| {norm[0]:.0e} at step 1, {rate:.2f} per step")
         metrics[cell] = float(norm[0])

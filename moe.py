@@ -379,9 +379,9 @@ def main(cfg):
 
 MORE = """
 Tasks (seeds 0 to 4: right answers, load of the fullest expert over the mean)
-    python moe.py routes    no balance 87 to 99 %, 1.8 to 3.5, and an expert without facts each
-                            time; loss 98 to 100 %, 1.6; bias 97 to 100 %, 1.04; top-2 100 % at
-                            twice the work, 89 to 94 % at equal work and half the parameters
+    python moe.py routes    no balance 87 to 99 %, 1.8 to 3.5, an expert (nearly) without facts each
+                            time; loss 98 to 100 %, up to 1.6; bias 97 to 100 %, up to 1.04; top-2
+                            100 % at twice the work, 89 to 94 % at equal work, half the parameters
     python moe.py time      at equal FLOPs 2.3 to 2.6 times dense at dim 32, 1.1 to 1.2 at dim 128
     python moe.py text --data tinyshakespeare.txt       25 seconds; 1.98 to 2.00 nats per character
                             with one expert, 1.88 to 1.89 with eight, 1.84 to 1.86 with one as wide
