@@ -548,8 +548,8 @@ def run_generate(cfg):
     params = init_params(cfg, np.random.default_rng(cfg.seed))
     if cfg.load:
         meta, _, arrays = read_checkpoint(cfg.load)
-        require(meta.get("model") in MODELS, f"--load {cfg.load}", "a model of the task text",
-                meta.get("task"))
+        require(meta.get("model") in MODELS, f"--load {cfg.load}", "a file of transformer.py text",
+                meta.get("model"))
         cfg = replace(cfg, **{name: meta[name] for name in ("layers", "heads", "dim", "context")})
         params, chars = part(arrays, "params "), meta["chars"]
         *_, next_logits = MODELS[meta["model"]]

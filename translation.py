@@ -1135,7 +1135,8 @@ def pairs_constraints(cfg):
     yield cfg.label_smoothing < 1, "--label-smoothing", "below 1", cfg.label_smoothing
     if isinstance(cfg, Pairs):
         yield cfg.context > 15, "--context", "16 or more", cfg.context
-        yield cfg.threads <= cfg.batch_size, "--threads", "at most --batch-size", cfg.threads
+        most = f"at most --batch-size {cfg.batch_size}"
+        yield cfg.threads <= cfg.batch_size, "--threads", most, cfg.threads
         read = [os.path.realpath(path) for path in (cfg.data, cfg.validation, cfg.test) if path]
         yield os.path.realpath(cfg.save) not in read, "--save", "a file other than --data", cfg.save
 
