@@ -809,7 +809,7 @@ DAYS = 36525                                                # '49 for 2049
 class Dates:
     """Dates in 17 spellings, to be written as 2004-02-29."""
     embed_dim: int = 32     # embedding dimension
-    hidden: int = 128       # hidden units; each direction of the encoder has half
+    hidden: int = 128       # hidden units, even: each direction of the encoder has half
     score: Literal["additive", "dot", "general"] = "additive"  # score of a position
     input_feeding: bool = False  # the decoder reads its last a as well
     score_init_scale: float = 8.0  # scale of the first attention scores
@@ -1003,7 +1003,7 @@ class Pairs:
     vocab_size: int = 3000  # words per side; all other ones become <unk>
     length: int = 20        # most words per side; longer pairs are dropped
     embed_dim: int = 64     # embedding dimension
-    hidden: int = 128       # hidden units; each direction of the encoder has half
+    hidden: int = 128       # hidden units, even: each direction of the encoder has half
     score: Literal["additive", "dot", "general"] = "additive"  # score of a position
     input_feeding: bool = False  # the decoder reads its last a as well
     score_init_scale: float = 1.0  # scale of the first attention scores
