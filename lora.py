@@ -42,7 +42,7 @@ class Config:
     digits: int = 5         # digits per sequence
     batch_size: int = 64    # sequences per step
     steps: int = 500        # optimizer steps of pre-training
-    lr: float = 0.003       # learning rate of the first half, 3 times as large for adapters
+    lr: float = 0.003       # learning rate, falls in the second half; adapters: 3 times as large
     examples: int = 128     # training sequences of the third job
     tune_steps: int = 120   # optimizer steps on the third job, at most --steps
     rank: int = 8           # rank of the adapter
@@ -50,8 +50,8 @@ class Config:
     seed: int = 0           # random seed
 
 
-# ---- layers: B sequences, T positions, N = B T rows, D dim, H heads, d = D / H, r rank -----------
-# B counts sequences in shapes such as (B, T, D); everywhere else A and B are those of an adapter.
+# ---- layers: B sequences, T positions, N = B T rows, D dim, H heads, d = D / H, V tokens, r rank -
+# Linear layers: D inputs, M outputs. In lora_forward and lora_backward B is the adapter's matrix.
 
 def affine_forward(x, p, name):
     """y = x W + b, with the parameters W and b of this name.   x (N, D), W (D, M), b (M,)."""
@@ -179,7 +179,7 @@ def init_params(cfg, rng, dtype=np.float32):
 
 
 def init_adapter(cfg, rng, dtype=np.float32):
-    """For every matrix "0.Wo" (D, M), ...: "0.Ao" (D, r), random, and "0.Bo" (r, M), zero."""
+    """For every matrix of a block, "0.Wo" (D, M): "0.Ao" (D, r), random, "0.Bo" (r, M), zero."""
     adapter = {}
     for name, W in init_params(cfg, np.random.default_rng(cfg.seed)).items():
         if ".W" in name:
@@ -190,8 +190,8 @@ def init_adapter(cfg, rng, dtype=np.float32):
 
 
 def adapter_batch(cfg, step, dtype=np.float32, base=None):
-    """Sequences of the third job, drawn from the same cfg.examples in every step.   -> ids,
-    targets, base: the frozen parameters, untrained ones if none are given."""
+    """Sequences of the third job, drawn from the same cfg.examples sequences in every step.
+    -> ids, targets, base: the frozen parameters, untrained ones if none are given."""
     first, rng = np.random.default_rng((cfg.seed, 0)), np.random.default_rng((cfg.seed, step))
     ids, targets = draw_sequences(first, "descend", cfg.examples, cfg)
     drawn = rng.integers(0, cfg.examples, cfg.batch_size)
@@ -215,8 +215,8 @@ def adapted(cfg):
 
 
 def layer_block_forward(x, p, heads, B, layer, layer_backward):
-    """x + attention(norm(x)), then x + mlp(norm(x)); layer is the forward of their linear layers,
-    mlp(y) = layer(max(layer(y), 0)).   x (B T, D) -> (B T, D)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), mlp(y) = layer(max(layer(y), 0)). layer is the
+    forward of all linear layers; layer_backward waits in the cache.   x (B T, D) -> (B T, D)."""
     y, norm1 = layernorm_forward(x, p["gamma1"], p["beta1"])
     y, qkv = layer(y, p, "qkv")
     y = y.reshape(B, -1, 3, heads, x.shape[1] // heads)             # (B, T, 3, H, d)
@@ -250,10 +250,10 @@ def layer_block_backward(dout, cache):
 
 
 def layer_gpt_forward(params, ids, cfg, layer=AFFINE):
-    """ids (B, T) tokens -> logits (B digits, V), those of the last cfg.digits positions."""
-    B, T = ids.shape
-    x = params["E"][ids] + params["P"]                              # (B, T, D)
-    x, caches = x.reshape(B * T, -1), []
+    """ids (B, T) tokens -> logits (B digits, V), those of the last cfg.digits positions. layer:
+    forward and backward of the linear layers, as AFFINE."""
+    (B, T), caches = ids.shape, []
+    x = (params["E"][ids] + params["P"]).reshape(B * T, -1)
     for i in range(cfg.layers):
         x, cache = layer_block_forward(x, part(params, f"{i}."), cfg.heads, B, *layer)
         caches.append(cache)
@@ -291,7 +291,8 @@ def loss_and_grads(params, batch, cfg, layer=AFFINE):
 
 
 def adapter_loss_and_grads(params, batch, cfg):
-    """loss_and_grads of an adapter, with the frozen parameters of the batch."""
+    """loss_and_grads of an adapter alone: those of all other parameters, the frozen base, drop out.
+    """
     ids, targets, base = batch
     loss, grads = loss_and_grads({**base, **params}, (ids, targets), cfg, adapted(cfg))
     return loss, {name: grads[name] for name in params}
@@ -389,7 +390,7 @@ def tune_all(params, cfg, batch=adapter_batch):
 
 
 def try_job(params, cfg, job, layer=AFFINE, n=500):
-    """n fresh sequences, with the true digits before each one to predict.   -> loss, share of
+    """n fresh sequences; every digit is predicted from the true ones before it.   -> loss, share of
     sequences with every digit right, logits."""
     rng = np.random.default_rng((cfg.seed, 10 ** 6 + list(JOBS).index(job)))
     ids, targets = draw_sequences(rng, job, n, cfg)
@@ -402,7 +403,7 @@ def try_job(params, cfg, job, layer=AFFINE, n=500):
 def print_jobs(models, cfg):
     """A table. models: name -> parameters and linear layer.   -> metrics."""
     print("\nFresh sequences with every digit right; the jobs are columns, 15 # are 100 %:\n"
-          + " " * 16 + "".join(f"{job:27s}" for job in JOBS))
+          + " " * 16 + "".join(f"{job:26s}" for job in JOBS))
     metrics = {}
     for name, (params, layer) in models.items():
         shares = [try_job(params, cfg, job, layer)[1] for job in JOBS]
@@ -494,7 +495,7 @@ Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
 
 Papers of these parts: Bengio et al. 2013 (straight-through), Jacob et al. 2018 (integers), Dettmers
 et al. 2022 (LLM.int8), 2023 (QLoRA), Xiao et al. 2022 (SmoothQuant), Micikevicius et al. 2022
-(FP8), Kalajdzievski 2023 (rsLoRA), Biderman et al. 2024 (LoRA learns less and forgets less).
+(FP8), Biderman et al. 2024 (LoRA learns less and forgets less).
 """
 
 import argparse
@@ -510,7 +511,7 @@ from typing import NamedTuple, get_args
 
 with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse freed memory, which
     libc = ctypes.CDLL(None)                                    # makes a step up to 3 times faster
-    libc.mallopt(-3, 1 << 30)
+    libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)      # older ones allow no more
     libc.mallopt(-1, -1)
     libc.mallopt(-8, 1)                                         # one pool for all threads
 
@@ -537,10 +538,9 @@ def run_ranks(cfg):
     start, short = time.perf_counter(), replace(cfg, steps=min(cfg.tune_steps, cfg.steps))
     params, losses = train_base(cfg)
     fresh, scale = init_params(cfg, np.random.default_rng(cfg.seed)), cfg.alpha / cfg.rank
-    runs, r = {}, 1
-    while r <= cfg.rank:
+    runs, ranks = {}, [2 ** k for k in range(cfg.rank.bit_length()) if 2 ** k < cfg.rank]
+    for r in [*ranks, cfg.rank]:
         runs[f"rank_{r}"] = tune_adapter, params, replace(short, rank=r, alpha=scale * r)
-        r *= 2
     runs.update(full=(tune_all, params, short), scratch=(tune_all, fresh, short),
                 adapter_old=(tune_adapter, params, short), full_old=(tune_all, params, short))
     steps, planned, models = len(losses), cfg.steps, {"before": (params, AFFINE)}
@@ -582,8 +582,9 @@ class Quantize:
 
 
 def quantize(x, bits, axis=None, percentile=100):
-    """x rounded to multiples -Q ... Q of t; Q = 2^(bits - 1) - 1, t = max|x| / Q, of the array or
-    along axis. A percentile below 100 in place of the maximum clips the largest."""
+    """x rounded to multiples -Q ... Q of t; Q = 2^(bits - 1) - 1, t = max|x| / Q: one t, or one for
+    each column (axis=0) or row (axis=1). A percentile below 100 for the maximum clips the largest.
+    """
     Q = 2 ** (bits - 1) - 1
     t = np.percentile(np.abs(x), percentile, axis=axis, keepdims=True) / Q + 1e-12
     return (t * np.clip(np.round(x / t), -Q, Q)).astype(x.dtype)
@@ -596,7 +597,8 @@ def round_weights(params, **options):
 
 def straight_through_loss_and_grads(params, batch, cfg, bits):
     """The gradient at the rounded weights, taken for that of the weights: rounding has slope 0
-    nearly everywhere. It would be 0 where |W / t| > Q, but t is the maximum: nothing is clipped."""
+    nearly everywhere. Clipped weights, |W / t| > Q, would get 0, but t = max|W| / Q clips none.
+    That t moves with W is left out."""
     return loss_and_grads(round_weights(params, bits=bits, axis=0), batch, cfg)
 
 
@@ -640,7 +642,7 @@ def run_quantize(cfg):
     print("\nColumns: losses of sort and reverse; sequences with every digit right, 15 # are 100 %")
     for name, p in {"float": params, **models}.items():
         metrics[name + "_loss"], metrics[name] = print_rounded(name, p, cfg)
-    print("First column of W2 in block 0. Rows: the 15 levels of 4 bits; a # is one weight")
+    print("First column of W2 in block 0. Rows: the 15 levels of 4 bits; a # is a weight, to 80")
     draw_levels(params["0.W2"][:, 0])
     metrics.update(show_outliers(params, cfg))
     print("\nNext: python lora.py qlora      python lora.py speed")
@@ -664,13 +666,14 @@ def plant(params, cfg, factor, channels=4):
 
 
 def largest_inputs(params, cfg):
-    """max|x| of every channel, of the inputs of all linear layers in turn -> list of arrays."""
+    """max|x| of every channel, of the inputs of all linear layers in turn, on a training batch.
+    -> list of arrays."""
     seen = []
 
     def watch(x, p, name):
         seen.append(np.abs(x).max(axis=0))
         return affine_forward(x, p, name)
-    try_job(params, cfg, "reverse", (watch, None))
+    layer_gpt_forward(params, make_batch(cfg, 1)[0], cfg, (watch, None))
     return seen
 
 

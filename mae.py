@@ -541,7 +541,7 @@ from typing import ClassVar, NamedTuple, get_args
 
 with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse freed memory, which
     libc = ctypes.CDLL(None)                                    # makes a step up to 3 times faster
-    libc.mallopt(-3, 1 << 30)
+    libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)      # older ones allow no more
     libc.mallopt(-1, -1)
     libc.mallopt(-8, 1)                                         # one pool for all threads
 
@@ -815,6 +815,12 @@ def reconstruct(params, x, visible, masked, cfg):
     return filled
 
 
+def thread_pool(cfg):
+    """cfg.threads threads, each without the warnings that run switches off in its own."""
+    quiet = functools.partial(np.seterr, over="ignore", invalid="ignore")
+    return ThreadPoolExecutor(cfg.threads, initializer=quiet)
+
+
 def pretrain(cfg):
     """Learn from images without labels, show reconstructions.   -> params, losses, metrics."""
     batches = make_batch if cfg.data == "shapes" else images_batch
@@ -842,8 +848,7 @@ def pretrain(cfg):
             save_checkpoint(cfg.save, meta, params, state, losses)
 
     update = functools.partial(adamw_update, weight_decay=cfg.weight_decay)
-    quiet = functools.partial(np.seterr, over="ignore", invalid="ignore")       # as run does
-    with ThreadPoolExecutor(cfg.threads, initializer=quiet) as pool:
+    with thread_pool(cfg) as pool:
         threaded = functools.partial(threaded_loss_and_grads, mae_loss_and_grads, pool)
         train(params, cfg, batches, threaded, update, state, losses, after_step=save)
     x = to_patches(standardize(images_of(cfg, "test")[0][:1000]), cfg.patch_size)
@@ -938,15 +943,14 @@ def encoder_features(params, cfg, images):
     return np.concatenate(columns, axis=1)
 
 
-def in_chunks(function, images, mirror=False):
-    """function(images) -> (N, F), 250 images at a time, which needs less memory; with mirror that
-    of the mirror images is added."""
-    found = []
-    for chunk in np.array_split(images, math.ceil(len(images) / 250)):
-        found.append(function(chunk))
-        if mirror:
-            found[-1] = found[-1] + function(chunk[:, :, ::-1])
-    return np.concatenate(found)
+def in_chunks(function, images, cfg, mirror=False):
+    """function(images) -> (N, F), 50 images at a time, which stay in the cache, on cfg.threads
+    threads; with mirror that of the mirror images is added."""
+    def both(chunk):
+        return function(chunk) + function(chunk[:, :, ::-1]) if mirror else function(chunk)
+    chunks = np.array_split(images, math.ceil(len(images) / 50))
+    with thread_pool(cfg) as pool:
+        return np.concatenate([*pool.map(both, chunks)])
 
 
 def ridge_path(X, Y, penalties):
@@ -977,7 +981,7 @@ def probe(describe, mirror, cfg):
     """A linear classifier on describe(images) -> (N, F), its penalty chosen on validation data.
     -> test accuracy for each of SHARES; mean over three draws where not all labels are used."""
     splits = [images_of(cfg, split) for split in ("train", "validation", "test")]
-    parts = [(in_chunks(describe, images, mirror), labels) for images, labels in splits]
+    parts = [(in_chunks(describe, images, cfg, mirror), labels) for images, labels in splits]
     mean, std = parts[0][0].mean(axis=0), parts[0][0].std(axis=0) + 1e-6        # of training data
     (X, y), *held_out = [((F - mean) / std, labels) for F, labels in parts]
     accuracies = []
@@ -1096,7 +1100,7 @@ def finetune(params, cfg):
 
         def classify(x):
             return classifier_forward(own, to_patches(standardize(x), cfg.patch_size), cfg.heads)[0]
-        logits = in_chunks(classify, images)
+        logits = in_chunks(classify, images, cfg)
         check_finite(float(logits.max()), own)
         metrics[name] = float((logits.argmax(axis=1) == labels).mean())
         print(f"{metrics[name]:.2%} of the test images right")

@@ -3,19 +3,21 @@
 A feed-forward layer spends the same work on every token, and more parameters mean more work. A
 mixture of experts (MoE) has E feed-forward nets, the experts, and a router that sends each token
 to one of them: E times the parameters, the work of one. The price: a choice has no slope, so the
-router learns only from the weight of the chosen expert; and an expert without tokens cannot learn.
+task teaches the router only through the weight of the chosen expert, and an expert without tokens
+cannot learn. A second loss, the balance loss, keeps the router from that.
 
 Forward, for tokens x (N, D)
     p = softmax(x Wg)       the router;  e = argmax p, the expert of a token (Switch, top-1)
     y = p_e f_e(x)          the expert f_e(x) = relu(x W1_e) W2_e, for its own tokens only
-    balance = E sum_e load_e mean(p_e), load_e: the share of tokens sent to e; 1 if all are equal
+    balance = E sum_i load_i mean(p_i)     over all experts i; load_i: the share of the choices that
+                            fall on i; balance is 1 if all loads are equal
 Backward; e is a constant, everything else is smooth
     df = p_e dy             through the expert as through any net; its dx goes to its tokens
     dp_e = dy . f_e(x), 0 for the others          the weight of f_e teaches the router
-    dp_e += E load_e / N    of the balance loss: load counts tokens, so it has no slope itself
-    dz = p (dp - sum_e p_e dp_e)     z = x Wg, so dWg = x^T dz, dx += dz Wg^T
+    dp_i += weight E load_i / N    of the balance loss, for every i; load counts, and has no slope
+    dz_i = p_i (dp_i - sum_j p_j dp_j)     z = x Wg, so dWg = x^T dz, dx += dz Wg^T
 
-Run    python moe.py   (2,048 facts: 46 to 52 % right, 98 to 100 % with 8 experts); --help for more
+Run    python moe.py   (2,048 facts: 1 expert keeps about half, 8 keep 98 to 100 %); --help for more
 
 Papers: Jacobs et al. 1991 (mixture of experts), Shazeer et al. 2017, Fedus et al. 2021 (Switch).
 """
@@ -123,10 +125,11 @@ def experts_backward(dout, cache):
 
 
 def balance_forward(p, chosen):
-    """E sum_e load_e mean_n p_ne, load_e: the share of the tokens that expert e gets; 1 if all get
-    equally many.   p (N, E), chosen (N, K) -> scalar."""
+    """E sum_e load_e mean_n p_ne, load_e: the share of the N K choices that fall on expert e; 1 if
+    all get equally many.   p (N, E), chosen (N, K) -> scalar."""
     N, E = p.shape
-    load = (chosen[:, :, None] == np.arange(E)).mean(axis=(0, 1), dtype=p.dtype)    # (E,)
+    sent = chosen[:, :, None] == np.arange(E)           # (N, K, E)
+    load = sent.mean(axis=(0, 1), dtype=p.dtype)        # (E,)
     return E * (load * p.mean(axis=0)).sum(), (load, N)
 
 
@@ -155,7 +158,7 @@ def softmax_cross_entropy_backward(dout, cache):
 # ---- data: facts (subject, relation, object), with nothing to generalize -------------------------
 
 TOPICS = 8                                              # topic t: subjects 16 t to 16 t + 15
-TOPIC_SIZE = 1.5                                        # of what its subjects have in common
+TOPIC_SIZE = 1.5                                        # how far topics are apart
 FACTS = np.stack([np.arange(2048) // 16, 128 + np.arange(2048) % 16], axis=1)   # subject, relation
 OBJECTS = np.random.default_rng(0).integers(0, 16, len(FACTS))                  # the answers
 
@@ -171,7 +174,7 @@ def make_batch(cfg, step, dtype=np.float32):
 
 def init_params(cfg, rng, dtype=np.float32):
     """E (144, D): embeddings of subjects and relations; Wg, W1, W2: router and experts; Wout
-    (D, 16). The subjects of a topic start around a point of their own, which no label names."""
+    (D, 16). The subjects of a topic start near the same random point; no label names the topic."""
     D, E, H = cfg.dim, cfg.experts, cfg.hidden
     embeddings = 0.5 * rng.standard_normal((144, D))
     topics = TOPIC_SIZE * rng.standard_normal((TOPICS, D))
@@ -189,11 +192,12 @@ def best_expert(p):
     return p.argmax(axis=1)[:, None]
 
 
-SWITCH = best_expert, switch_gate_forward, switch_gate_backward     # choice and weights: a route
+# A route: which experts a token goes to, their weights, and how these weights teach the router.
+SWITCH = best_expert, switch_gate_forward, switch_gate_backward
 
 
 def moe_forward(x, params, route=SWITCH):
-    """y = sum of the chosen experts, weighted.   x (N, D) -> y (N, D), balance loss."""
+    """y = sum of the chosen experts, weighted.   x (N, D) -> y (N, D), aux: the balance loss."""
     choose, gate, gate_back = route
     p, softmax = softmax_forward(x @ params["Wg"])                  # (N, E)
     chosen = choose(p)                                              # (N, K)
@@ -228,7 +232,8 @@ def model_backward(dlogits, daux, cache):
     dx, grads["gamma2"] = rmsnorm_backward(dlogits @ params["Wout"].T, norm2)
     dh, g = moe_backward(dx, daux, moe)
     dh, grads["gamma1"] = rmsnorm_backward(dh, norm1)
-    np.add.at(grads["E"], ids.ravel(), np.repeat(dx + dh, ids.shape[1], axis=0))
+    each = np.repeat(dx + dh, ids.shape[1], axis=0)     # x is a sum: all J embeddings get its dx
+    np.add.at(grads["E"], ids.ravel(), each)
     return grads | g
 
 
@@ -292,11 +297,11 @@ def progress(steps, losses, note=lambda: ""):
             signal.signal(signal.SIGINT, previous)
 
 
-def train(params, cfg, make_batch=make_batch, loss_and_grads=loss_and_grads, note=lambda: "",
+def train(params, cfg, make_batch=make_batch, loss_and_grads=loss_and_grads,
           after_step=lambda step: None):
     """Train params in place -> losses. The later parts of the file pass their own functions."""
     state, losses = {}, []
-    for step in progress(cfg.steps, losses, note):
+    for step in progress(cfg.steps, losses):
         loss, grads = loss_and_grads(params, make_batch(cfg, step), cfg)
         lr = cfg.lr * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / cfg.steps))
         adam_update(params, grads, state, lr)
@@ -314,16 +319,18 @@ def shade(values):
 
 def measure_facts(params, route=SWITCH):
     """All facts -> share of right objects, shares (8, E) of a topic's facts that an expert gets."""
-    (logits, _), (moe, *_) = model_forward(params, FACTS, route)
+    order = np.random.default_rng(0).permutation(len(FACTS))        # mixed, as in training
+    (logits, _), (moe, *_) = model_forward(params, FACTS[order], route)
     check_finite(logits.max(), params)
     chosen, *_ = moe                                    # (2048, K)
     sent = (chosen[:, :, None] == np.arange(params["Wg"].shape[1])).mean(axis=1)    # (2048, E)
-    shares = sent.reshape(TOPICS, 256, -1).mean(axis=1)
-    return float((logits.argmax(axis=1) == OBJECTS).mean()), shares
+    shares = sent[order.argsort()].reshape(TOPICS, 256, -1).mean(axis=1)    # argsort inverts it
+    return float((logits.argmax(axis=1) == OBJECTS[order]).mean()), shares
 
 
 def information(joint):
-    """Mutual information of rows and columns in nats.   joint (R, E): probabilities of pairs."""
+    """Mutual information of rows and columns in nats.   joint (R, E): shares of all pairs."""
+    joint = joint / joint.sum()                         # 1, unless some were dropped
     apart = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0)
     return float((joint * np.log((joint + 1e-12) / (apart + 1e-12))).sum())
 
@@ -352,7 +359,7 @@ def main(cfg):
     print(f"{len(FACTS)} facts: {TOPICS} topics of 16 subjects, 16 relations, one of 16 objects\n"
           f"for each pair; dim {cfg.dim}, hidden {cfg.hidden}")
     print(f"chance level: loss {math.log(16):.3f}, and {cfg.balance} of balance loss")
-    for E in (1, cfg.experts):
+    for E in dict.fromkeys((1, cfg.experts)):           # once, if both are 1
         params = init_params(replace(cfg, experts=E), np.random.default_rng(cfg.seed))
         size = sum(p.size for p in params.values())
         print(f"\nexperts: {E}, one per fact; {size} parameters")
@@ -423,7 +430,7 @@ from typing import NamedTuple, get_args
 
 with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse freed memory, which
     libc = ctypes.CDLL(None)                                    # makes a step up to 3 times faster
-    libc.mallopt(-3, 1 << 30)
+    libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)      # older ones allow no more
     libc.mallopt(-1, -1)
     libc.mallopt(-8, 1)                                         # one pool for all threads
 
@@ -432,7 +439,8 @@ with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse f
 
 def biased_route(E, rate):
     """DeepSeek: the choice is best_expert(p + bias), the weight stays p_e.   -> the route, and a
-    function to call after each update: bias_e rises by rate if load_e < 1 / E, else it falls."""
+    function to call after each update: bias_e rises by rate if load_e < 1 / E, and falls if it is
+    larger."""
     bias, load = np.zeros(E, np.float32), np.zeros(E)
 
     def choose(p):
@@ -467,11 +475,13 @@ def shared_gate_backward(dout, cache):
     return switch_gate_backward(dq, (chosen, shape))
 
 
-# ---- capacity: an expert takes C tokens, and drops the rest --------------------------------------
+# ---- capacity: an expert takes at most C tokens, and drops the rest ------------------------------
 
 def capacity_choice(p, capacity):
-    """best_expert, but an expert takes only its first C = capacity N / E tokens. The others are
-    dropped: -1 is no expert, y is 0, and the residual alone carries them.   p (N, E) -> (N, 1)."""
+    """best_expert, but an expert takes only the first C = capacity N / E (rounded up) of its tokens
+    in the batch. The others are dropped: -1 is no expert, y is 0, and the residual alone carries
+    them. The balance loss counts what was taken (that of Switch what was wished for).
+    p (N, E) -> (N, 1)."""
     N, E = p.shape
     chosen = best_expert(p)
     queue = (chosen == np.arange(E)).cumsum(axis=0)     # (N, E): tokens of e up to this one
@@ -529,7 +539,8 @@ def run_routes(cfg):
     print("   ".join(f"{name:{2 * E}s}" for name in shown))
     for lines in zip(*(histories[name] for name in shown)):
         print("   ".join(lines))
-    print("\nFullest, emptiest expert: load over the mean; topic: information given by it\n"
+    print("\nFullest, emptiest expert: load over the mean; topic: share of the information about "
+          "the\ntopic of a fact that its expert gives\n"
           "route                   right  fullest  emptiest  dropped    topic", *table, sep="\n")
     print("\nNext: python moe.py routes --bias-rate 0.03      python moe.py time")
     print_result("routes", cfg, **metrics, steps=len(losses), seconds=time.perf_counter() - start)

@@ -1,20 +1,20 @@
 """ssm.py: a memory that decides what to let in, the selective state space model (Mamba).
 
-A leaky integrator h' = a h + b u keeps a trace of all inputs u. With constants a and b the trace
-fades at the same rate whatever the input is. Here every token chooses the step size dt of its own
-update: a large dt forgets the past and writes the token, and dt = 0 holds the state.
+A leaky integrator, dh/dtime = A h + B u with A < 0, keeps a trace of all inputs u, which fades at
+the same rate whatever u is. Here every token chooses the step size dt of its own update (dt is no
+gradient): a large dt forgets the past and writes the token, and dt = 0 holds the state.
 
 Forward, for every channel and its states s, A = -exp(A_log) < 0; Bt, Ct are B, C of the papers:
     dt = softplus(z)     z, Bt, Ct = linear(u)   so all three depend on the token
-    a = exp(dt A)        b = dt u Bt             zero-order hold for A, Euler's step for Bt
+    a = exp(dt A)        b = dt u Bt             a is exact; for b: Euler's dt for (a - 1) / A
     h_t = a_t h_{t-1} + b_t                      the scan, linear in h
     y_t = sum_s Ct_t h_t + skip u_t
-Block: x + out(y silu(gate)), u = silu(conv(x')); x', gate are the halves of linear(rmsnorm(x))
+Block: x + out(y silu(gate)), u = silu(conv(x1)); x1, gate are the halves of linear(rmsnorm(x))
 Backward, g_t is the gradient of h_t, slope_t that of the exponent dt A:
     g_t = dy_t Ct_t + a_{t+1} g_{t+1}            the same scan, run from the end
     slope_t = g_t a_t h_{t-1}                    dA_log = A sum_t slope dt      dskip = sum dy u
-    dCt = sum dy h       dBt = sum g dt u        both summed over the channels
-    ddt = sum_s slope A + u sum_s g Bt    dz = ddt sigmoid(z)    du = dt sum_s g Bt + skip dy
+    dCt = sum dy h,  dBt = sum g dt u   over the channels      dz = ddt sigmoid(z)
+    ddt = sum_s slope A + u sum_s g Bt      du = dt sum_s g Bt + skip dy + (dz, dBt, dCt) Wx^T
 
 Run    python ssm.py      (induction heads; python ssm.py --help lists the other tasks)
 Papers: Gu, Dao 2023 (Mamba), Gu, Goel, Re 2021 (S4), Gu et al. 2022 (S4D), Fu et al. 2022 (H3).
@@ -200,8 +200,8 @@ def make_batch(cfg, step, dtype=np.float32):
 # ---- model: an embedding, blocks, a last norm, logits --------------------------------------------
 
 def init_params(cfg, rng, dtype=np.float32, vocab_size=len(ALPHABET)):
-    """E (V, D); "0.gamma", Win, bin, Wconv, bconv, Wx, bx, A_log, skip, Wout, bout of block 0, ...;
-    gamma, Wo, bo. A = -1, ..., -S in every channel; dt is from 0.001 to 1 at the beginning."""
+    """E (V, D); gamma, Win, bin, Wconv, bconv, Wx, bx, A_log, skip, Wout, bout of block i with the
+    prefix "i."; gamma, Wo, bo. A = -1, ..., -S in every channel; dt is 0.001 to 1, if u is 0."""
     D, S, V = cfg.dim, cfg.states, vocab_size
     params = {"E": rng.standard_normal((V, D)), "gamma": np.ones(D),
               "Wo": rng.standard_normal((D, V)) * D ** -0.5, "bo": np.zeros(V)}
@@ -226,9 +226,9 @@ def part(params, prefix):
 def selective_forward(u, params):
     """z, Bt, Ct = linear(u), dt = softplus(z), then the scan.   u (T, B, D) -> y (T, B, D)."""
     S, D = params["A_log"].shape
-    y, linear = linear_forward(u.reshape(-1, D), params["Wx"], params["bx"])
-    y = y.reshape(*u.shape[:2], -1)                     # (T, B, D + 2 S)
-    z, Bt, Ct = np.split(y, [D, D + S], axis=2)
+    zBC, linear = linear_forward(u.reshape(-1, D), params["Wx"], params["bx"])
+    zBC = zBC.reshape(*u.shape[:2], -1)                 # (T, B, D + 2 S)
+    z, Bt, Ct = np.split(zBC, [D, D + S], axis=2)
     dt = np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z)))        # log(1 + e^z) without overflow
     y, scan = selective_scan_forward(u, dt, Bt, Ct, params["A_log"], params["skip"])
     return y, (scan, z, linear)
@@ -238,8 +238,8 @@ def selective_backward(dout, cache):
     """selective_forward in reverse order -> du, gradients; u is used twice, so gradients add."""
     (scan, z, linear), g = cache, {}
     du, ddt, dBt, dCt, g["A_log"], g["skip"] = selective_scan_backward(dout, scan)
-    dy = np.concatenate([ddt * sigmoid(z), dBt, dCt], axis=2)
-    more, g["Wx"], g["bx"] = linear_backward(dy.reshape(-1, dy.shape[2]), linear)
+    dzBC = np.concatenate([ddt * sigmoid(z), dBt, dCt], axis=2)
+    more, g["Wx"], g["bx"] = linear_backward(dzBC.reshape(-1, dzBC.shape[2]), linear)
     return du + more.reshape(du.shape), g
 
 
@@ -250,9 +250,9 @@ def mamba_block_forward(x, params, mixer):
     """The block at the top of the file; mixer: (forward, backward) of u -> y.   x (T, B, D)."""
     y, norm = rmsnorm_forward(x.reshape(-1, x.shape[2]), params["gamma"])
     y, up = linear_forward(y, params["Win"], params["bin"])
-    u, gate = np.split(y.reshape(*x.shape[:2], -1), 2, axis=2)      # (T, B, D) each
-    u, conv = causal_conv_forward(u, params["Wconv"], params["bconv"])
-    u, silu = silu_forward(u)
+    x1, gate = np.split(y.reshape(*x.shape[:2], -1), 2, axis=2)     # (T, B, D) each
+    x1, conv = causal_conv_forward(x1, params["Wconv"], params["bconv"])
+    u, silu = silu_forward(x1)
     y, mix = mixer[0](u, params)
     gate, gate_silu = silu_forward(gate)
     out, down = linear_forward((y * gate).reshape(-1, x.shape[2]), params["Wout"], params["bout"])
@@ -265,17 +265,17 @@ def mamba_block_backward(dout, cache):
     dy, Wout, bout = linear_backward(dout.reshape(-1, dout.shape[2]), down)
     dy = dy.reshape(dout.shape)
     du, g = mixer[1](dy * gate, mix)
-    du = silu_backward(du, silu)
-    du, g["Wconv"], g["bconv"] = causal_conv_backward(du, conv)
+    dx1 = silu_backward(du, silu)
+    dx1, g["Wconv"], g["bconv"] = causal_conv_backward(dx1, conv)
     dgate = silu_backward(dy * y, gate_silu)
-    dy = np.concatenate([du, dgate], axis=2)
+    dy = np.concatenate([dx1, dgate], axis=2)
     dy, g["Win"], g["bin"] = linear_backward(dy.reshape(-1, dy.shape[2]), up)
     dy, g["gamma"] = rmsnorm_backward(dy, norm)
     return dout + dy.reshape(dout.shape), {**g, "Wout": Wout, "bout": bout}
 
 
 def mamba_forward(params, ids, last, cfg, mixer):
-    """ids (B, T) -> logits (last B, V) at the last tokens: B rows for each of them, in order."""
+    """ids (B, T) -> logits (last * B, V): B rows of token T - last, B of the next, to T - 1."""
     x, caches = params["E"][ids.T], []                  # (T, B, D): time comes first
     for i in range(cfg.layers):
         x, cache = mamba_block_forward(x, part(params, f"{i}."), mixer)
@@ -405,10 +405,10 @@ def shade(values):
 def draw_steps(params, cfg, rows=12, columns=80):
     """The step sizes of the last block below the tokens of fresh sequences."""
     ids, _ = make_batch(cfg, cfg.steps + 1)
-    ids = ids[:max(1, columns // (cfg.length + 2)), -columns:]      # as many as fit into a line
+    ids = ids[:max(1, columns // (cfg.length + 2))]     # as many as fit into a line
     _, (caches, *_) = mamba_forward(params, ids, 1, cfg, SELECTIVE)
-    mix, *_ = caches[-1]                                # of the last block: the cache of its mixer;
-    (_, dt, _, _, A, *_), *_ = mix                      # in it, of the scan: dt (T, B, D), A (S, D)
+    (scan, *_), *_ = caches[-1]                         # of the last block: the cache of its scan,
+    _, dt, _, _, A, *_ = scan                           # with dt (T, B, D), A (S, D)
     later = dt[::-1].cumsum(axis=0)[::-1] - dt          # the sum of all later steps
     left = (dt[:, :, None] * np.exp(later[:, :, None] * A)).mean(axis=(2, 3))       # (T, B)
     most = np.argsort(-dt.std(axis=(0, 1)))[:rows]
@@ -417,7 +417,7 @@ def draw_steps(params, cfg, rows=12, columns=80):
         lines[f"dt {d}"] = shade(dt[:, :, d].T / dt[:, :, most].max())
     lines["left"] = shade(left.T / left.max(axis=0)[:, None])
     for title, sequences in lines.items():
-        print(f"{title:6s}" + "  ".join("".join(row) for row in sequences))
+        print(f"{title:6s}" + "  ".join("".join(row[-columns:]) for row in sequences))
 
 
 def print_result(task, cfg, **metrics):
@@ -439,8 +439,8 @@ def main(cfg):
           f"{cfg.dim}, {size} parameters\nchance level: loss {math.log(8):.3f}, accuracy 12.5%")
     losses = train(params, cfg)
     metrics = {f"accuracy_{n}": accuracy_at(n, params, cfg) for n in cfg.length * 4 ** np.arange(3)}
-    print("Step sizes dt below the tokens; a row per channel, the 12 that vary most; blank is 0, @ "
-          "the\nlargest. Last row: how much of each token is left in the states at the end")
+    print("Step sizes dt of the last block; a row per channel, the 12 that vary most; blank is 0, "
+          "@ is\nthe largest. Last row: how much each token weighs in the states at the end")
     draw_steps(params, cfg)
     print("Accuracy at 1, 4, 16 times the length: {:.1%}, {:.1%}, {:.1%}".format(*metrics.values()))
     print("Next: python ssm.py lengths      python ssm.py copy")
@@ -453,8 +453,8 @@ def main(cfg):
 
 MORE = """
 Break it (accuracy at lengths 24 / 96 / 384, seed 0; as it is 100 / 100 / 86 %)
-    python ssm.py --kernel 1 --layers 2     13 / 11 / 14 %, chance: only the convolution shows a
-        token its predecessor
+    python ssm.py --kernel 1 --layers 2     13 / 11 / 14 %, chance: without the convolution a
+        token sees the one before only mixed with all others, in the state
     only dt depends on the token (columns of Bt and Ct in Wx and its gradient 0, random in bx)
                                         100 / 100 / 100 %
     only Bt and Ct do (columns of z in Wx and its gradient 0)
@@ -465,8 +465,9 @@ Break it (accuracy at lengths 24 / 96 / 384, seed 0; as it is 100 / 100 / 86 %)
 
 Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
     1. python ssm.py --layers 2 for five seeds: which one reaches further, one block or two?
-    2. In Mamba z = (u Wlow) Wup, with Wlow (D, D / 16). Write it, with the gradients of both.
-    3. Zero-order hold for B is (a - 1) / A u B in place of dt u B. Derive and add its backward.
+    2. In Mamba z = (u Wlow) Wup + bz, Wlow (D, R), R below D. Write it, with all gradients.
+    3. Exact for constant u is b = u Bt (a - 1) / A, not dt u Bt. Derive and add its backward: A has
+       a gradient through b as well.
 
 Data
     curl -o tinyshakespeare.txt \\
@@ -487,14 +488,14 @@ from typing import NamedTuple, get_args
 
 with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse freed memory, which
     libc = ctypes.CDLL(None)                                    # makes a step up to 3 times faster
-    libc.mallopt(-3, 1 << 30)
+    libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)      # older ones allow no more
     libc.mallopt(-1, -1)
     libc.mallopt(-8, 1)                                         # one pool for all threads
 
 
 # ---- the time-invariant twin: a convolution ------------------------------------------------------
-# Without Wx, dt, Bt and Ct come from bx alone and are the same for all tokens. Then y is a
-# convolution, K * u + skip u, with a fixed filter K (S4D).
+# If Wx is left out, dt, Bt and Ct come from bx alone and are the same for all tokens. Then y is a
+# convolution of u with a fixed filter K, plus skip u (S4D).
 
 def lti_conv_forward(u, dt, Bt, Ct, A_log, skip):
     """y_t = sum_j K_j u_{t-j} + skip u_t, K_j = sum_s Ct exp(j dt A) dt Bt, by FFT of length 2 T:
@@ -624,7 +625,8 @@ def run_copy(cfg):
 # in a row. Mamba-2 has one a for all states of a head: then y is masked attention without softmax.
 
 def halves_scan(a, b):
-    """h of scan_forward in 2 log2 T passes: join pairs, scan the half that is left, fill in."""
+    """h of scan_forward in 2 floor(log2 T) passes: join pairs, scan the half that is left, fill in.
+    """
     T, h = len(a), b.copy()
     if T > 1:
         a2, b2 = a[1::2], b[1::2]                       # t = 1, 3, 5, ...
@@ -679,11 +681,11 @@ def run_scan(cfg):
     same = [np.broadcast_to(x[:1], x.shape) for x in (dt, Bt, Ct)]      # all tokens as the first
     y_same, _ = selective_scan_forward(u, *same, A_log, skip)
     fixed, _ = lti_conv_forward(u, dt[0, 0], Bt[0, 0], Ct[0, 0], A_log, skip)
-    log2, metrics = math.ceil(math.log2(T)), {}
+    passes, metrics = 2 * int(math.log2(T)), {}         # of a scan by halves
     print(f"{T} tokens, {D} channels, {S} states, float32, beside a loop of {T} steps in a row:")
-    for name, steps, error in (("halves", 2 * log2, halves - h),
-                               ("fft", 2 * log2 + 2, fixed - y_same),
-                               ("attention", 1, heads.swapaxes(0, 1) - y)):
+    for name, steps, error in (("halves", passes, halves - h),
+                               ("fft", 2 * math.ceil(math.log2(2 * T)), fixed - y_same),
+                               ("attention", passes + 1, heads.swapaxes(0, 1) - y)):    # cumsum, L
         metrics[name] = float(np.abs(error).max())
         print(f"    {name:10s} {steps:3d} steps in a row, largest difference {metrics[name]:.0e}")
     log_a = np.zeros((3, 24))

@@ -3,14 +3,15 @@
 An autoencoder maps every image to a code, a point z, and the code back to the image. Between the
 codes its decoder is not trained, so a random z decodes to nonsense. A variational autoencoder (VAE)
 maps an image to a distribution of codes, N(mu, sigma^2), and a penalty, the KL divergence, keeps
-these near N(0, I). Together they cover N(0, I), so a draw from it decodes to a new image. The loss
-is an upper bound of -log p(x), in nats; for the data used here, the exact log p(x) is known, too.
+these near N(0, I). Together they fill N(0, I), so a draw from it decodes to a new image. On average
+over the data no model has a lower loss (in nats) than -log p(x) of the process that makes the data.
 
 Forward, for images x (N, P) of 0 and 1; e is a draw from N(0, I), which the batch contains
     mu, log_var = encoder(x)      z = mu + sigma e, sigma = exp(log_var / 2)      a = decoder(z)
-    distortion   -log p(x|z) = sum_p log(1 + exp(a)) - x a       the cost of x if z is known
+    distortion   -log p(x|z) = sum over pixels of (log(1 + exp(a)) - x a)    the cost of x given z
     rate         KL = sum_d (mu^2 + sigma^2 - 1 - log_var) / 2   the cost of z
-    loss         mean_n (distortion + beta rate);   beta = 1: minus the ELBO, and ELBO <= log p(x)
+    loss         mean_n (distortion + beta rate);   beta = 1: minus the ELBO, the evidence lower
+                 bound: log p(x) = log mean_q(p(x|z) p(z) / q(z)) >= mean_q(log p(x|z)) - KL
 Backward
     da = (sigmoid(a) - x) / N     then the decoder, as in mlp.py, down to dz
     dmu      = dz + beta mu / N
@@ -105,7 +106,7 @@ def gaussian_kl_forward(mu, log_var):
 
 
 def gaussian_kl_backward(dout, cache):
-    """dmu = mu / N, dlog_var = (sigma^2 - 1) / (2 N)."""
+    """dmu = mu / N, dlog_var = (sigma^2 - 1) / (2 N), times dout, which is beta in the loss."""
     mu, var = cache
     dout = dout / len(mu)
     return dout * mu, 0.5 * dout * (var - 1)
@@ -113,9 +114,9 @@ def gaussian_kl_backward(dout, cache):
 
 def bernoulli_forward(logits, targets):
     """-log p(targets) in nats if a pixel is 1 with probability sigmoid(a), a = logits, t = targets;
-    summed over pixels: mean_n sum_p log(1 + exp(a)) - t a.   (N, P) each -> scalar."""
-    nats = np.maximum(logits, 0) + np.log(1 + np.exp(-abs(logits))) - targets * logits
-    return nats.sum(axis=1).mean(), (logits, targets)
+    summed over pixels: mean_n sum_p (log(1 + exp(a)) - t a).   (N, P) each -> scalar."""
+    softplus = np.maximum(logits, 0) + np.log(1 + np.exp(-abs(logits)))     # log(1 + exp(a))
+    return (softplus - targets * logits).sum(axis=1).mean(), (logits, targets)
 
 
 def bernoulli_backward(dout, cache):
@@ -194,8 +195,8 @@ def make_batch(cfg, step, dtype=np.float32):
 # ---- model: encoder and decoder ------------------------------------------------------------------
 
 def init_params(cfg, rng, dtype=np.float32, pixels=64):
-    """enc.W1, enc.b1, ..., enc.W3, enc.b3; dec.W1, ..., dec.b3. W (D, M) with standard deviation
-    sqrt(2 / (D + M)) (Glorot and Bengio 2010)."""
+    """enc.W1, enc.b1, ..., dec.b3; W (D, M) with standard deviation sqrt(2 / (D + M)) (Glorot and
+    Bengio 2010). The encoder's outputs are mu and log_var, which may be any numbers."""
     params, H = {}, cfg.hidden
     sizes_of = {"enc": (pixels, H, H, 2 * cfg.latent), "dec": (cfg.latent, H, H, pixels)}
     for side, sizes in sizes_of.items():
@@ -323,7 +324,7 @@ def decode_images(params, z):
 
 
 def rate_and_distortion(params, x, rng):
-    """KL divergence and -log p(x|z) in nats, mean over x (N, P); their sum is minus the ELBO."""
+    """KL divergence and -log p(x|z) in nats, mean over x (N, P); their sum estimates -ELBO."""
     mu, log_var = encode_images(params, x)
     e = rng.standard_normal(mu.shape).astype(mu.dtype)
     z, _ = reparameterize_forward(mu, log_var, e)
@@ -333,7 +334,7 @@ def rate_and_distortion(params, x, rng):
 
 def quality(images):
     """images (N, 64) -> share with at most 2 wrong pixels, share with none, number of templates
-    hit: those that at least every 400th image shows with at most 6 wrong pixels."""
+    hit: of every 400 images at least one is nearest to it, with at most 6 wrong pixels."""
     index, wrong = nearest_template(images)
     hits = np.bincount(index[wrong <= 6], minlength=40) / len(images)
     return float((wrong <= 2).mean()), float((wrong == 0).mean()), int((hits >= 1 / 400).sum())
@@ -387,30 +388,29 @@ def new_images(n=4000):
 
 def main(cfg):
     """Learn the images; show the bound beside the truth, samples, the map of the codes."""
-    start = time.perf_counter()
-    rng = np.random.default_rng(cfg.seed)
+    start, rng = time.perf_counter(), np.random.default_rng(cfg.seed)
     params = init_params(cfg, rng)
     size = sum(p.size for p in params.values())
     x, chance, exact = new_images()
     print(f"40 templates of 8 x 8 pixels, {FLIP:.0%} of the pixels flipped; {cfg.latent} latent "
           f"numbers, hidden\nlayers of {cfg.hidden}, {size} parameters")
-    print(f"chance level: loss {chance:.2f}, independent pixels; the lowest loss possible is "
-          f"{-exact:.2f}")
+    print(f"chance level: loss {chance:.2f}, independent pixels; no model's -ELBO is below "
+          f"{-exact:.2f} on average")
     losses = train(params, cfg)
     rate, distortion = rate_and_distortion(params, x, rng)
     elbo = -rate - distortion
     check_finite(elbo, params)
     print(f"{len(x)} new images, nats per image, summed over pixels and latent numbers:\n"
-          f"  ELBO {elbo:.2f} = -(rate {rate:.2f} + distortion {distortion:.2f});  exact log p(x) "
-          f"{exact:.2f}")
+          f"  ELBO {elbo:.2f} = -(rate {rate:.2f} + distortion {distortion:.2f});  log p(x) of "
+          f"the data {exact:.2f}")
     samples = decode_images(params, rng.standard_normal((4000, cfg.latent)))
     ok, perfect, hit = quality(samples)
     print(f"{len(samples)} draws of z from N(0, I), decoded: {ok:.0%} have at most 2 wrong pixels, "
           f"{perfect:.0%} none;\n{hit} of 40 templates occur. Ten samples, dark (.) to bright (@):")
     draw_row(samples[:10])
-    print("What the codes decode to. Columns and rows: quantiles of z1 and z2, all characters are "
-          "equally\nprobable: o disc, r ring, S square, F frame, t triangle, d diamond, + plus, x "
-          "cross, = lines,\nI bars; . where more than 4 pixels differ from every template")
+    print("What the codes decode to. Columns and rows: quantiles of z1 and z2, equally probable, "
+          "any other z is 0:\no disc, r ring, S square, F frame, t triangle, d diamond, + plus, x "
+          "cross, = lines, I bars;\n. where more than 4 pixels differ from every template")
     draw_latent_map(params, cfg.latent)
     print("Next: python vae.py --beta 10      python vae.py compare      python vae.py sweep")
     print_result("shapes", cfg, elbo=elbo, exact=exact, rate=rate, ok=ok, perfect=perfect,
@@ -443,10 +443,11 @@ pixels; seeds 0 to 4: -17.94 to -17.78, 75 to 80 %)
 Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
     1. python vae.py --latent 1 (then 3, 8): ELBO, rate, samples. Why is the rate of a good model
        above log 40 = 3.69 nats?
-    2. Derive and add a Gaussian likelihood: sum_p (y - targets)^2 / (2 s^2) + log s, mean over N
-       (gaussian_nll_forward(y, targets, s), _backward without ds). Which s acts as which beta?
-    3. Let beta rise from 0 to 1 in the first 1000 steps (warm-up). How many latent numbers of
-       python vae.py compare are active then?
+    2. Derive and add a Gaussian likelihood: sum_p ((y - t)^2 / (2 s^2) + log s + log(2 pi) / 2),
+       t = targets, mean over N (gaussian_nll_forward(y, targets, s), _backward without ds). Which s
+       acts as which beta?
+    3. Let beta rise from 0 to 1 in the first 1000 steps. How many latent numbers of python vae.py
+       compare are active then?
 
 Data
     mnist: python mlp.py --help says where to get it
@@ -472,14 +473,15 @@ from typing import NamedTuple, get_args
 
 with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse freed memory, which
     libc = ctypes.CDLL(None)                                    # makes a step up to 3 times faster
-    libc.mallopt(-3, 1 << 30)
+    libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)      # older ones allow no more
     libc.mallopt(-1, -1)
     libc.mallopt(-8, 1)                                         # one pool for all threads
 
 
 # ---- a tighter bound -----------------------------------------------------------------------------
-# p(x) is the mean of w = p(x|z) p(z) / q(z|x) over draws z from the encoder's q(z|x). So the log of
-# a mean of K weights is a bound, L_K, that rises with K; L_1 is the ELBO (Burda et al. 2016).
+# p(x) is the mean of w = p(x|z) p(z) / q(z|x) over draws z from the encoder's q(z|x). The log of a
+# mean of K weights is on average at most log p(x), as the log is concave: a bound, L_K, that rises
+# with K; L_1 is the ELBO (Burda et al. 2016).
 
 def log_weight_forward(logits, z, log_var, e, targets):
     """log w = log p(t|z) + log p(z) - log q(z|t) = sum_p (t a - log(1 + exp(a))) + sum_d (log_var +
@@ -514,7 +516,7 @@ def importance_weights(params, x, e):
 
 def importance_loss_and_grads(params, batch, cfg):
     """loss = -mean_n log mean_k w; its derivative by log w_k is -(w_k / sum w) / N. All K draws use
-    the same mu and log_var, so their gradients add."""
+    the same mu and log_var, so their gradients add. cfg.beta plays no part."""
     x, e = batch
     log_w, (encoder, draw, decoder, weight) = importance_weights(params, x, e)
     w = np.exp(log_w - log_w.max(axis=1, keepdims=True))
@@ -546,7 +548,8 @@ def log_weights(params, x, draws, rng):
 
 
 def measure(params, cfg, x, draws, **known):
-    """Print rate, distortion and bounds on log p(x), beside known values of it.   -> metrics."""
+    """Print rate, distortion and bounds on the model's log p(x), beside known values: those of the
+    process that makes the data are on average above them.   -> metrics."""
     rng = np.random.default_rng(cfg.seed)
     rate, distortion = rate_and_distortion(params, x, rng)
     check_finite(rate + distortion, params)
@@ -567,8 +570,8 @@ def measure(params, cfg, x, draws, **known):
 
 # ---- models measured alike: python vae.py compare, python vae.py sweep ---------------------------
 # An autoencoder is a VAE with e = 0 and beta = 0: there is no draw, and nothing keeps the codes
-# near N(0, I); its sigma is not trained, so its bounds mean nothing. beta is the price of a nat of
-# rate; if beta is too high, z does not depend on the image (posterior collapse).
+# near N(0, I); its sigma is not trained, so its bounds hold, but tell nothing. beta is the price of
+# a nat of rate; if beta is too high, z does not depend on the image (posterior collapse).
 
 @dataclass
 class Compare(Config):
@@ -647,7 +650,8 @@ def run_compare(cfg):
     """The autoencoder; the same layers trained with the ELBO, and with the bound of cfg.draws."""
     compare("compare", cfg, {"ae": (replace(cfg, beta=0.0), autoencoder_batch, loss_and_grads),
                              "vae": (cfg, make_batch, loss_and_grads),
-                             "iwae": (cfg, importance_batch, importance_loss_and_grads)})
+                             "iwae": (replace(cfg, beta=1.0), importance_batch,
+                                      importance_loss_and_grads)})
 
 
 def run_sweep(cfg):

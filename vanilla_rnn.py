@@ -321,7 +321,7 @@ from typing import NamedTuple, get_args
 
 with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse freed memory, which
     libc = ctypes.CDLL(None)                                    # makes a step up to 3 times faster
-    libc.mallopt(-3, 1 << 30)
+    libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)      # older ones allow no more
     libc.mallopt(-1, -1)
     libc.mallopt(-8, 1)                                         # one pool for all threads
 

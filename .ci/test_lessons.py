@@ -174,6 +174,26 @@ def test_cifar_files(tmp_path):
         cifar_folder(tmp_path, data_batch_2=good)
 
 
+# ---- cnn.py --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("flip", [False, True])
+def test_views(shift, flip):
+    """In evaluation the logits of an image are the sum over the image shifted and mirrored."""
+    m, rng = load("cnn.py"), np.random.default_rng(0)
+    cfg = m.Net(channels=2, shift=shift, flip=flip, threads=2)
+    params, x = m.init_net(cfg, rng, np.float64), rng.standard_normal((120, 16, 16, 3))
+    _, _, running = m.net_loss_and_grads(params, m.net_batch(cfg, 1, np.float64), cfg)
+    expected = 0
+    for offset in (-1, 0, 1) if shift else (0,):
+        at = abs(np.arange(16) + offset)                # -1 becomes 1
+        at = 15 - abs(15 - at)                          # 16 becomes 14
+        for columns in (at, at[::-1]) if flip else (at,):
+            view = x[:, at][:, :, columns]
+            expected = expected + m.convnet_forward(params, view, cfg, None, running)[0]
+    assert np.allclose(m.predict(params, x, cfg, running), expected, rtol=1e-12, atol=1e-12)
+
+
 # ---- lora.py -------------------------------------------------------------------------------------
 
 def small_adapter():

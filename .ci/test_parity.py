@@ -1716,9 +1716,9 @@ def groups(params, weight_decay):
     return [dict(params=[p], weight_decay=weight_decay * (p.ndim > 1)) for p in params]
 
 
-def sgdw(params):
+def sgdw(params, **options):
     """SGD with decoupled weight decay: as AdamW, it shrinks the matrices before each step."""
-    optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9, **options)
 
     def shrink(*_):
         with torch.no_grad():
@@ -1732,12 +1732,14 @@ OPTIMIZERS = {
     "sgd_update": (lambda p: torch.optim.SGD(p, lr=0.1), {}),
     "momentum_update": (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), {}),
     "sgdw_update": (sgdw, {"weight_decay": 0.2}),
+    "sgdw_update nesterov": (functools.partial(sgdw, nesterov=True), {"weight_decay": 0.2, "nesterov": True}),
     "adam_update": (lambda p: torch.optim.Adam(p, lr=0.1), {}),
     "adamw_update": (lambda p: torch.optim.AdamW(groups(p, 0.2), lr=0.1), {"weight_decay": 0.2}),
 }
 
 
-@pytest.mark.parametrize("name, stem", [(name, stem) for name in OPTIMIZERS for stem in having(name)])
+@pytest.mark.parametrize("name, stem", [(name, stem) for name in OPTIMIZERS
+                                        for stem in having(name.split()[0])])
 def test_optimizer(name, stem):
     (make, options), gen = OPTIMIZERS[name], np.random.default_rng(2)
     params, state = {"W": gen.standard_normal((3, 4)), "b": gen.standard_normal(4)}, {}
@@ -1747,7 +1749,7 @@ def test_optimizer(name, stem):
         grads = {key: gen.standard_normal(value.shape) for key, value in params.items()}
         for key, g in grads.items():
             tensors[key].grad = torch.tensor(g)
-        getattr(lesson(stem), name)(params, grads, state, 0.1, **options)
+        getattr(lesson(stem), name.split()[0])(params, grads, state, 0.1, **options)
         optimizer.step()
         for key in params:
             differ(f"{stem} {name}, step {step}, {key}", params[key], tensors[key])
