@@ -77,10 +77,10 @@ def conv_backward(dout, cache):
 def batchnorm2d_forward(x, gamma, beta, running=None, eps=1e-5):
     """y = gamma xhat + beta, xhat = (x - mean) / sqrt(var + eps), mean and var of each channel over
     all pixels of all images; in evaluation running = (mean, var).   x (N, H, W, C), gamma (C,)."""
-    mean, var = running if running is not None else (x.mean(axis=(0, 1, 2)), x.var(axis=(0, 1, 2)))
+    mean, var = running or (x.mean(axis=(0, 1, 2)), x.var(axis=(0, 1, 2)))
     inv_std = (var + eps) ** -0.5
     xhat = (x - mean) * inv_std
-    return gamma * xhat + beta, (xhat, gamma, inv_std, running is None, mean, var)
+    return gamma * xhat + beta, (xhat, gamma, inv_std, not running, mean, var)
 
 
 def batchnorm2d_backward(dout, cache):
@@ -213,7 +213,7 @@ def cnn_forward(params, x, running=None):
     blocks = []
     for i in (1, 2, 3):
         x, conv = conv_forward(x, params[f"W{i}"])
-        statistics = running[f"norm{i}"] if running else None       # None in training
+        statistics = running and tuple(running[f"norm{i}"])         # None in training
         x, norm = batchnorm2d_forward(x, params[f"gamma{i}"], params[f"beta{i}"], statistics)
         x, relu = relu_forward(x)
         x, pool = maxpool_forward(x)
@@ -441,7 +441,8 @@ Tasks (seconds and minutes on two cores)
     python cnn.py mnist --data mnist                                            99.4 %, 3 minutes
     python cnn.py cifar --data cifar-10-binary.tar.gz --save plain.npz              the plain net
     python cnn.py cifar --data cifar-10-binary.tar.gz --save resnet.npz --model resnet \\
-        --channels 16 --dropout 0 --lr 0.1 --crop 3 --steps 8400                92 %, 75 minutes
+        --channels 24 --dropout 0 --optimizer nesterov --lr 0.15 --crop 3 --shift --steps 7000
+                                                                                93.3 %, 90 minutes
 
 Break it (what to change, and what comes of it)
     relu_forward: return x, x; relu_backward: return dout       99 %: max pooling is nonlinear, too

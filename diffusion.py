@@ -566,7 +566,7 @@ def conv_forward(x, W):
     edge = (k // 2, k // 2)
     padded = np.pad(x, ((0, 0), edge, edge, (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (k, k), axis=(1, 2))
-    patches = windows.transpose(0, 1, 2, 4, 5, 3).reshape(-1, k * k * C)        # im2col
+    patches = windows.transpose(0, 1, 2, 4, 5, 3).reshape(-1, k * k * C)        # a patch per row
     y = patches @ W.reshape(-1, M)                      # (N H W, M)
     return y.reshape(*x.shape[:3], M), (patches, W)
 

@@ -695,7 +695,7 @@ def nearest_template(images):
 
 def quality(images):
     """images (N, 64) -> share with at most 2 wrong pixels, share with none, number of templates
-    hit: those that at least every 400th image shows with at most 6 wrong pixels."""
+    hit: of every 400 images at least one is nearest to it, with at most 6 wrong pixels."""
     index, wrong = nearest_template(images)
     hits = np.bincount(index[wrong <= 6], minlength=40) / len(images)
     return float((wrong <= 2).mean()), float((wrong == 0).mean()), int((hits >= 1 / 400).sum())

@@ -38,7 +38,7 @@ import numpy as np
 @dataclass
 class Config:
     """Fill in images of ten shapes, at any position, in any size and color."""
-    patch_size: int = 4     # pixels per side of a patch; an image has 16 x 16
+    patch_size: int = 4     # pixels per side of a patch; the image has 16 x 16 pixels
     mask_ratio: float = 0.75  # share of masked patches
     layers: int = 2         # blocks of the encoder
     dim: int = 64           # embedding dimension of the encoder
@@ -52,7 +52,7 @@ class Config:
     seed: int = 0           # random seed
 
 
-# ---- layers: N images, T patches of P numbers, K visible, D dim, H heads, d = D / H --------------
+# ---- layers: N images, T patches of P numbers, K visible, D dim (decoder: E), H heads, d = D / H -
 
 def linear_forward(x, W, b):
     """y = x W + b.   x (N, D), W (D, M), b (M,) -> y (N, M)."""
@@ -295,7 +295,7 @@ def blocks_backward(dout, cache):
 
 
 def encoder_forward(params, x, visible, heads):
-    """The visible patches as tokens.   x (N, T, P), visible (N, K) ids -> (N K, D)."""
+    """Embed all, keep the visible, run the blocks.   x (N, T, P), visible (N, K) -> (N K, D)."""
     N, T, P = x.shape
     x, embed = linear_forward(x.reshape(N * T, P), params["Wp"], params["bp"])
     x = x.reshape(N, T, -1) + params["Penc"]
@@ -493,7 +493,7 @@ def main(cfg):
 
 MORE = """
 Tasks
-    python mae.py probe                 what the features are worth with few labels
+    python mae.py probe                 what the features are worth to a linear classifier
     python mae.py finetune              the whole encoder on few labels, beside one from scratch
     python mae.py mnist --data mnist
     python mae.py cifar --data cifar-10-binary.tar.gz --save mae.npz --png mae.png
@@ -511,7 +511,7 @@ Break it (python mae.py probe --steps 1500; as it is: error 0.216, probe 30 % wi
                                                 mean does not tell how much the patches differ
 
 Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
-    1. python mae.py probe --mask-ratio 0.5, and with 0.25 and 0.9: which probe is best? Its error?
+    1. python mae.py probe --mask-ratio 0.9: which ratio has the best probe, which the least error?
     2. Let the loss include the visible patches. What do error and probe become, and why?
     3. Derive and add a gate on every token: y = x sigmoid(x w + b) (gate_forward, gate_backward).
 
@@ -572,7 +572,7 @@ class Finetune(Probe):
     """Train the whole encoder on few labels, after learning without labels, and from scratch."""
     steps: int = 1500       # optimizer steps
     labels: float = 0.01    # share of the labels for fine-tuning
-    tune_steps: int = 400   # optimizer steps of fine-tuning, at most --steps
+    tune_steps: int = 400   # optimizer steps of fine-tuning (no more than --steps are made)
     probe: ClassVar[bool] = False
     finetune: ClassVar[bool] = True
 
@@ -795,8 +795,8 @@ def estimate_scale(x, visible, masked):
     n = round(x.shape[1] ** 0.5)                        # patches per row of the image
     row, col = np.divmod(np.arange(n * n), n)
     distance2 = (row[:, None] - row) ** 2 + (col[:, None] - col) ** 2           # (T, T), squared
-    weights = np.exp(-0.5 * distance2).astype(x.dtype)
-    weights = weights[masked[:, :, None], visible[:, None]]                     # (N, T - K, K)
+    distance2 = distance2[masked[:, :, None], visible[:, None]].astype(x.dtype)     # (N, T - K, K)
+    weights = np.exp(-0.5 * (distance2 - distance2.min(axis=2, keepdims=True)))     # the nearest: 1
     weights /= weights.sum(axis=2, keepdims=True)
     known, _ = gather_forward(x, visible)
     return weights @ known.mean(axis=2, keepdims=True), weights @ known.std(axis=2, keepdims=True)
@@ -944,8 +944,8 @@ def encoder_features(params, cfg, images):
 
 
 def in_chunks(function, images, cfg, mirror=False):
-    """function(images) -> (N, F), 50 images at a time, which stay in the cache, on cfg.threads
-    threads; with mirror that of the mirror images is added."""
+    """function(images) -> (N, F), 50 images at a time, on cfg.threads threads, which is faster than
+    all at once; with mirror the sum of function(images) and function(mirror images)."""
     def both(chunk):
         return function(chunk) + function(chunk[:, :, ::-1]) if mirror else function(chunk)
     chunks = np.array_split(images, math.ceil(len(images) / 50))
@@ -1007,10 +1007,12 @@ def compare_probes(params, cfg):
         return standardize(images).reshape(len(images), -1)
     encoders = [functools.partial(encoder_features, some, cfg) for some in (untrained, params)]
     rows = [("raw", "raw pixels", raw, False),
-            ("untrained", "untrained encoder", encoders[0], cfg.flip),  # trained on mirror images,
-            ("probe", "this encoder", encoders[1], cfg.flip),           # too: tested on both
+            ("untrained", "untrained encoder", encoders[0], cfg.flip),
+            ("probe", "this encoder", encoders[1], cfg.flip),   # trained on mirror images, too
             ("raw_mirrored", "raw pixels + mirrored", raw, True)]
-    print("Linear probe on frozen features: test accuracy for each number of labels")
+    n = len(images_of(cfg, "validation")[1])
+    print("Linear probe on frozen features: test accuracy for each number of labels "
+          f"({n} more choose\nthe penalty)")
     counts = [label_count(share, cfg) for share in SHARES]
     print(f"{'':22s}" + "".join(f"{count:9d}" for count in counts) + "  labels")
     found, metrics = {}, {}
@@ -1116,7 +1118,7 @@ def run_images(cfg):
     params, losses, metrics = pretrain(cfg)
     if cfg.probe:
         metrics.update(compare_probes(params, cfg))
-    if cfg.finetune and len(losses) == cfg.steps:
+    if cfg.finetune and len(losses) >= cfg.steps:
         metrics.update(finetune(params, cfg))
     print("\nNext: python mae.py probe --mask-ratio 0.5   python mae.py finetune --labels 0.1   "
           "python vae.py")
