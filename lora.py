@@ -454,8 +454,8 @@ def main(cfg):
         for i in range(min(24, cfg.dim)):
             print("".join(left[i, :46]) + "   " + "".join(right[i, :46]))
     print("\nNext: python lora.py --rank 1 --alpha 1      python lora.py ranks")
-    print_result("adapt", cfg, **metrics, loss=loss, params=sum(p.size for p in params.values()),
-                 steps=len(losses), seconds=time.perf_counter() - start)
+    print_result("adapt", cfg, **metrics, sort_loss=loss, steps=len(losses),
+                 params=sum(p.size for p in params.values()), seconds=time.perf_counter() - start)
 
 
 # ==== A complete program ends here. Typing along? End it with  main(Config())  and run it. ====

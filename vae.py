@@ -408,9 +408,9 @@ def main(cfg):
     print(f"{len(samples)} draws of z from N(0, I), decoded: {ok:.0%} have at most 2 wrong pixels, "
           f"{perfect:.0%} none;\n{hit} of 40 templates occur. Ten samples, dark (.) to bright (@):")
     draw_row(samples[:10])
-    print("What the codes decode to. Columns and rows: quantiles of z1 and z2, equally probable, "
-          "any other z is 0:\no disc, r ring, S square, F frame, t triangle, d diamond, + plus, x "
-          "cross, = lines, I bars;\n. where more than 4 pixels differ from every template")
+    print("What the codes decode to. Columns and rows: quantiles of z1 and z2, equally probable; "
+          "any other z\nis 0. o disc, r ring, S square, F frame, t triangle, d diamond, + plus, "
+          "x cross, = lines, I bars;\n. where more than 4 pixels differ from every template")
     draw_latent_map(params, cfg.latent)
     print("Next: python vae.py --beta 10      python vae.py compare      python vae.py sweep")
     print_result("shapes", cfg, elbo=elbo, exact=exact, rate=rate, ok=ok, perfect=perfect,
