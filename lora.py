@@ -642,7 +642,8 @@ def run_quantize(cfg):
     print("\nColumns: losses of sort and reverse; sequences with every digit right, 15 # are 100 %")
     for name, p in {"float": params, **models}.items():
         metrics[name + "_loss"], metrics[name] = print_rounded(name, p, cfg)
-    print("First column of W2 in block 0. Rows: the 15 levels of 4 bits; a # is a weight, to 80")
+    print("First column of W2 in block 0. Rows: the 15 levels of 4 bits; a # is one weight, and a "
+          "row\nends at 80")
     draw_levels(params["0.W2"][:, 0])
     metrics.update(show_outliers(params, cfg))
     print("\nNext: python lora.py qlora      python lora.py speed")
