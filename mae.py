@@ -554,6 +554,7 @@ class Probe(Config):
     steps: int = 2400       # optimizer steps
     norm_pixels: bool = False  # targets: patches of mean 0 and variance 1, not pixels
     weight_decay: float = 0.05  # AdamW weight decay
+    shift: bool = False     # probe: add the features of images shifted by a pixel
     threads: int = 1        # micro-batches, each on a thread of its own
     png: str = ""           # file to write twelve reconstructions to, in color
     save: str = ""          # checkpoint file (.npz), written every 500 steps
@@ -943,14 +944,25 @@ def encoder_features(params, cfg, images):
     return np.concatenate(columns, axis=1)
 
 
-def in_chunks(function, images, cfg, mirror=False):
+def views_of(x, cfg):
+    """Test-time augmentation: x; with cfg.shift also x moved by a pixel, once up-left and once
+    down-right; with cfg.flip also the mirror images of these.   x (N, H, W, C) -> a list of such.
+    """
+    views = [x]
+    if cfg.shift:
+        framed = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+        views += [framed[:, 2:, 2:], framed[:, :-2, :-2]]
+    if cfg.flip:
+        views += [view[:, :, ::-1] for view in views]
+    return views
+
+
+def in_chunks(function, images, cfg):
     """function(images) -> (N, F), 50 images at a time, on cfg.threads threads, which is faster than
-    all at once; with mirror the sum of function(images) and function(mirror images)."""
-    def both(chunk):
-        return function(chunk) + function(chunk[:, :, ::-1]) if mirror else function(chunk)
-    chunks = np.array_split(images, math.ceil(len(images) / 50))
+    all at once."""
     with thread_pool(cfg) as pool:
-        return np.concatenate([*pool.map(both, chunks)])
+        chunks = np.array_split(images, math.ceil(len(images) / 50))
+        return np.concatenate([*pool.map(function, chunks)])
 
 
 def ridge_path(X, Y, penalties):
@@ -977,11 +989,11 @@ def label_count(share, cfg):
     return min(n, max(1, round(share * (n + len(images_of(cfg, "validation")[1])))))
 
 
-def probe(describe, mirror, cfg):
+def probe(describe, cfg):
     """A linear classifier on describe(images) -> (N, F), its penalty chosen on validation data.
     -> test accuracy for each of SHARES; mean over three draws where not all labels are used."""
     splits = [images_of(cfg, split) for split in ("train", "validation", "test")]
-    parts = [(in_chunks(describe, images, cfg, mirror), labels) for images, labels in splits]
+    parts = [(in_chunks(describe, images, cfg), labels) for images, labels in splits]
     mean, std = parts[0][0].mean(axis=0), parts[0][0].std(axis=0) + 1e-6        # of training data
     (X, y), *held_out = [((F - mean) / std, labels) for F, labels in parts]
     accuracies = []
@@ -1001,23 +1013,27 @@ def probe(describe, mirror, cfg):
 
 def compare_probes(params, cfg):
     """Linear probes on raw pixels, on an untrained encoder, on this one.   -> metrics."""
-    untrained = init_images(cfg, np.random.default_rng(cfg.seed + 1))
-
     def raw(images):
         return standardize(images).reshape(len(images), -1)
-    encoders = [functools.partial(encoder_features, some, cfg) for some in (untrained, params)]
-    rows = [("raw", "raw pixels", raw, False),
-            ("untrained", "untrained encoder", encoders[0], cfg.flip),
-            ("probe", "this encoder", encoders[1], cfg.flip),   # trained on mirror images, too
-            ("raw_mirrored", "raw pixels + mirrored", raw, True)]
-    n = len(images_of(cfg, "validation")[1])
-    print("Linear probe on frozen features: test accuracy for each number of labels "
-          f"({n} more choose\nthe penalty)")
+
+    def over_views(describe, images):
+        return sum(describe(view) for view in views_of(images, cfg))
+    untrained = init_images(cfg, np.random.default_rng(cfg.seed + 1))
+    untrained, trained = (functools.partial(over_views, functools.partial(encoder_features, p, cfg))
+                          for p in (untrained, params))
+    rows = [("raw", "raw pixels", raw), ("untrained", "untrained encoder", untrained),
+            ("probe", "this encoder", trained),
+            ("raw_views", "raw pixels, all views", functools.partial(over_views, raw))]
+    images, _ = images_of(cfg, "validation")
+    views = len(views_of(images[:1], cfg))
+    summed = f", summed over {views} views of every image" if views > 1 else ""
+    print(f"Linear probe on frozen features{summed}:\ntest accuracy for each number of labels "
+          f"({len(images)} more choose the penalty)")
     counts = [label_count(share, cfg) for share in SHARES]
     print(f"{'':22s}" + "".join(f"{count:9d}" for count in counts) + "  labels")
     found, metrics = {}, {}
-    for name, text, describe, mirror in rows if cfg.flip else rows[:3]:
-        found[name] = probe(describe, mirror, cfg)
+    for name, text, describe in rows if views > 1 else rows[:3]:
+        found[name] = probe(describe, cfg)
         print(f"{text:22s}" + "".join(f"{accuracy:9.2%}" for accuracy in found[name]))
         metrics.update({f"{name}_{count}": a for count, a in zip(counts, found[name])})
     ratios = [a / b for a, b in zip(found["probe"], found["raw"])]

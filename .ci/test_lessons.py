@@ -149,9 +149,32 @@ def test_mae_depends_on_visible_patches_only():
 def test_mae_on_cifar(tmp_path):
     common = ["cifar", "--dim", "8", "--layers", "1", "--steps", "6", "--batch-size", "8", "--warmup", "2"]
     archive, png = cifar_archive(tmp_path), tmp_path / "a.png"
-    done = lesson("mae.py", *common, "--data", archive, "--png", str(png), "--finetune")
-    assert {"error", "finetuned"} <= metrics(done).keys()
+    done = lesson("mae.py", *common, "--data", archive, "--png", str(png), "--finetune", "--shift")
+    assert "summed over 6 views" in done.stdout and {"error", "finetuned"} <= metrics(done).keys()
     assert pixels(png).shape == (6 * (4 * 32 + 8), 6 * (4 * 32 + 8), 3)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("flip", [False, True])
+def test_features_of_views(shift, flip, monkeypatch, capsys):
+    """The probe's features are the sum over the image shifted and mirrored; pixels are as they are."""
+    m, rng, described = load("mae.py"), np.random.default_rng(0), []
+    cfg = m.Cifar(dim=8, layers=2, shift=shift, flip=flip)
+    params, images = m.init_images(cfg, rng, np.float64), m.images_of(cfg, "test")[0][:7]
+    monkeypatch.setattr(m, "probe", lambda describe, cfg: described.append(describe) or [1.0, 1.0, 1.0])
+    m.compare_probes(params, cfg)
+    views = []
+    for offset in (-1, 0, 1) if shift else (0,):
+        at = abs(np.arange(32) + offset)                # -1 becomes 1
+        at = 31 - abs(31 - at)                          # 32 becomes 30
+        views += [images[:, at][:, :, columns] for columns in ((at, at[::-1]) if flip else (at,))]
+    raw, untrained, trained, *raw_views = [describe(images) for describe in described]
+    expected = sum(m.encoder_features(params, cfg, view) for view in views)
+    assert np.allclose(trained, expected, rtol=1e-6) and not np.allclose(untrained, expected, rtol=1e-2)
+    flat = [m.standardize(view).reshape(7, -1) for view in (images, *views)]
+    assert np.array_equal(raw, flat[0]) and len(raw_views) == (len(views) > 1)
+    assert all(np.allclose(pixels, sum(flat[1:]), atol=1e-4) for pixels in raw_views)
+    assert ("summed over" in capsys.readouterr().out) == (len(views) > 1)
 
 
 def test_cifar_files(tmp_path):
