@@ -52,7 +52,7 @@ class Config:
     steps: int = 600        # optimizer steps
     lr: float = 0.01        # peak learning rate
     warmup: int = 50        # steps of linear warmup
-    grad_clip: float = 1.0  # largest gradient norm
+    grad_clip: float = 1.0  # largest gradient norm; 0: no limit
     seed: int = 0           # random seed
 
 
@@ -341,7 +341,7 @@ def loss_and_grads(params, batch, cfg):
 def clip_norm(grads, limit):
     """Scale all gradients so that their joint norm is at most limit, if limit is not 0 (Pascanu et
     al. 2013).   -> the norm before."""
-    norm = math.sqrt(sum(float((g * g).sum()) for g in grads.values()))
+    norm = math.sqrt(sum(float((g.astype(float) ** 2).sum()) for g in grads.values()))
     if norm > limit > 0:
         for g in grads.values():
             g *= limit / norm
@@ -435,11 +435,11 @@ def shade(values):
 
 def draw_map(w, rows, columns):
     """Attention weights w (T, S), with the names of the T rows and the S columns."""
-    height = max(map(len, columns))
+    height, width = max(map(len, columns)), max(8, *map(len, rows))
     for line in zip(*(name.rjust(height) for name in columns)):         # from top to bottom
-        print(" " * 10 + " ".join(line))
+        print(" " * (width + 2) + " ".join(line))
     for name, weights in zip(rows, shade(w)):
-        print(f"{name:>8s} |{' '.join(weights)}|")
+        print(f"{name:>{width}s} |{' '.join(weights)}|")
 
 
 def print_result(task, cfg, **metrics):
@@ -500,7 +500,7 @@ Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
        SCORES, to init_model (drawn by a rng of its own) and to the Literal of --score.
     2. Start the decoder from the encoder's last state. What becomes of the alignment?
     3. python attention.py lengths: why do 11 letters go wrong, though attention could reach them?
-       Does --input-feeding help? Measure it.
+       Does input feeding help? lengths has no flag for it: use decoder_of(Reverse(...)).
 
 Data
     pairs: a file with lines source TAB target, any languages. Multi30k, German to English:
@@ -791,7 +791,7 @@ def run_lengths(cfg):
 MONTHS = ("January February March April May June July August September October November "
           "December").split()
 WEEKDAYS = "Mon Tue Wed Thu Fri Sat Sun".split()
-SPELLINGS = (                                       # with slashes the month is first, with dots not
+SPELLINGS = (                           # slashes: the month before the day; dots: the day first
     "{d} {month} {year}", "{month} {d}, {year}", "{dd} {mon} {year}", "{nth} of {month} {year}",
     "{mon} {nth}, {year}", "{weekday}, {d} {month} {year}", "{weekday} {mon} {d} {year}",
     "{year}, {month} {d}", "{dd}{MON}{year}", "{MON} {dd} '{yy}", "{d}-{mon}-{yy}",
@@ -817,7 +817,7 @@ class Dates:
     steps: int = 600        # optimizer steps
     lr: float = 0.01        # peak learning rate
     warmup: int = 50        # steps of linear warmup
-    grad_clip: float = 1.0  # largest gradient norm
+    grad_clip: float = 1.0  # largest gradient norm; 0: no limit
     png: str = ""           # file to write a map for every spelling to
     seed: int = 0           # random seed
 
@@ -1011,7 +1011,7 @@ class Pairs:
     steps: int = 900        # optimizer steps
     lr: float = 0.004       # peak learning rate
     warmup: int = 50        # steps of linear warmup
-    grad_clip: float = 1.0  # largest gradient norm
+    grad_clip: float = 1.0  # largest gradient norm; 0: no limit
     threads: int = 2        # micro-batches, each on a thread of its own
     data: str = ""          # UTF-8 file with lines source TAB target, the last tenth held out
     seed: int = 0           # random seed
@@ -1111,7 +1111,7 @@ def run_pairs(cfg):
     source_vocab, target_vocab = data["vocabs"]
     print(f"{data['note']}\nscore {cfg.score}, hidden {cfg.hidden}, lr {cfg.lr}, batch size "
           f"{cfg.batch_size}, {size} parameters\n"
-          f"chance level: loss {math.log(len(target_vocab)):.3f}")
+          f"chance level: loss {math.log(len(target_vocab) - 2):.3f}")
 
     def note():
         return f"  held out {held_out_loss(params, cfg, data['held_out'][:200])[0]:.3f}"
@@ -1166,7 +1166,7 @@ def split_batch(batch, n):
     """n micro-batches, each with its share of the loss terms: the tokens of the targets."""
     total = (batch[1] != PAD).sum()
     parts = zip(*(np.array_split(array, n) for array in batch))
-    return [((part[1] != PAD).sum() / total, part) for part in parts]
+    return [(float((part[1] != PAD).sum() / total), part) for part in parts]
 
 
 def threaded_loss_and_grads(loss_and_grads, pool, params, batch, cfg):

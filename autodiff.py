@@ -659,7 +659,7 @@ def read_idx(path):
 def load_mnist(folder):
     """The four files of MNIST, or of a data set in its format, gzipped or not.   -> dict: train,
     validation (the last 5,000 training images, or a tenth of fewer), test; each images (N, 784)
-    with mean 0 and variance 1, labels (N,).   Without a folder noise, for gradient checks.
+    with mean 0 and variance 1 on MNIST, labels (N,).   Without a folder noise, for gradient checks.
     Raises InputError."""
     if not folder:
         noise = np.random.default_rng(0).standard_normal((1000, 784)).astype(np.float32)
@@ -696,7 +696,7 @@ def mnist_batch(cfg, step, dtype=np.float32):
 def run_mnist(cfg):
     """Train without and with residual connections; report the accuracy on the test images."""
     start = time.perf_counter()
-    require(cfg.data, "--data", "the folder of MNIST (--help says where to get it)", cfg.data)
+    require(cfg.data, "--data", "the folder of MNIST (python mlp.py --help says where)", cfg.data)
     data, metrics = load_mnist(cfg.data), {}
     images, labels = data["test"]
     for name, residual in (("plain", False), ("residual", True)):

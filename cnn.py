@@ -1255,7 +1255,7 @@ def read_idx(path):
 def load_mnist(folder):
     """The four files of MNIST, or of a data set in its format, gzipped or not.   -> dict: train,
     validation (the last 5,000 training images, or a tenth of fewer), test; each images (N, 784)
-    with mean 0 and variance 1, labels (N,).   Without a folder noise, for gradient checks.
+    with mean 0 and variance 1 on MNIST, labels (N,).   Without a folder noise, for gradient checks.
     Raises InputError."""
     if not folder:
         noise = np.random.default_rng(0).standard_normal((1000, 784)).astype(np.float32)
@@ -1305,7 +1305,7 @@ def mnist_batch(cfg, step, dtype=np.float32):
 
 def run_mnist(cfg):
     """Learn to read digits."""
-    require(cfg.data, "--data", "the folder of MNIST (--help says where to get it)", cfg.data)
+    require(cfg.data, "--data", "the folder of MNIST (python mlp.py --help says where)", cfg.data)
     run_images("mnist", cfg, mnist_batch, load_mnist(cfg.data), mnist_images, list("0123456789"),
                "python cnn.py cifar --data cifar-10-binary.tar.gz      python transformer.py")
 
@@ -1396,7 +1396,8 @@ def cifar_batch(cfg, step, dtype=np.float32):
 
 def run_cifar(cfg):
     """Learn to tell photographs apart."""
-    require(cfg.data, "--data", "cifar-10-binary.tar.gz (--help says where to get it)", cfg.data)
+    require(cfg.data, "--data", "cifar-10-binary.tar.gz (python cnn.py --help says where)",
+            cfg.data)
     run_images("cifar", cfg, cifar_batch, split_cifar(cfg.data), cifar_images, CIFAR,
                "python cnn.py lr-sweep --lr 0.02 --data cifar-10-binary.tar.gz      "
                "python transformer.py")

@@ -1,6 +1,6 @@
 """diffusion.py: destroy data in small steps of noise, and learn one step back.
 
-No net can turn noise into data at once. A small part of the noise is easy to remove, so add noise
+To turn noise into data at once is hard. A small part of the noise is easy to remove, so add noise
 in T small steps, and learn to undo one of them. The target is known, since we added the noise
 ourselves: it is a regression, with no opponent and no likelihood. Starting from nothing but noise,
 T steps back lead to a new sample.
@@ -13,7 +13,8 @@ Backward: dnet = 2 (net - e) / size, then the layers; with s = sigmoid(a)
     y = [x, c]    dx = the first columns of dy        c, features of t, are data
 Sampling, from x_T ~ N(0, I); one step from t to t' = t - 1
     x_0 = (x_t - sqrt(1 - abar_t) net) / sqrt(abar_t), clipped to the range of the data
-    x_t' = sqrt(abar_t') x_0 + sqrt(1 - abar_t' - s^2) e + s (new noise)       e from this x_0, x_t
+    x_t' = sqrt(abar_t') x_0 + sqrt(1 - abar_t' - s2) e + sqrt(s2) (new noise),  e from x_0 and x_t
+    s2 = (1 - abar_t') / (1 - abar_t) (1 - abar_t / abar_t'), the variance of x_t' given x_0, x_t
 
 Run    python diffusion.py      (a ring of eight Gaussians; python diffusion.py --help lists more)
 
@@ -137,7 +138,7 @@ def add_noise(x0, noise, abar):
 
 
 def time_features(t, cfg):
-    """sin and cos of 1000 t / T, at frequencies from 1 to almost 1 / 1000.   t (N,) -> (N, 2 K)."""
+    """sin and cos of 1000 t / T, at frequencies 1000^(-k / K), k < K.   t (N,) -> (N, 2 K)."""
     K = cfg.frequencies
     angles = 1000 * t[:, None] / cfg.timesteps * 1000.0 ** (-np.arange(K) / K)      # (N, K)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
@@ -543,7 +544,8 @@ def run_targets(cfg):
         own = replace(cfg, target=target)
         params = init_params(own, np.random.default_rng(cfg.seed))
         losses = train_denoiser("Eight Gaussians on a ring", params, own, ring_batch)
-        print("4000 samples: modes covered, share near a mode, sliced Wasserstein distance (sw)")
+        print(f"4000 samples, in {cfg.timesteps} steps at most: modes covered, share near a mode, "
+              "sliced Wasserstein\ndistance (sw)")
         found, paths = compare_samplers(FEWER, lambda x, c: dense_forward(params, x, c)[0],
                                         np.zeros((4000, 0)), 2, own, evaluate, 1.25)
         metrics.update({f"{target}_{key}": value for key, value in found.items()})
@@ -613,7 +615,8 @@ def attention_forward(q, k, v, mask=True):
 
 
 def attention_backward(dout, cache):
-    """As causal_attention_backward: where the mask has made p 0, ds is 0."""
+    """dv = p^T dout, dp = dout v^T, ds = p (dp - the sum of p dp over the keys), 0 where p is 0,
+    dq = ds k / sqrt(d), dk = ds^T q / sqrt(d)."""
     q, k, v, p = cache
     dv = p.swapaxes(2, 3) @ dout
     dp = dout @ v.swapaxes(2, 3)
@@ -984,9 +987,10 @@ def run_images(cfg):
     start = time.perf_counter()
     evaluate = count_shapes
     legend = ("share with at most two wrong pixels (ok), with none (exact), of the\nasked shape "
-              "(accuracy); entropy of the four positions; templates hit, of 40")
+              "(accuracy); entropy of the four positions; templates hit (at\nmost 6 wrong), of 40")
     if hasattr(cfg, "data"):
-        require(cfg.data, "--data", "the folder of MNIST (--help says where to get it)", cfg.data)
+        require(cfg.data, "--data", "the folder of MNIST (python mlp.py --help says where)",
+                cfg.data)
         if cfg.png:
             try_png(cfg.png)
         cfg = replace(cfg, samples=min(cfg.samples, len(digits(cfg.data, "test")[0]) // 2))
@@ -1173,7 +1177,7 @@ def read_idx(path):
 def load_mnist(folder):
     """The four files of MNIST, or of a data set in its format, gzipped or not.   -> dict: train,
     validation (the last 5,000 training images, or a tenth of fewer), test; each images (N, 784)
-    with mean 0 and variance 1, labels (N,).   Without a folder noise, for gradient checks.
+    with mean 0 and variance 1 on MNIST, labels (N,).   Without a folder noise, for gradient checks.
     Raises InputError."""
     if not folder:
         noise = np.random.default_rng(0).standard_normal((1000, 784)).astype(np.float32)

@@ -413,8 +413,8 @@ Break it (python faster.py; as it is: accuracy 100 %, difference from the quadra
     main: causal_tiles(cfg.context, cfg.tile)[::-1]     2e-15: the order does not matter
 
 Exercises (python gradcheck.py my_answer.py checks the gradients of an answer)
-    1. Give loss_and_grads a tiles_of with i - j <= 2 only: with --context 64 --tile 8 --lr 0.003
-       --steps 350 one layer repeats 4 %, two repeat 86 %. Why? What about three tiles back?
+    1. Give loss_and_grads (tiles_of) and main (tiles) only tiles with i - j <= 2: with --context 64
+       --tile 8 --lr 0.003 --steps 350 one layer repeats 4 %, two (--layers 2) repeat 86 %. Why?
     2. Derive and add s <- 30 tanh(s / 30) (Gemma 2) to tile_scores. What changes in ds?
     3. Let speculate draw from ps[k] after a refusal, too. Which p has python faster.py exact then?
 
@@ -484,7 +484,7 @@ def row_block_attention_backward(dout, cache):
 
 
 def run_lengths(cfg):
-    """Measure every way; the last column of the result compares with the quadratic form."""
+    """Measure every way; the result line compares them with the quadratic form."""
     start, T = time.perf_counter(), cfg.length
     row_blocks = row_block_attention_forward, row_block_attention_backward
     window = [(i, j) for i, j in causal_tiles(T, 128) if j == 0 or i - j < 2]
@@ -492,8 +492,8 @@ def run_lengths(cfg):
             **{f"tiles_{n}": (TILED, causal_tiles(T, n), n) for n in (32, 64, 128, 256)},
             "window_2_tiles_128": (TILED, window, 128)}
     costs = {name: cost(attention, T, *more) for name, (attention, *more) in ways.items()}
-    print(f"One head with d = 64, {T} positions, both passes. Rows: ways. Columns: peak memory, "
-          "with\none # more for each factor of 1.4; processor time")
+    print(f"One head with d = 64, {T} positions, both passes. Rows: ways (window: two tiles and "
+          "the first).\nColumns: peak memory, one # more for a factor of 1.4; processor time")
     for name, (ms, peak) in costs.items():
         bar = "#" * round(2 * math.log2(peak / 2 ** 18))
         print(f"{name:18s}  {peak / 2 ** 20:6.1f} MiB  |{bar:.<24s}|  {ms:.1f} ms")
@@ -699,8 +699,8 @@ def load_corpus(path, context):
     chars = sorted(set(text))
     ids = np.searchsorted(chars, list(text))
     train_ids, validation = np.split(ids, [len(ids) * 9 // 10])
-    require(len(validation) > context, f"--data {path}", f"over {10 * context} characters",
-            len(ids))
+    require(len(validation) > context, "--context",
+            f"below {len(validation)}, the characters for validation", context)
     return chars, train_ids, validation
 
 
@@ -798,14 +798,16 @@ def run_text(cfg):
           f"different\n{cfg.layers} layers, {cfg.heads} heads, dim {cfg.dim}, {size} parameters\n"
           f"chance level: loss {math.log(len(chars)):.3f}")
     losses = train(params, cfg, text_batch)
-    ids, targets = text_batch(cfg, 1, split=2)
+    held_out = [text_batch(cfg, k, split=2) for k in range(1, 21)]
+    loss = float(np.mean([loss_and_grads(params, batch, cfg)[0] for batch in held_out]))
+    check_finite(loss, params)
+    ids, _ = held_out[0]
     logits, _ = plain_gpt_forward(params, ids, cfg, causal_tiles(cfg.context, cfg.tile))
     P = probabilities(logits)                                       # (B, T, V)
-    loss = float(-np.log(np.take_along_axis(P, targets[:, :, None], axis=2)).mean())
-    check_finite(loss, params)
 
     deep, block = dict(params), part(params, "0.").items()
-    for i in range(cfg.layers, 12):                     # blocks that add 0, and cost what others do
+    depths = cfg.layers, max(12, cfg.layers)
+    for i in range(*depths):                            # blocks that add 0, and cost what others do
         deep |= {f"{i}.{name}": w * (name in ("Wqkv", "W1")) for name, w in block}
     counted, overlap = {n: counted_reader(train_ids, n, len(chars)) for n in (1, 3)}, {0: 1.0}
     for n, read in counted.items():                     # of the same positions, from the fourth on
@@ -815,7 +817,7 @@ def run_text(cfg):
           "is the target); k, how\nmany are drafted. Columns: 1 - TV on validation text, what both "
           "distributions share;\naccepted; characters per pass (predicted); time per character")
     metrics, prompt = {"gap": 0.0}, validation[:8].tolist()
-    for depth, target in ((cfg.layers, params), (12, deep)):
+    for depth, target in zip(depths, (params, deep)):
         *_, plain = measure_drafts(target, cfg, None, 0, prompt)
         print(f"{depth} layers, no drafts: {plain:.2f} ms")
         for n, k in ((1, 4), (0, 4), (3, 1), (3, 2), (3, 8), (3, 4)):

@@ -317,8 +317,8 @@ def draw_density(points, edge=2.6, cols=40, rows=20):
 
 
 def mode_digits(points):
-    """The share of the points on each mode, in tenths; a dot stands for less than 1/80."""
-    return "".join(f"{10 * share:.0f}" if share > 1 / 80 else "." for share in mode_shares(points))
+    """Tenths of the points on each mode; 9 is 0.85 or more, a dot is below 1/80."""
+    return "".join(str(min(9, round(10 * s))) if s > 1 / 80 else "." for s in mode_shares(points))
 
 
 def show_ring(points, cfg):
@@ -355,7 +355,7 @@ def main(cfg):
           f"2-{H}-{H}-1, {size} parameters")
     print(f"chance level: loss {3 * math.log(2):.3f}, D guesses: {2 * math.log(2):.3f} of D, "
           f"{math.log(2):.3f} of G")
-    print("modes: the share of the points on each of the eight, in tenths; a dot is below 1/80")
+    print("modes: tenths of the points on each of the eight; 9 is 0.85 or more, a dot below 1/80")
     losses = train(params, cfg, note=lambda: f"  modes {mode_digits(generated(params, cfg, 1000))}")
     points = generated(params, cfg, 4000)
     check_finite(np.abs(points).max(), params)
@@ -637,7 +637,7 @@ def run_game(cfg):
     """Play the game of the configuration on the ring; draw what G and D have learned."""
     start = time.perf_counter()
     real = draw_ring(np.random.default_rng((cfg.seed, 10 ** 6 + 2)), 1000)
-    print("modes: the share of the points on each of the eight, in tenths; a dot is below 1/80\n"
+    print("modes: tenths of the points on each of the eight; 9 is 0.85 or more, a dot below 1/80\n"
           "dist: distance to real points; gap: mean output of D on real points minus on generated")
 
     def critic(params):
@@ -756,8 +756,8 @@ def run_shapes(cfg):
                         f"{name}_templates": templates, f"{name}_shapes": shapes})
         if len(losses) < cfg.steps:                     # Ctrl-C
             break
-    print("\nShare of each template, four positions for each shape; blank is none, + is 1/40 as in "
-          "the data:\n" + " " * 7 + " ".join(shape[:4].ljust(4) for shape in SHAPES))
+    print("\nShare of each template, four positions for each shape; blank is none, = or + is 1/40 "
+          "as in\nthe data:\n" + " " * 7 + " ".join(shape[:4].ljust(4) for shape in SHAPES))
     for name, shares in bars.items():
         print(f"{name:7s}" + " ".join("".join(four) for four in shade(20 * shares).reshape(10, 4)))
     print("Next: python gan.py shapes --constraint r1 --loss hinge      python diffusion.py")

@@ -2,8 +2,8 @@
 
 A plain recurrent cell, h' = tanh(x Wx + h Wh + b), rewrites its whole state at every step, so old
 inputs are lost. Gradients are lost as well: each step back multiplies them by Wh^T and by slopes
-below 1. The LSTM has a second state, the cell c, which changes by addition only, and three gates
-between 0 and 1. While the forget gate is near 1, c and its gradient pass through unchanged.
+below 1. The LSTM has a second state, the cell c; three gates between 0 and 1 scale c, what is added
+to it, and what is put out. With a forget gate near 1, old content and its gradient pass unchanged.
 
 Forward, from h, c to h', c' (z = x Wx + b and Wh have four blocks of columns; s is the sigmoid):
     i = s(z_i + h W_i)       input gate: how much is written
@@ -16,7 +16,7 @@ Backward, from the last step to the first; dh and dc are the gradients of h' and
     dc += dh o (1 - tanh(c')^2)                       c' reaches the loss through h' as well
     dz_i = dc g i (1 - i)      dz_g = dc i (1 - g^2)
     dz_f = dc c f (1 - f)      dz_o = dh tanh(c') o (1 - o)
-    dWh = sum_t h_t^T dz_t     for the step before: dh = dz Wh^T, dc = dc f
+    dWh = sum over steps of h^T dz     for the step before: dh = dz Wh^T, dc = dc f
 
 Run    python lstm.py      (remember a number through noise; --help lists the other tasks)
 Papers: Hochreiter and Schmidhuber 1997 (LSTM), Gers et al. 2000 (the forget gate).
@@ -48,7 +48,7 @@ class Config:
     steps: int = 3000       # optimizer steps
     lr: float = 0.02        # peak learning rate
     warmup: int = 50        # steps of linear warmup
-    grad_clip: float = 1.0  # largest gradient norm
+    grad_clip: float = 1.0  # largest gradient norm; 0: no limit
     seed: int = 0           # random seed
 
 
@@ -134,7 +134,7 @@ def init_params(cfg, rng, dtype=np.float32):
               "Wh": rng.standard_normal((H, 4 * H)) * H ** -0.5,
               "b": np.zeros(4 * H),
               "Wo": rng.standard_normal((H, 1)) * H ** -0.5, "bo": np.zeros(1)}
-    params["b"][H:2 * H] = 1                                # the forget gate begins nearly open
+    params["b"][H:2 * H] = 1                                # the forget gate begins at s(1) = 0.73
     return {name: value.astype(dtype) for name, value in params.items()}
 
 
@@ -171,7 +171,7 @@ def loss_and_grads(params, batch, cfg):
 def clip_norm(grads, limit):
     """Scale all gradients so that their joint norm is at most limit, if limit is not 0 (Pascanu et
     al. 2013).   -> the norm before."""
-    norm = math.sqrt(sum(float((g * g).sum()) for g in grads.values()))
+    norm = math.sqrt(sum(float((g.astype(float) ** 2).sum()) for g in grads.values()))
     if norm > limit > 0:
         for g in grads.values():
             g *= limit / norm
@@ -255,10 +255,10 @@ def shade(values):
 
 def draw_cells(params, x):
     """Gates and contents of four cells over time, 70 steps at most, for a sequence x (T, 1, 1)."""
-    _, (_, lstm, _, _) = remember_forward(params, x[:70])
+    _, (_, lstm, _, _) = remember_forward(params, x)
     h, c, gates, _ = lstm
-    i, f, g, o = gates[:, :, 0].swapaxes(0, 1)              # (T, H) each
-    tanh_c = np.tanh(c[1:, 0])
+    i, f, g, o = gates[:70, :, 0].swapaxes(0, 1)            # (T, H) each, T at most 70
+    tanh_c = np.tanh(c[1:71, 0])
     largest = np.argsort(-np.abs(h[-1, 0] * params["Wo"][:, 0]))[:4]
     print(f"\nOne sequence: {x[0, 0, 0]:.2f} at step 1, then noise. Columns: steps; rows: the cells"
           "\nthat matter most for the output. Blank is 0, @ is 1. While f is near 1, c is kept.")
@@ -646,12 +646,12 @@ def run_gradient(cfg):
     """Print for each cell the norm of d (last output) / d (input) at every step."""
     start, metrics = time.perf_counter(), {}
     print(f"The gradient of the last output by the input of every step, before training, hidden "
-          f"{cfg.hidden}.\nColumns: steps. Norm over that of the last step, geometric mean over 10 "
-          "draws of the weights:\n@ is 1, blank 1e-8.")
+          f"{cfg.hidden}.\nColumns: the last 70 steps. Norm over that of the last step, geometric "
+          "mean over 10\ndraws of the weights: @ is 1, blank 1e-8.")
     for cell in ("rnn", "gru", "lstm"):
         part, exponents = Add(cell=cell, **vars(cfg)), []
         for draw in range(10):
-            params = init_add(part, np.random.default_rng((cfg.seed, draw)), np.float64)
+            params = init_add(part, np.random.default_rng((cfg.seed, 10 + draw)), np.float64)
             x, _ = add_batch(part, draw, np.float64)
             zeros = zero_states(params, cell, cfg.batch_size)
             (y, _), cache = stack_forward(params, x, cell, zeros)
@@ -662,7 +662,7 @@ def run_gradient(cfg):
             exponents.append(np.log10(norm / norm[-1] + 1e-30))
         exponent = np.mean(exponents, axis=0)
         norm = 10 ** exponent
-        picture = "".join(shade(1 + exponent / 8))
+        picture = "".join(shade(1 + exponent[-70:] / 8))
         rate = norm[0] ** (1 / (cfg.length - 1))
         print(f"{cell:>5s} |{picture}| {norm[0]:.0e} at step 1, {rate:.2f} per step")
         metrics[cell] = float(norm[0])
@@ -796,7 +796,7 @@ class Text(Add):
     batch_size: int = 16    # windows per step
     steps: int = 400        # optimizer steps
     lr: float = 0.003       # peak learning rate
-    grad_clip: float = 5.0  # largest gradient norm
+    grad_clip: float = 5.0  # largest gradient norm; 0: no limit
     temperature: float = 0.7  # sampling temperature: logits are divided by it
     threads: int = 2        # micro-batches, each on a thread of its own
     data: str = ""          # UTF-8 text file, its last tenth for validation; none: a rhyme

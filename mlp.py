@@ -98,7 +98,7 @@ def xor_points(rng, n):
 def spiral_points(rng, n):
     """Two spiral arms, one per class, one and a half turns long.   -> x (n, 2), labels (n,)."""
     labels = np.arange(n) % 2
-    angle = 3 * np.pi * np.sqrt(rng.random(n))          # sqrt: equally dense everywhere
+    angle = 3 * np.pi * np.sqrt(rng.random(n))          # sqrt: nearly even density along an arm
     turned = angle + np.pi * labels                     # one arm is opposite the other
     x = angle[:, None] / 2 * np.stack([np.cos(turned), np.sin(turned)], axis=1)
     return x + 0.1 * rng.standard_normal((n, 2)), labels
@@ -319,6 +319,7 @@ import inspect
 import re
 import struct
 import sys
+import textwrap
 import zlib
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -683,7 +684,8 @@ def train_net(cfg):
     losses = train(params, cfg, net_batch, net_loss_and_grads, update[cfg.optimizer],
                    scheduled_rate)
     x, targets = net_batch(replace(cfg, batch_size=2000), cfg.steps + 1)        # fresh points
-    running = batch_statistics(params, x, cfg.activation)
+    sample, _ = net_batch(replace(cfg, batch_size=2000), cfg.steps + 3)         # for BatchNorm
+    running = batch_statistics(params, sample, cfg.activation)
     logits, _ = net_forward(params, x, cfg.activation, running)
     loss_forward, _ = LOSSES[cfg.loss]
     loss, _ = loss_forward(logits, targets)
@@ -786,7 +788,7 @@ def run_inits(cfg):
     """Print the spread of activations and weight gradients by layer, for two activations and four
     initialisations."""
     start, metrics = time.perf_counter(), {}
-    rng = np.random.default_rng(cfg.seed)
+    rng = np.random.default_rng((cfg.seed, 1))
     x = rng.standard_normal((cfg.batch_size, 784)).astype(np.float32)
     targets = np.arange(cfg.batch_size) % 10
     print(f"{cfg.layers} layers of width {cfg.dim} before training, on noise. Standard deviation\n"
@@ -810,7 +812,7 @@ def run_inits(cfg):
             for name, values in (("a", a), ("dW", dW)):
                 print(f"{activation:>6s} {init:>8s} {name:>3s} "
                       + "".join(f"{value:9.1e}" for value in values))
-            metrics[f"{activation}_{init}"] = a[-1] / a[0]
+            metrics[f"{activation}_{init}"] = a[-1] / max(a[0], 1e-30)
     print("In the result line: spread of the last layer's activations over that of the first.")
     print("\nNext: python mlp.py net --hidden 16,16,16,16,16,16,16,16,16,16 --init small")
     print_result("inits", cfg, **metrics, seconds=time.perf_counter() - start)
@@ -1041,7 +1043,7 @@ def run_names(cfg):
             if name[-1] == 0:
                 break
         names.append("".join(chars[i] for i in name if i > 0))
-    print("samples:", ", ".join(names))
+    print(textwrap.fill(f"samples: {', '.join(names)}", 100))
     print(f"lowest validation loss {min(validation):.4f}, last {validation[-1]:.4f} (a rise is "
           "overfitting)")
     expected = f"   (expected on names.txt: {2.0 if cfg.fuse == 0 else 1.97})" if cfg.data else ""
@@ -1087,7 +1089,7 @@ def read_idx(path):
 def load_mnist(folder):
     """The four files of MNIST, or of a data set in its format, gzipped or not.   -> dict: train,
     validation (the last 5,000 training images, or a tenth of fewer), test; each images (N, 784)
-    with mean 0 and variance 1, labels (N,).   Without a folder noise, for gradient checks.
+    with mean 0 and variance 1 on MNIST, labels (N,).   Without a folder noise, for gradient checks.
     Raises InputError."""
     if not folder:
         noise = np.random.default_rng(0).standard_normal((1000, 784)).astype(np.float32)
@@ -1138,24 +1140,25 @@ def mnist_loss_and_grads(params, batch, cfg):
 
 def run_mnist(cfg):
     """Learn to read digits; draw three that the net gets wrong."""
-    require(cfg.data, "--data", "the folder of MNIST (--help says where to get it)", cfg.data)
+    require(cfg.data, "--data", "the folder of MNIST (python mlp.py --help says where)", cfg.data)
     start, data = time.perf_counter(), load_mnist(cfg.data)
     params = init_mnist(cfg, np.random.default_rng(cfg.seed))
     size = sum(p.size for p in params.values())
     print(f"{len(data['train'][0])} images of 28 x 28 pixels: hidden layers {cfg.hidden}, "
           f"{size} parameters")
     print("chance level: loss 2.303")
-    sample = data["train"][0][:10000]                   # for the statistics of BatchNorm
 
-    def forward(x):
-        return net_forward(params, x, "relu", batch_statistics(params, sample, "relu"))[0]
+    def net_now():
+        """The net with the statistics of BatchNorm that its weights have now."""
+        running = batch_statistics(params, data["train"][0][:10000], "relu")
+        return lambda x: net_forward(params, x, "relu", running)[0]
 
     def note():
-        loss, accuracy = evaluate(forward, *data["validation"])
+        loss, accuracy = evaluate(net_now(), *data["validation"])
         return f"  validation {loss:.4f}, {accuracy:.2%} right"
     update = functools.partial(adamw_update, weight_decay=cfg.weight_decay)
     losses = train(params, cfg, mnist_batch, mnist_loss_and_grads, update, learning_rate, note)
-    x, labels = data["test"]
+    (x, labels), forward = data["test"], net_now()
     loss, accuracy = evaluate(forward, x, labels)
     check_finite(loss, params)
     outputs = forward(x[:2000]).argmax(axis=1)
@@ -1309,10 +1312,15 @@ def two_or_more(flag, value):
     return value > 1, flag, "2 or more", value
 
 
-CONSTRAINTS = {Config: lambda cfg: [widths_are_right(cfg)],
-               Net: lambda cfg: [widths_are_right(cfg), loss_fits(cfg)],
-               Gates: lambda cfg: [widths_are_right(cfg), loss_fits(cfg)],
-               Optimizers: lambda cfg: [widths_are_right(cfg)],
+def every_corner(cfg):
+    """The constraint on batches of points, which come in turn from four corners or two arms."""
+    return cfg.batch_size > 3, "--batch-size", "4 or more: every class in it", cfg.batch_size
+
+
+CONSTRAINTS = {Config: lambda cfg: [widths_are_right(cfg), every_corner(cfg)],
+               Net: lambda cfg: [widths_are_right(cfg), loss_fits(cfg), every_corner(cfg)],
+               Gates: lambda cfg: [widths_are_right(cfg), loss_fits(cfg), every_corner(cfg)],
+               Optimizers: lambda cfg: [widths_are_right(cfg), every_corner(cfg)],
                Inits: lambda cfg: [two_or_more("--batch-size", cfg.batch_size)],
                Names: lambda cfg: [widths_are_right(cfg), fuse_fits(cfg),
                                    two_or_more("--embed-dim", cfg.embed_dim)],

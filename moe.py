@@ -661,7 +661,7 @@ def held_out(params, cfg):
 def run_text(cfg):
     """One expert, one as wide as all, several; which characters each of them gets."""
     start, metrics = time.perf_counter(), {}
-    require(cfg.data, "--data", "a UTF-8 text file (--help says where to get one)", cfg.data)
+    require(cfg.data, "--data", "a UTF-8 text file (python moe.py --help says where)", cfg.data)
     chars, text, _ = split_text(cfg.data, cfg.context)
     print(f"{cfg.data}: {len(text)} characters to learn from, {len(chars)} different; context "
           f"{cfg.context}, dim {cfg.dim}\nchance level: loss {math.log(len(chars)):.3f}, and "

@@ -370,21 +370,21 @@ def side_by_side(titles, pictures, gap="   "):
 
 
 def memory_map(weights, key, junk):
-    """Attention maps (B, T, T), key, junk (T, B) -> the share of tokens with a source whose largest
-    weight, plus or minus, is there; the map of the first sequence as a list of lines."""
-    source = find_sources(key, junk, key.max() + 1).T   # (B, T)
-    share = (np.abs(weights).argmax(axis=2) == source)[source >= 0].mean()
+    """Attention maps (B, T, T), key, junk (T, B) -> the share of tokens with a source whose weight,
+    plus or minus, is the largest and is there only; the map of the first sequence as lines."""
+    weights, source = np.abs(weights), find_sources(key, junk, key.max() + 1).T     # source (B, T)
+    others = np.where(np.arange(len(key)) == source[..., None], 0, weights).max(axis=2)
+    share = (others < 0.999 * weights.max(axis=2))[source >= 0].mean()      # an equal is no match
     keys = [chr(97 + number % 26) for number in key[:, 0]]
     marks = [" x"[mark] for mark in junk[:, 0]]
-    rows = ["".join(row) for row in shade(np.abs(weights[0]))]
-    lines = ["      " + "".join(keys), "      " + "".join(marks)]
-    return float(share), lines + [f"{a}  {x}  {row}" for a, x, row in zip(keys, marks, rows)]
+    lines = [f"{a}  {x}  {''.join(row)}" for a, x, row in zip(keys, marks, shade(weights[0]))]
+    return float(share), ["      " + "".join(keys), "      " + "".join(marks), *lines]
 
 
 MAP_LEGEND = """
 The memory as attention. Row: the token at which it is read; column: a token (its key; x: junk).
-Dark: the column's value has a large weight, plus or minus. The right column is the last one before
-the row's token with its key and no x; in the title: how often, of all, it is the darkest."""
+Dark: the column's value has a large weight, plus or minus. Correct is the last column before the
+row's token with its key and no x; in the title: how often, of all, it is darker than any other."""
 
 
 def print_result(task, cfg, **metrics):
@@ -942,7 +942,7 @@ OTHERS = {
 
 def run_memories(cfg):
     """Train the memory of the flags and show it through time; compare it with others."""
-    start, results, parts = time.perf_counter(), {}, {f"{cfg.periods} (flags)": cfg}
+    start, results, sizes, parts = time.perf_counter(), {}, [], {f"{cfg.periods} (flags)": cfg}
     for name, choices in OTHERS.items():
         part = replace(cfg, **{"shared": False, "staggered": False, **choices})
         if part != cfg:
@@ -951,8 +951,8 @@ def run_memories(cfg):
           f"\nfor {cfg.home} tokens (home), a passing one for {cfg.away} (away), and so on. The"
           "\ntarget is the value, before the memory sees it.")
     for name, part in parts.items():
-        size = sum(p.size for p in init_stream(part, np.random.default_rng(0)).values())
-        print(f"\nperiods {name}: {size} parameters")
+        sizes.append(sum(p.size for p in init_stream(part, np.random.default_rng(0)).values()))
+        print(f"\nperiods {name}: {sizes[-1]} parameters")
         print(f"chance level: loss {math.log(cfg.values):.3f}, accuracy {1 / cfg.values:.3f}")
         params, losses, results[name] = train_stream(part)
         if part is cfg:
@@ -978,7 +978,7 @@ def run_memories(cfg):
     print("\nNext: python nested_attention.py memories --periods 1,4"
           "      python nested_attention.py inner")
     print_result("memories", cfg, loss=loss, accuracy=accuracy, accuracy_returned=returned,
-                 **gains, params=size, steps=len(losses), seconds=time.perf_counter() - start)
+                 **gains, params=sizes[0], steps=len(losses), seconds=time.perf_counter() - start)
 
 
 # ---- inner optimizers alone: python nested_attention.py inner ------------------------------------
@@ -1240,6 +1240,9 @@ def limits(cfg):
             rows.append((value >= 2, "--" + name, "2 or more", value))
         if name in ("junk", "mu", "beta1", "beta2"):
             rows.append((value < 1, "--" + name, "below 1", value))
+    if isinstance(cfg, Rule):
+        ok = cfg.mu == 0 or cfg.rule == "momentum"
+        rows.append((ok, "--mu", "0 without --rule momentum", cfg.mu))
     if isinstance(cfg, Memories):
         ok = re.fullmatch(r"[1-9]\d{0,2}(,[1-9]\d{0,2}){0,7}", cfg.periods)
         rows.append((ok, "--periods", "up to 8 numbers from 1 to 999, as 1,4,16", cfg.periods))

@@ -6,10 +6,10 @@ of mistakes is finite if some weights classify every example correctly. For XOR,
 a smooth output, the weights can follow the gradient of a loss, as in all other lessons.
 
 Perceptron rule, for y = -1 or +1 and x with a constant 1 appended, whose weight is the bias:
-    if y (w . x) <= 0:  w <- w + y x
+    if y (w . x) <= 0:  w <- w + y x     (w = 0 at the start)
     mistakes <= (R / margin)^2,  R = max |x|, margin = min y (w . x) / |w| of any w without mistakes
-XOR of inputs -1 and +1 requires w1 - w2 + b > 0 and -w1 + w2 + b > 0; their sum is b > 0. It also
-requires w1 + w2 + b < 0 and -w1 - w2 + b < 0; their sum is b < 0. With a third input, x1 x2, XOR
+XOR of inputs -1 and +1 requires w1 - w2 + b > 0 and -w1 + w2 + b > 0; their mean is b > 0. It also
+requires w1 + w2 + b < 0 and -w1 - w2 + b < 0; their mean is b < 0. With a third input, x1 x2, XOR
 is solved by the weight -1 for x1 x2 and 0 for all others.
 
 Sigmoid neuron, for t = 0 or 1:
@@ -506,7 +506,7 @@ def read_idx(path):
 def load_mnist(folder):
     """The four files of MNIST, or of a data set in its format, gzipped or not.   -> dict: train,
     validation (the last 5,000 training images, or a tenth of fewer), test; each images (N, 784)
-    with mean 0 and variance 1, labels (N,).   Without a folder noise, for gradient checks.
+    with mean 0 and variance 1 on MNIST, labels (N,).   Without a folder noise, for gradient checks.
     Raises InputError."""
     if not folder:
         noise = np.random.default_rng(0).standard_normal((1000, 784)).astype(np.float32)
@@ -558,7 +558,8 @@ def mnist_loss_and_grads(params, batch, cfg):
 def run_mnist(cfg):
     """Train on MNIST, draw the weights of each neuron, print the test accuracy."""
     start = time.perf_counter()
-    require(cfg.data, "--data", "the folder of MNIST (--help: how to get it)", cfg.data)
+    require(cfg.data, "--data", "the folder of MNIST (python perceptron.py --help says where)",
+            cfg.data)
     data = load_mnist(cfg.data)
     x, labels = data["test"]
     print(f"{cfg.data}: {len(data['train'][0])} images of 28 x 28 pixels, 7850 parameters")

@@ -47,7 +47,7 @@ class Config:
     lr: float = 0.01        # learning rate of the start
     reward_lr: float = 0.1  # learning rate of the reward model
     policy_lr: float = 0.001  # learning rate of the policy
-    l2: float = 0.002       # penalty on the squares of the reward model's weights
+    l2: float = 0.002       # penalty on squares: of the bag's weights, of a transformer's rewards
     seed: int = 0           # random seed
 
 
@@ -356,7 +356,7 @@ def reinforce(start, reward, beta, cfg):
 
 def draw_weights(w):
     """A line per word, the largest weight first."""
-    print("\nWhat each word adds to the reward; a # is 0.1, right of the axis above 0, left below")
+    print("\nWhat each word adds to the reward; a # is 0.1 (25 at most), left of the axis below 0")
     for i in np.argsort(-w):
         left, right = "#" * min(25, round(-10 * w[i])), "#" * min(25, round(10 * w[i]))
         print(f"{LEXICON[i]:>6} {w[i]:5.2f} {left:>25}|{right}")
@@ -559,7 +559,7 @@ class Best:
     steps: int = 120        # optimizer steps of each training
     lr: float = 0.01        # learning rate of the start
     reward_lr: float = 0.1  # learning rate of the reward model
-    l2: float = 0.002       # penalty on the squares of the reward model's weights
+    l2: float = 0.002       # penalty on squares: of the bag's weights, of a transformer's rewards
     seed: int = 0           # random seed
 
 
@@ -845,7 +845,7 @@ def run_grpo(cfg):
         if len(losses) < cfg.steps:                     # Ctrl-C
             break
     print("\nRows: tenths of trainings, by KL. Columns: -4 to 8, p proxy, t true reward, @ both\n"
-          "               KL")
+          "              KL")
     draw_rewards(rows, -4, 8, 0.2)
     print_end("grpo", cfg, begin, start, losses, metrics)
 

@@ -601,7 +601,8 @@ def run_pairs(cfg):
     losses = train(params, cfg, pairs_batch, sampled_loss_and_grads)
     print(f"\nExact match of 200 held-out sources per length (#: greedy decoding), with a beam of "
           f"{cfg.beam}, and\nfor how many sources the beam's output has the higher probability. "
-          f"Rows: tokens in the source,\nin training {cfg.length} at most")
+          f"Rows: tokens in the source,\nin training {cfg.length} at most"
+          + "; of numbers with 1 or 2 digits, none is held out" * (pairs.name == "words"))
     rng, greedy_exact, beam_exact = np.random.default_rng((cfg.seed, 10 ** 6)), [], []
     for n in range(pairs.fewest, cfg.length + 1 + pairs.beyond):
         source, _, targets = draw_pairs(cfg, rng, [n] * 200, held_out=True)

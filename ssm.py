@@ -312,7 +312,7 @@ def loss_and_grads(params, batch, cfg, mixer=SELECTIVE):
 def clip_norm(grads, limit):
     """Scale all gradients so that their joint norm is at most limit, if limit is not 0 (Pascanu et
     al. 2013).   -> the norm before."""
-    norm = math.sqrt(sum(float((g * g).sum()) for g in grads.values()))
+    norm = math.sqrt(sum(float((g.astype(float) ** 2).sum()) for g in grads.values()))
     if norm > limit > 0:
         for g in grads.values():
             g *= limit / norm
@@ -767,7 +767,7 @@ def validation_nats(params, cfg, length, most=10 ** 9):
 
 def run_text(cfg):
     """Train on a text file; validation loss by length of the window; a sample."""
-    require(cfg.data, "--data", "a UTF-8 text file (--help says where to get one)", cfg.data)
+    require(cfg.data, "--data", "a UTF-8 text file (python ssm.py --help says where)", cfg.data)
     start, rng = time.perf_counter(), np.random.default_rng(cfg.seed)
     chars, ids, validation = split_text(cfg.data, cfg.length)
     params = init_text(cfg, rng)

@@ -8,7 +8,7 @@ Forward, a block (prenorm, residual):    x = x + attention(norm(x))        x = x
     head of size d:    p = softmax(q k^T / sqrt(d) + mask)    out = p v    mask hides the future
     norm:   xhat = (x - mean) / std, y = gamma xhat + beta      mlp:   y = gelu(x W1 + b1) W2 + b2
 Backward:
-    attention    dv = p^T dout    dp = dout v^T    ds = p (dp - sum_s p dp)    s: a row of scores
+    attention    dv = p^T dout    dp = dout v^T    ds_j = p_j (dp_j - sum_i p_i dp_i)
                  (softmax: p_i changes with score s_j by p_i ((i == j) - p_j), summed over i)
                  dq = ds k / sqrt(d)    dk = ds^T q / sqrt(d)
     norm         g = gamma dout    dx = (g - mean(g) - xhat mean(g xhat)) / std
@@ -253,7 +253,7 @@ def loss_and_grads(params, batch, cfg):
 def clip_norm(grads, limit):
     """Scale all gradients so that their joint norm is at most limit, if limit is not 0 (Pascanu et
     al. 2013).   -> the norm before."""
-    norm = math.sqrt(sum(float((g * g).sum()) for g in grads.values()))
+    norm = math.sqrt(sum(float((g.astype(float) ** 2).sum()) for g in grads.values()))
     if norm > limit > 0:
         for g in grads.values():
             g *= limit / norm
@@ -356,7 +356,7 @@ def generate(params, cfg, ids, count, rng, temperature=0.5):
 
 def draw_heads(maps, rows, columns):
     """Attention maps (H, T, S), four side by side: how much each row attends to each column."""
-    print('Shades: " " is 0, "-" 0.1, "+" 0.25, "#" 0.5, "@" 1')
+    print('Shades: " " is 0, "-" 0.1, "+" 0.3, "#" 0.5, "@" 1')
     shades = np.array(list(" .:-=+*#%@"))[(maps ** 0.5 * 9.99).astype(int)]
     for h in range(0, len(maps), 4):
         four = shades[h:h + 4]
@@ -471,7 +471,8 @@ def attention_forward(q, k, v, mask=True):
 
 
 def attention_backward(dout, cache):
-    """As causal_attention_backward: where the mask has made p 0, ds is 0."""
+    """dv = p^T dout, dp = dout v^T, ds = p (dp - the sum of p dp over the keys), 0 where p is 0,
+    dq = ds k / sqrt(d), dk = ds^T q / sqrt(d)."""
     q, k, v, p = cache
     dv = p.swapaxes(2, 3) @ dout
     dp = dout @ v.swapaxes(2, 3)
@@ -845,6 +846,8 @@ def positions_loss_and_grads(params, batch, cfg):
 def run_positions(cfg):
     """Train with each encoding; measure the loss on fresh verses, at three lengths."""
     start, table, lengths = time.perf_counter(), {}, [n * cfg.context for n in (1, 2, 4)]
+    require(cfg.position == "learned" or not cfg.compare, "--position", "--no-compare with it",
+            cfg.position)
     print(f"Verses in random order, windows of {cfg.context}: {cfg.layers} layers, dim {cfg.dim}")
     print(f"chance level: loss {math.log(len(CHARS)):.3f}")
     chosen = {cfg.position: POSITIONS[cfg.position]}
@@ -893,7 +896,7 @@ def fill_batch(cfg, step, dtype=np.float32):
     rng = np.random.default_rng((cfg.seed, step))
     ids = random_verses(rng, cfg.batch_size, cfg.context)
     masked = rng.random(ids.shape) < cfg.mask_ratio
-    masked[:, rng.integers(cfg.context)] = True                     # one or more per window
+    masked[~masked.any(axis=1), rng.integers(cfg.context)] = True   # one or more per window
     return np.where(masked, MASK, ids), np.where(masked, ids, -1)
 
 
@@ -989,7 +992,7 @@ def read_idx(path):
 def load_mnist(folder):
     """The four files of MNIST, or of a data set in its format, gzipped or not.   -> dict: train,
     validation (the last 5,000 training images, or a tenth of fewer), test; each images (N, 784)
-    with mean 0 and variance 1, labels (N,).   Without a folder noise, for gradient checks.
+    with mean 0 and variance 1 on MNIST, labels (N,).   Without a folder noise, for gradient checks.
     Raises InputError."""
     if not folder:
         noise = np.random.default_rng(0).standard_normal((1000, 784)).astype(np.float32)
@@ -1079,7 +1082,7 @@ def classify(params, images, cfg):
 def run_mnist(cfg):
     """Train on MNIST, report the accuracy on the test set, and show errors."""
     start = time.perf_counter()
-    require(cfg.data, "--data", "the folder of MNIST (--help says where to get it)", cfg.data)
+    require(cfg.data, "--data", "the folder of MNIST (python mlp.py --help says where)", cfg.data)
     data = load_mnist(cfg.data)
     params = init_mnist(cfg, np.random.default_rng(cfg.seed))
     size = sum(p.size for p in params.values())
@@ -1112,8 +1115,8 @@ def run_mnist(cfg):
 # ---- the encoder-decoder: python transformer.py reverse, or sort ---------------------------------
 # The transformer of 2017: the encoder reads the source; the decoder writes the targets and attends
 # to what it has written and to the encoder's output (cross-attention). Around every sublayer f
-# stands a residual connection: norm(x + f(x)) in 2017 (postnorm), x + f(norm(x)) since Xiong 2020
-# (prenorm).
+# stands a residual connection: norm(x + f(x)) in 2017 (postnorm), x + f(norm(x)) since GPT-2, 2019
+# (prenorm; Xiong 2020 shows why it trains more easily).
 
 PAD, BOS, EOS = 0, 1, 2     # padding, beginning and end of a sequence
 TOKEN_CHARS = " <>0123456789"   # a character per token; digit n is token n + 3
@@ -1494,7 +1497,8 @@ def train_long(params, cfg, meta, make_batch, loss_and_grads, note):
 def run_text(cfg):
     """Train on a text file, report the validation loss, continue the text."""
     start, rng = time.perf_counter(), np.random.default_rng(cfg.seed)
-    require(cfg.data, "--data", "a UTF-8 text file (--help says where to get one)", cfg.data)
+    require(cfg.data, "--data", "a UTF-8 text file (python transformer.py --help says where)",
+            cfg.data)
     chars, train, _ = load_text(cfg.data, cfg.context)
     params = init_text(cfg, rng)
     size = sum(p.size for p in params.values())

@@ -336,7 +336,7 @@ def loss_and_grads(params, batch, cfg, pointer=True):
 def clip_norm(grads, limit):
     """Scale all gradients so that their joint norm is at most limit, if limit is not 0 (Pascanu et
     al. 2013).   -> the norm before."""
-    norm = math.sqrt(sum(float((g * g).sum()) for g in grads.values()))
+    norm = math.sqrt(sum(float((g.astype(float) ** 2).sum()) for g in grads.values()))
     if norm > limit > 0:
         for g in grads.values():
             g *= limit / norm
@@ -416,11 +416,11 @@ def shade(values):
 
 def draw_map(w, rows, columns):
     """Attention weights w (T, S), with the names of the T rows and the S columns."""
-    height = max(map(len, columns))
+    height, width = max(map(len, columns)), max(8, *map(len, rows))
     for line in zip(*(name.rjust(height) for name in columns)):         # from top to bottom
-        print(" " * 10 + " ".join(line))
+        print(" " * (width + 2) + " ".join(line))
     for name, weights in zip(rows, shade(w)):
-        print(f"{name:>8s} |{' '.join(weights)}|")
+        print(f"{name:>{width}s} |{' '.join(weights)}|")
 
 
 def print_result(task, cfg, **metrics):
@@ -435,7 +435,7 @@ def print_result(task, cfg, **metrics):
 
 
 def write(params, source, target, cfg, pointer=True):
-    """-> ids (B, T) of the likeliest ways; p (B, T, V + S); cross-attention w (B, H, T, S)."""
+    """-> the likeliest ids after each true prefix (B, T); p (B, T, V + S); cross-attention w."""
     keeps = [[1.0] * (1 + n * cfg.layers) for n in (2, 3)]          # no dropout
     z, cache = encdec_copy_forward(params, source, target, cfg, keeps, pointer)
     _, (_, _, caches, _), *_ = cache                    # of the decoder's sublayers
@@ -457,7 +457,7 @@ def main(cfg):
         train(params, cfg, make_batch, lambda *args: loss_and_grads(*args, pointer), {}, losses)
         for kind, names in (("known", KNOWN), ("unseen", UNSEEN)):
             rng = np.random.default_rng((cfg.seed, 10 ** 6))
-            pairs = draw_headlines(rng, 500, names)
+            pairs = sorted(draw_headlines(rng, 500, names), key=lambda pair: -len(pair[0]))
             ids = [encode_pair(*pair, IDS) for pair in pairs]
             source, target, targets, *_ = padded_batch(ids, cfg, rng, np.float32)
             ids, p, w = write(params, source, target, cfg, pointer)
@@ -742,7 +742,7 @@ class Pairs(Config):
     unit: Literal["bpe", "words", "characters"] = "bpe"  # kind of token
     vocab_size: int = 4000  # maximum number of merges (bpe), else of tokens; the rest is <unk>
     lower: bool = False     # lower case for all characters
-    context: int = 48       # maximum tokens: longer sources are cut, longer targets left out
+    context: int = 48       # maximum tokens with EOS: longer sources are cut, targets left out
     beam: int = 4           # beam width: partial outputs kept at each step
     length_penalty: float = 0.45  # exponent of the length that log-probabilities are divided by
     threads: int = 2        # micro-batches, each on a thread of its own
@@ -750,7 +750,7 @@ class Pairs(Config):
     validation: str = ""    # such a file, for the loss in training (none: a tenth of the data)
     test: str = ""          # such a file, for the scores (none: the last tenth of the data)
     save: str = ""          # checkpoint file (.npz) to write at every line of progress
-    load: str = ""          # checkpoint file to resume from
+    load: str = ""          # checkpoint file to resume from, with its tokens
 
 
 def read_text(path):
@@ -898,6 +898,8 @@ def translate_texts(params, texts, cfg, beam, pool):
 def run_pairs(cfg):
     """Train; translate the test greedily and by beam search, measure BLEU and ROUGE; draw a map."""
     start, data, state, losses = time.perf_counter(), texts_of(cfg), {}, []
+    n = len(data["train"])
+    require(cfg.threads <= n, "--threads", f"at most {n}, the pairs to learn from", cfg.threads)
     params = init_pairs(cfg, np.random.default_rng(cfg.seed))
     meta = dict(task="pairs", unit=cfg.unit, lower=cfg.lower, heads=cfg.heads, pointer=cfg.pointer,
                 merges=[[token.decode("latin-1") for token in pair] for pair in data["merges"]],
@@ -940,10 +942,11 @@ def run_pairs(cfg):
         for name, texts in (("source", sources), ("target", references), ("output", outputs)):
             print(f"    {name}  {texts[n][:300]}")
     (source, target, tokens), = encode_texts([(sources[0], outputs[0])], cfg)
-    source, target = np.array([source[:24]]), np.array([[BOS, *target][:24]])
-    ids, _, w = write(with_pointer(params), source, target, cfg, cfg.pointer)
+    source, target = source[:24], [*target, EOS][:24]
+    _, _, w = write(with_pointer(params), np.array([source]), np.array([[BOS, *target[:-1]]]), cfg,
+                    cfg.pointer)
     rows, columns = ([tokens[i].decode("utf-8", "replace").strip() or "_" for i in row]
-                     for row in (ids[0], source[0]))
+                     for row in (target, source))
     print("\nThe first of them: cross-attention, the largest of all heads. Rows: output; columns: "
           "source\n(_: a blank, or the end); shades: blank is 0, @ is 1")
     draw_map(w[0].max(axis=0), rows, columns)
@@ -958,7 +961,7 @@ def split_batch(batch, n):
     """n micro-batches, each with its share of the loss terms: the tokens of the targets."""
     total = (batch[1] != PAD).sum()
     parts = zip(*(np.array_split(array, n) for array in batch))
-    return [((part[1] != PAD).sum() / total, part) for part in parts]
+    return [(float((part[1] != PAD).sum() / total), part) for part in parts]
 
 
 def threaded_loss_and_grads(loss_and_grads, pool, params, batch, cfg):

@@ -701,7 +701,7 @@ def read_idx(path):
 def load_mnist(folder):
     """The four files of MNIST, or of a data set in its format, gzipped or not.   -> dict: train,
     validation (the last 5,000 training images, or a tenth of fewer), test; each images (N, 784)
-    with mean 0 and variance 1, labels (N,).   Without a folder noise, for gradient checks.
+    with mean 0 and variance 1 on MNIST, labels (N,).   Without a folder noise, for gradient checks.
     Raises InputError."""
     if not folder:
         noise = np.random.default_rng(0).standard_normal((1000, 784)).astype(np.float32)
@@ -798,7 +798,7 @@ def try_png(path):
 
 def run_mnist(cfg):
     """Train; ELBO and bounds on test images; draw samples."""
-    require(cfg.data, "--data", "the folder of MNIST (--help says where to get it)", cfg.data)
+    require(cfg.data, "--data", "the folder of MNIST (python mlp.py --help says where)", cfg.data)
     if cfg.png:
         try_png(cfg.png)
     start, rng = time.perf_counter(), np.random.default_rng(cfg.seed)

@@ -4,13 +4,13 @@ A recurrent network reads a sequence step by step; the hidden state h of one ste
 next, so h_t depends on all inputs up to step t. For the gradient, unroll the loop: T steps are T
 layers that share Wx, Wh and b, and the gradient of a shared weight is the sum over all steps.
 
-Forward, t = 1 ... T:    h_t = tanh(z_t), z_t = x_t Wx + h_{t-1} Wh + b       y_t = h_t Wo + bo
-Backward, t = T ... 1:   dh_t = dy_t Wo^T + dz_{t+1} Wh^T    h_t enters both y_t and z_{t+1}
+Forward, t = 1 ... T:    h_t = tanh(z_t + h_{t-1} Wh), z_t = x_t Wx + b       y_t = h_t Wo + bo
+Backward, t = T ... 1:   dh_t = dy_t Wo^T + dz_{t+1} Wh^T    h_t enters both y_t and h_{t+1}
                          dz_t = dh_t (1 - h_t^2)             slope of tanh
                          dWh = sum_t h_{t-1}^T dz_t    dWx = sum_t x_t^T dz_t    db = sum_t dz_t
-Each step back multiplies the gradient by Wh^T and by slopes of tanh, which are at most 1. With a
-spectral radius of Wh (largest |eigenvalue|) above 1, the gradient may explode; clipping scales it
-to a given norm. Below 1, the gradient vanishes: step 1 does not learn what step T needs.
+Each step back multiplies the gradient by Wh^T and by slopes of tanh, which are at most 1. If the
+largest singular value of Wh is above 1, the gradient may explode; clipping scales it to a given
+norm. If it is below 1, the gradient vanishes: step 1 does not learn what step T needs.
 
 Run    python vanilla_rnn.py      (the next value of a wave; --help lists the other tasks)
 Papers: Elman 1990, Werbos 1990, Pascanu et al. 2013 (clipping), Kingma and Ba 2015 (Adam).
@@ -37,7 +37,7 @@ import numpy as np
 class Config:
     """Learn the next value of a wave, then continue the wave alone."""
     hidden: int = 64        # size of the hidden state
-    radius: float = 1.0     # spectral radius of Wh before training
+    radius: float = 1.0     # all singular values of Wh before training
     length: int = 80        # time steps of a sequence
     batch_size: int = 64    # sequences per optimizer step
     steps: int = 1000       # optimizer steps
@@ -106,7 +106,7 @@ def make_batch(cfg, step, dtype=np.float32):
 # ---- model: input projection, recurrence, output layer -------------------------------------------
 
 def init_params(cfg, rng, dtype=np.float32, inputs=1, outputs=1):
-    """Wx, Wh, b, Wo, bo. Wh is orthogonal (|eigenvalues| = 1) times radius."""
+    """Wx, Wh, b, Wo, bo. Wh is radius times an orthogonal matrix: its singular values."""
     H = cfg.hidden
     params = {"Wx": rng.standard_normal((inputs, H)) * inputs ** -0.5,
               "Wh": cfg.radius * np.linalg.qr(rng.standard_normal((H, H)))[0], "b": np.zeros(H),
@@ -147,7 +147,7 @@ def loss_and_grads(params, batch, cfg):
 def clip_norm(grads, limit):
     """Scale all gradients so that their joint norm is at most limit, if limit is not 0 (Pascanu et
     al. 2013).   -> the norm before."""
-    norm = math.sqrt(sum(float((g * g).sum()) for g in grads.values()))
+    norm = math.sqrt(sum(float((g.astype(float) ** 2).sum()) for g in grads.values()))
     if norm > limit > 0:
         for g in grads.values():
             g *= limit / norm
@@ -223,7 +223,7 @@ def gradient_norms(params, x, h0):
     dh = np.zeros((len(x), *h.shape), h.dtype)
     dh[-1] = params["Wo"][:, 0]                         # y = h Wo + bo
     dz, _, _ = rnn_backward(dh, rnn)
-    norms = np.linalg.norm(dz, axis=(1, 2))
+    norms = np.linalg.norm(dz.astype(float), axis=(1, 2))
     return np.log10(norms / norms[-1] + 1e-30)
 
 
@@ -269,7 +269,7 @@ def main(cfg):
     mse, free_mse = float(errors[:-60].mean()), float(errors[-60:].mean())
     check_finite(free_mse, params)
     print(f"mean squared error {mse:.5f} on 500 fresh waves, {free_mse:.5f} on their next 60 values"
-          ",\nwhere each output is the next input. Columns are steps: . true, o predicted, @ both")
+          ",\nwhere each output is the next input. The last 80 steps: . true, o predicted, @ both")
     draw_curves(targets[-80:, 0, 0], y[-80:, 0, 0])
     print("log10 of the norm of the last output's gradient by step: . before training, o after it")
     draw_curves(before[-80:], after[-80:])
@@ -331,7 +331,7 @@ with contextlib.suppress(AttributeError, OSError, TypeError):   # Linux: reuse f
 @dataclass
 class Explode(Config):
     """Gradients through time for five spectral radii; the wave with and without clipping."""
-    radius: float = 1.8     # spectral radius of Wh before training
+    radius: float = 1.8     # all singular values of Wh before training
     steps: int = 300        # optimizer steps of each training
     lr: float = 0.1         # learning rate of plain gradient descent
     grad_clip: float = 2.0  # largest gradient norm in the clipped training
@@ -371,7 +371,7 @@ def run_explode(cfg):
     """The gradient on its way back for five radii; then the wave with and without clipping."""
     start, metrics, rows = time.perf_counter(), {}, []
     print("The norm of a gradient from step 50 back to step 1, before training. Columns: steps.\n"
-          "Shades: = is norm 1; one shade darker is 6 times more, one shade lighter 6 times less")
+          "Shades: = is about norm 1; one shade darker is 6 times more, lighter 6 times less")
     for radius in (0.5, 0.9, 1.0, 1.1, 1.5):
         rng = np.random.default_rng(cfg.seed)
         params = init_params(replace(cfg, radius=radius), rng, np.float64)
@@ -381,7 +381,7 @@ def run_explode(cfg):
         dz, _, _ = rnn_backward(dh, cache)
         norms = np.linalg.norm(dz, axis=(1, 2))
         norms /= norms[-1]
-        strip = "".join(shade(0.5 + np.log10(norms + 1e-30) / 8))
+        strip = "".join(shade(0.45 + np.log10(norms + 1e-30) / 8))
         print(f"radius {radius}   step 1 |{strip}| step 50   at step 1: {norms[0]:.0e}")
         metrics[f"radius_{radius}".replace(".", "_")] = float(norms[0])
     print("Slopes of tanh are below 1, so a radius slightly above 1 does not explode the gradient.")
@@ -417,7 +417,7 @@ class Recall:
     delay: int = 20         # longest delay between pattern and cue
     window: int = 5         # steps of a window where backpropagation is truncated
     hidden: int = 64        # size of the hidden state
-    radius: float = 1.0     # spectral radius of Wh before training
+    radius: float = 1.0     # all singular values of Wh before training
     batch_size: int = 64    # sequences per optimizer step
     steps: int = 1000       # optimizer steps of each training
     lr: float = 0.005       # peak learning rate
