@@ -776,7 +776,8 @@ def run_reverse(cfg):
 # ---- text: python lstm.py text --data tinyshakespeare.txt ----------------------------------------
 # A text is one long sequence, cut into N streams: the columns of a batch. Each step reads the next
 # window of every stream. States are carried over from window to window, gradients are not:
-# truncated backpropagation through time.
+# truncated backpropagation through time. From the end of the streams it goes on at their beginning,
+# a little shifted.
 
 ALL_VERSES = ["the house that Jack built.", "the malt\nThat lay in", "the rat,\nThat ate",
           "the cat,\nThat killed", "the dog,\nThat worried",
@@ -793,8 +794,8 @@ class Text(Add):
     embed_dim: int = 64     # embedding dimension
     length: int = 64        # characters per window
     hidden: int = 128       # hidden units
-    batch_size: int = 16    # windows per step
-    steps: int = 400        # optimizer steps
+    batch_size: int = 4     # windows per step
+    steps: int = 600        # optimizer steps
     lr: float = 0.003       # peak learning rate
     grad_clip: float = 5.0  # largest gradient norm; 0: no limit
     temperature: float = 0.7  # sampling temperature: logits are divided by it

@@ -554,7 +554,7 @@ class Probe(Config):
     steps: int = 2400       # optimizer steps
     norm_pixels: bool = False  # targets: patches of mean 0 and variance 1, not pixels
     weight_decay: float = 0.05  # AdamW weight decay
-    shift: bool = False     # probe: add the features of images shifted by a pixel
+    shift: bool = False     # test on images shifted by a pixel as well, and sum over them
     threads: int = 1        # micro-batches, each on a thread of its own
     png: str = ""           # file to write twelve reconstructions to, in color
     save: str = ""          # checkpoint file (.npz), written every 500 steps
@@ -592,7 +592,7 @@ class Cifar(Finetune):
     warmup: int = 500       # steps of linear warmup
     flip: bool = True       # random mirroring of half of the images
     crop: int = 4           # largest random shift of an image in pixels
-    shift: bool = True      # probe: add the features of images shifted by a pixel
+    shift: bool = True      # test on images shifted by a pixel as well, and sum over them
     threads: int = 2        # micro-batches, each on a thread of its own
     finetune: bool = False  # fine-tuning on labels afterwards
     data: str = ""          # cifar-10-binary.tar.gz or its folder
@@ -609,7 +609,7 @@ class Mnist(Cifar):
     warmup: int = 100       # steps of linear warmup
     flip: bool = False      # random mirroring of half of the images
     crop: int = 2           # largest random shift of an image in pixels
-    shift: bool = False     # probe: add the features of images shifted by a pixel
+    shift: bool = False     # test on images shifted by a pixel as well, and sum over them
     data: str = ""          # folder with the four files of MNIST
     size: ClassVar[int] = 28
     channels: ClassVar[int] = 1
@@ -1119,7 +1119,8 @@ def finetune(params, cfg):
         losses = train(own, cfg, labelled_batch, classifier_loss_and_grads, update)
 
         def classify(x):
-            return classifier_forward(own, to_patches(standardize(x), cfg.patch_size), cfg.heads)[0]
+            views = [to_patches(standardize(view), cfg.patch_size) for view in views_of(x, cfg)]
+            return sum(classifier_forward(own, view, cfg.heads)[0] for view in views)
         logits = in_chunks(classify, images, cfg)
         check_finite(float(logits.max()), own)
         metrics[name] = float((logits.argmax(axis=1) == labels).mean())

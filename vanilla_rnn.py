@@ -537,7 +537,7 @@ def run_recall(cfg):
 # ---- text: python vanilla_rnn.py text --data tinyshakespeare.txt ---------------------------------
 # A text is one long sequence, cut into N streams: the columns of a batch. Each step reads the next
 # window of every stream. The hidden state is carried over from window to window, the gradient is
-# not (truncation).
+# not (truncation). From the end of the streams it goes on at their beginning, a little shifted.
 
 @dataclass
 class Text(Config):
@@ -545,7 +545,7 @@ class Text(Config):
     embed_dim: int = 64     # embedding dimension
     length: int = 64        # characters per window
     hidden: int = 128       # size of the hidden state
-    batch_size: int = 16    # windows per step
+    batch_size: int = 4     # windows per step
     steps: int = 400        # optimizer steps
     lr: float = 0.003       # peak learning rate
     warmup: int = 50        # steps of linear warmup

@@ -2,11 +2,12 @@
 import re
 import tarfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 
 import numpy as np
 import pytest
-from lessons import (NEW, cifar_archive, cifar_folder, is_refused, lesson, load, metrics,
+from lessons import (LESSONS, NEW, cifar_archive, cifar_folder, is_refused, lesson, load, metrics,
                      mnist_folder)
 from tasks import FILE, FLOORS
 
@@ -52,6 +53,40 @@ def test_picture(name, task, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} <= {"a.png", "mnist"}
     for wrong in (tmp_path, tmp_path / "nowhere" / "a.png"):
         is_refused(lesson(name, *few, "--png", str(wrong)), "--png", str(wrong))
+
+
+# ---- what several lessons have -------------------------------------------------------------------
+
+def lessons_with(function):
+    return [name for name in LESSONS if hasattr(load(name), function)]
+
+
+@pytest.mark.parametrize("name", lessons_with("clip_norm"))
+def test_clipping_of_what_explodes(name):
+    """Squares of 1e20 are infinite in float32; the gradient has to keep its direction all the same."""
+    grads = {"a": np.array([3e20, 0], np.float32), "b": np.array([[4e20]], np.float32)}
+    assert abs(load(name).clip_norm(grads, 1.0) / 5e20 - 1) < 1e-6
+    assert np.allclose(grads["a"], [0.6, 0]) and np.allclose(grads["b"], 0.8)
+
+
+@pytest.mark.parametrize("name, task", [("attention.py", "pairs"), ("translation.py", "pairs"),
+                                        ("transformer.py", "text"), ("mae.py", "probe")])
+def test_threads_keep_float32(name, task):
+    m = load(name)
+    row = m.TASKS[task]
+    cfg = row.config(batch_size=5, threads=2)
+    params, batch = row.init_params(cfg, np.random.default_rng(0)), row.make_batch(cfg, 1)
+    with ThreadPoolExecutor(2) as pool:
+        loss, grads = m.threaded_loss_and_grads(row.loss_and_grads, pool, params, batch, cfg)
+    assert {g.dtype for g in grads.values()} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("name", lessons_with("draw_map"))
+def test_a_map_with_long_names(name, capsys):
+    """Every weight stands below the name of its column, however long the name of its row is."""
+    load(name).draw_map(np.eye(2), ["a", "a restaurant"], ["left", "right"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.index("@") for line in lines[-2:]] == [lines[-3].index("t"), lines[-3].rindex("t")]
 
 
 # ---- attention.py --------------------------------------------------------------------------------
@@ -215,6 +250,49 @@ def test_views(shift, flip):
             view = x[:, at][:, :, columns]
             expected = expected + m.convnet_forward(params, view, cfg, None, running)[0]
     assert np.allclose(m.predict(params, x, cfg, running), expected, rtol=1e-12, atol=1e-12)
+
+
+# ---- nested_attention.py, transformer.py, gan.py, lstm.py ----------------------------------------
+
+def test_share_of_the_memory_map():
+    """A token counts if its source has the largest weight alone."""
+    m = load("nested_attention.py")
+    key, junk = np.zeros((4, 1), int), np.array([[0], [0], [0], [0]])
+    weights = np.zeros((1, 4, 4))
+    for row, values in ((1, [1]), (2, [1, 1]), (3, [0, 0, -2])):    # right, undecided, right
+        weights[0, row, :len(values)] = values
+    assert m.memory_map(weights, key, junk)[0] == 2 / 3
+
+
+def test_share_of_masked_characters():
+    m = load("transformer.py")
+    for ratio in (0.2, 0.001):
+        ids, targets = m.fill_batch(m.Fill(mask_ratio=ratio, batch_size=2000), 1)
+        masked = ids == m.MASK
+        assert masked.any(axis=1).all() and np.array_equal(masked, targets >= 0)
+        assert abs(masked.mean() - max(ratio, 1 / ids.shape[1])) < 0.005
+
+
+def test_a_digit_per_mode():
+    m = load("gan.py")
+    ring = m.draw_ring(np.random.default_rng(0), 4000)
+    angle = np.arctan2(ring[:, 1], ring[:, 0])
+    for points in (ring, ring[abs(angle) < 0.2]):
+        digits = m.mode_digits(points)
+        assert len(digits) == 8 and not set(digits) - set(".0123456789")
+    assert sorted(digits) == [*"......."[:7], "9"]
+
+
+def test_cells_that_matter_at_the_end(capsys):
+    """Of a long sequence the first 70 steps are drawn; the cells are those of its last step."""
+    m, rng = load("lstm.py"), np.random.default_rng(0)
+    params, x = m.init_params(m.Config(), rng), rng.uniform(-1, 1, (101, 1, 1)).astype(np.float32)
+    m.draw_cells(params, x)
+    _, (_, (h, *_), _, _) = m.remember_forward(params, x)
+    largest = np.argsort(-abs(h[-1, 0] * params["Wo"][:, 0]))[:4]
+    rows = re.findall(r"cell +(\d+) \|(.*)\|", capsys.readouterr().out)
+    assert [int(cell) for cell, _ in rows[:4]] == largest.tolist()
+    assert {len(row) for _, row in rows} == {70}
 
 
 # ---- lora.py -------------------------------------------------------------------------------------

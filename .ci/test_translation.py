@@ -262,6 +262,11 @@ def test_columns(tmp_path):
     is_refused(lesson(NAME, *SMALL, "--data", str(write(path, ["no tab"] * 50))), "20", "TAB")
 
 
+def test_more_threads_than_pairs(tmp_path):
+    path = write(tmp_path / "a.tsv", [f"{n} is\t{7 * n}" for n in range(20)])
+    is_refused(lesson(NAME, *SMALL, "--data", str(path), "--batch-size", "20", "--threads", "20"), "--threads", "17")
+
+
 def test_validation_and_test_files(t, tmp_path):
     a, b, c = (write(tmp_path / f"{x}.tsv", [f"{x} {n}\t{x}{n}" for n in range(30)]) for x in "abc")
     cfg = t.Pairs(data=str(a), validation=str(b), test=str(c), lower=True)
