@@ -269,7 +269,7 @@ def main(cfg):
     mse, free_mse = float(errors[:-60].mean()), float(errors[-60:].mean())
     check_finite(free_mse, params)
     print(f"mean squared error {mse:.5f} on 500 fresh waves, {free_mse:.5f} on their next 60 values"
-          ",\nwhere each output is the next input. The last 80 steps: . true, o predicted, @ both")
+          ",\nwhere outputs become inputs. Columns: the last 80 steps; . true, o predicted, @ both")
     draw_curves(targets[-80:, 0, 0], y[-80:, 0, 0])
     print("log10 of the norm of the last output's gradient by step: . before training, o after it")
     draw_curves(before[-80:], after[-80:])
