@@ -15,8 +15,8 @@ Run    python gradcheck.py                   every lesson: each operation, then 
        python gradcheck.py --teeth mlp.py    plants bugs in every backward: are all of them caught?
 
 op_forward(inputs) -> (out, cache), and op_backward(dout, cache) -> the gradients of the inputs in
-the same order, without those of integers, flags and data, are found by their names. CASES says how
-to call them; for an operation of your own, say it in your file, with sizes that differ, above 2:
+the same order, without those of integers, flags and what DATA names, are found by name. CASES says
+how to call them; for an operation of your own, say it in your file, with sizes that differ, over 2:
     GRADCHECK = {"my_op": lambda rng: dict(x=rng.standard_normal((3, 5)), w=rng.standard_normal(5))}
 A model is checked end to end once Config, init_params, make_batch, loss_and_grads are there.
 """
@@ -121,6 +121,7 @@ def expect(ok, message):
 
 def sound(a, what):
     """Failure unless these are finite numbers in float64."""
+    expect(isinstance(a, np.ndarray), f"{what} is a {type(a).__name__}, expected an array")
     expect(a.dtype == np.float64, f"{what} is {a.dtype}, expected float64")
     expect(np.isfinite(a).all(), f"{what} has nan or inf")
 
@@ -128,7 +129,6 @@ def sound(a, what):
 # A case names the inputs in forward's order: "x 3 5" is normal numbers (3, 5), "ids<7 3" integers
 # below 7, "rate=0.3" a fixed value. A function of rng returns a dict of inputs, or a list of dicts.
 # Sizes differ and are above 2, so that a hint can name one. Inputs named in DATA have no gradient.
-
 DATA = {"targets", "running", "mask", "memory_mask", "cos", "sin", "keep"}
 
 def inputs_of(case, rng):
@@ -148,7 +148,6 @@ def each(case, name, *values):
 RUNNING = None, (np.arange(5.0), np.arange(1.0, 6.0))               # mean and variance, or not
 MASKS = (None, np.arange(7) <= np.arange(2, 7)[:, None],            # the past of 5 of 7 positions
          np.arange(7) < np.array([3, 7])[:, None, None, None])      # two sequences of 3 and 7
-
 CASES = {"linear": "x 3 5, W 5 7, b 7",
     **dict.fromkeys(["relu", "sigmoid", "tanh", "gelu", "silu"], "x 3 5"),
     "swiglu": "gate 3 5, up 3 5", "embedding": "ids<7 3 5, E 7 6",
@@ -172,12 +171,10 @@ def cases_of(module, name):
     lesson, forward = module.lesson and load(module.lesson), vars(module).get(name + "_forward")
     inputs = ", ".join(inspect.signature(forward).parameters) if forward else ""
     own, theirs = (getattr(m, "GRADCHECK", {}) for m in (module, lesson))
-
     def made(rng, entry, k=slice(None)):
         found = entry(rng) if callable(entry) else entry
         return [inputs_of(case, rng) if isinstance(case, str) else dict(case)
                 for case in (found if isinstance(found, list) else [found])][k]
-
     for table in (own, theirs, CASES):
         entry = table.get(name, table.get(plain, table.get(inputs, [])))
         try:
@@ -198,32 +195,31 @@ def draw_operation(module, name, case, seed):
     forward, backward = getattr(module, name + "_forward"), getattr(module, name + "_backward")
     inputs = case(rng)
     before = copy.deepcopy(inputs)
-    out, cache = call(forward, inputs.values(), 2)
+    out, cache = call(forward, inputs.values(), [2])
     for k in inputs:
-        expect(same(inputs[k], before[k]), f"{name}: {k} was changed on the way, and not only read")
-    outs = out if isinstance(out, tuple) else (out,)
+        expect(same(inputs[k], before[k]), f"{name}_forward: {k} was changed, and not only read")
+    outs = copy.deepcopy(out if isinstance(out, tuple) else (out,))  # not a view of x
     R = [rng.standard_normal(np.shape(o))[()] for o in outs]
     wanted = [k for k, x in inputs.items() if k not in DATA
               and (isinstance(x, dict) or getattr(x, "dtype", np.dtype(int)).kind == "f")]
-
     def by_name(values):                                # a dict of parameters is taken apart
         return {k if key is None else f"{k}[{key!r}]": v for k, value in zip(wanted, values)
                 for key, v in (value.items() if isinstance(value, dict) else [(None, value)])
                 if key is None or np.asarray(v).dtype.kind == "f"}      # other entries are frozen
     def f():
         out, _ = forward(*inputs.values())
-        return sum(float((o * r).sum()) for o, r in zip(out if len(R) > 1 else [out], R))
+        return sum(float(((o - p) * r).sum()) for o, p, r in zip(out if R[1:] else [out], outs, R))
     def run(given):
         grads = call(backward, [*given["dout"], given["the cache"]])
         expect(grads is not None, f"{name}_backward returns None: is its return missing?")
-        grads = grads if isinstance(grads, tuple) else (grads,)
+        grads = (*grads,) if isinstance(grads, (tuple, list)) else (grads,)
         count = f"{name}_backward: returns {len(grads)} gradient(s), expected {len(wanted)}"
         expect(len(grads) == len(wanted), f"{count}: {', '.join(wanted)}")
         return by_name(grads)
     arrays = by_name([inputs[k] for k in wanted])
     for what, x in (*arrays.items(), *((f"{name}_forward: out", np.asarray(o)) for o in outs)):
         sound(x, what)
-    size = sum(float(np.abs(o * r).sum()) for o, r in zip(outs, R))
+    size = sum(float(np.sum(np.abs(o * r), where=np.abs(o) < 1e8)) for o, r in zip(outs, R))
     return types.SimpleNamespace(
         title=name, arrays=arrays, f=f, steps=single_steps(arrays), size=size, run=run,
         given={"dout": R, "the cache": cache}, inputs=inputs, outs=outs, wanted=wanted)
@@ -233,18 +229,20 @@ def draw_model(model, seed):
     _, text, cfg, init_params, make_batch, function = model
     rng, title = np.random.default_rng(seed), f"{function.__name__}, {text}"
     params = call(init_params, (cfg, rng, np.float64))
+    expect(isinstance(params, dict), f"init_params returns {type(params).__name__}, expected dict")
     for name, p in params.items():
         sound(p, f"init_params: {name}")
         p += 0.3 * rng.standard_normal(p.shape)         # a bias of 0 could hide a mistake
     given = {"a parameter": params, "the batch": draw_batch(make_batch, cfg, rng)}
     with contextlib.suppress(Exception):                # T steps below the context, if it can that
         batch = draw_batch(make_batch, replace(cfg, context=cfg.context // 2 + 1), rng)
-        function(params, batch, cfg)
+        function(params, copy.deepcopy(batch), cfg)
         given["the batch"] = batch
-    loss, _, *more = copy.deepcopy(call(function, (*given.values(), cfg)))  # more: carried over
-
+    before = copy.deepcopy(given)
+    loss, _, *more = copy.deepcopy(call(function, (*given.values(), cfg), (2, 3)))  # carried over
+    expect(same(given, before), f"{title}: the batch or a parameter was changed, and not only read")
     def run(given):
-        loss, grads, *_ = call(function, (*given.values(), cfg, *more), 2 + len(more))
+        loss, grads, *_ = call(function, (*given.values(), cfg, *more), [2 + len(more)])
         expect(isinstance(grads, dict), f"{title}: expected: loss_and_grads -> number, dict")
         return dict(grads)
     return types.SimpleNamespace(
@@ -262,6 +260,7 @@ def settle(draw, *args):
     for seed in range(20):
         d = draw(*args, seed)
         d.settled, d.middle = False, d.f()
+        expect(same(d.f(), d.middle), f"{d.title}: called again, its forward gives another value")
         d.slopes = [slope(d.f, d.arrays[name], step, d.middle) for name, step in d.steps]
         if judge(d):
             d.settled = True                            # no need to look at f again
@@ -274,9 +273,8 @@ def judge(d):
     d.grads = copy.deepcopy(d.run(given))               # the next call may change the same object
     for k in given:
         expect(same(given[k], d.given[k]), f"{d.title}: {k} was changed on the way, not only read")
-    if not same(d.grads, d.run(given)):
-        raise Failure(f"{d.title}: a second call gives another result", [
-            "does a gradient live on, in a dict made outside or a default argument, and adds up?"])
+    expect(same(d.grads, d.run(given)), f"{d.title}: a second call gives another result: does a "
+           "gradient live on, in a dict made outside or a default argument, and adds up?")
     missing, odd = sorted(d.arrays.keys() - d.grads), sorted(d.grads.keys() - d.arrays)
     expect(not missing, f"{d.title}: no gradient for {missing}")
     expect(not odd, f"{d.title}: gradients {odd} belong to no parameter")
@@ -288,18 +286,18 @@ def judge(d):
         d.grads[name] = a
     return compare(d)
 
-def call(function, args, count=None):
+def call(function, args, counts=()):
     """function(*args); an error in it, or a wrong number of results, is a Failure with its line."""
     try:
         result = function(*args)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)[1:]
         tips = [f"line {f.lineno}: {f.line}" for f in frames if "numpy" not in f.filename]
         if "mismatch" in str(error) or "broadcast" in str(error):
             tips.append("the sizes do not fit: is a .T, an axis or keepdims missing or too many?")
         raise Failure(f"{function.__name__} raises {error!r}", tips[-2:]) from error
-    expect(count is None or isinstance(result, tuple) and len(result) == count,
-           f"{function.__name__} should return {count} results")
+    expect(not counts or isinstance(result, (tuple, list)) and len(result) in counts,
+           f"{function.__name__} should return {counts and counts[0]} results, in a tuple")
     return result
 
 def same(a, b, tolerance=0):
@@ -324,11 +322,12 @@ def explain_operation(module, d):
     numeric = {k: np.reshape([n for (other, _), n in zip(d.steps, d.slopes) if other == k], x.shape)
                for k, x in d.arrays.items()}
     tips = [hint for hint in [hints(d.grads[name], name, numeric, d)] if hint]
-    for node in [n.value for n in ast.walk(tree) if isinstance(n, ast.Return)][-1:]:
+    ends = [n.value for n in ast.walk(tree) if isinstance(n, ast.Return) and n.value]
+    for node in sorted(ends, key=lambda node: node.lineno)[-1:]:
         position = d.wanted.index(name.partition("[")[0])
         if isinstance(node, ast.Tuple) and position < len(node.elts):
             node = node.elts[position]
-        stores = rf"[^=(]*\b{getattr(node, 'id', '!')}\b[^=]*=(?!=)"
+        stores = r"[^=(]*\b{0}\b[^=]*=(?!=)|.*\.at\({0}\b".format(getattr(node, "id", "!"))
         lines = [k for k in range(tree.lineno + 1, node.lineno)
                  if re.match(stores, numbered(module, k).partition(": ")[2])]
         tips.append(f"computed in {numbered(module, max(lines, default=node.lineno))}")
@@ -345,11 +344,12 @@ def hints(a, name, numeric, d):
     if a.shape != n.shape:
         for k in range(a.ndim):
             if near(a.sum(axis=k), n):
-                return f"a missing sum over axis {k}: forward broadcasts {name} along it"
+                return (f"a missing sum over axis {k}: forward broadcasts {name} along it"
+                        if a.shape[k] > 1 else f"axis {k} is too many: keepdims, or brackets?")
         return ""
     ratio = float((a * n).sum() / max((a * a).sum(), 1e-300))
-    if a.any() and near(ratio * a, n):
-        return factor(ratio, d)
+    if near(ratio * a, n) or not a.ndim:
+        return factor(ratio, d) if a.any() else "it is 0"
     off = ~np.isclose(a, n, rtol=1e-5, atol=1e-7)
     if (n[off] == 0).all():
         return "right where it should not be zero, but these entries should be: a missing mask"
@@ -426,7 +426,7 @@ def explain_model(d):
 
 def numbered(module, line, last=0):
     """Lines of the file without their comments, as "line 12: text"."""
-    lines = source(module.__file__).splitlines()[line - 1:max(line, last)]
+    lines = source(module.__file__).split("\n")[line - 1:max(line, last)]
     return f"line {line}: " + " ".join(re.sub(r"\s\s+#.*", "", text).strip() for text in lines)
 
 # ---- tasks: which configurations of which models -------------------------------------------------
@@ -458,10 +458,8 @@ def variants(Config, check):
     for name, value in 2 * [*SMALL.items(), ("hidden", "5,4")]:     # twice: fields are coupled
         if name not in choices and type(default.get(name)) is type(value):
             default[name] = value if allowed({**default, name: value}) else default[name]
-
     def pairs(row):
         return set(itertools.combinations([(k, row[k]) for k in choices], min(2, len(choices))))
-
     rng, rows, met = np.random.default_rng(0), [], set()
     while True:
         tries = [{**default, **{k: v[rng.integers(len(v))] for k, v in choices.items()}}
@@ -491,7 +489,7 @@ def models(module):
 def lessons():
     """The lessons here, in order: files with Config that begin with their own name."""
     found = [path for path in Path(__file__).resolve().parent.glob("[!.]*.py") if path.is_file()
-             and re.search(rf'^"""{path.name}: (?s:.*)^class Config',
+             and re.search(rf'^"""{path.name}: (?s:.*)^class Config(?s:.*)^TASKS\b',
                            path.read_text("utf-8", "ignore"), re.M)]
     return sorted(found, key=lambda p: (ORDER.index(p.stem) if p.stem in ORDER else 99, p.name))
 
@@ -512,14 +510,16 @@ def closest_lesson(path, names):
 def pieces(module, name):
     """The statements of a function, the lines of a table -> list of (text, line as it stands)."""
     tree = module.nodes[name]
-    if isinstance(tree, ast.Assign):
-        lines = [numbered(module, k) for k in range(tree.lineno, tree.end_lineno + 1)]
-        return [(line.partition(": ")[2], line) for line in lines]
     nodes, found = [n for n in ast.walk(tree) if isinstance(n, ast.stmt)], []
     for n in sorted(nodes, key=lambda n: n.lineno):
         last = n.body[0].lineno - 1 if hasattr(n, "body") else n.end_lineno
-        found.append((ast.unparse(n).splitlines()[0], numbered(module, n.lineno, last)))
-    return [piece for piece in found if piece[0][0] not in "'\""]       # without the docstring
+        text = ast.unparse(n).splitlines()[0]
+        if isinstance(n, ast.Assign) and (n is tree or last > n.lineno + 3):    # line by line
+            lines = [numbered(module, k) for k in range(n.lineno, last + 1)]
+            found += [(line.partition(": ")[2], line) for line in lines]
+        elif text[0] not in "'\"":                      # without the docstring
+            found.append((text, numbered(module, n.lineno, last)))
+    return found
 
 def diff(module, lesson, names, most=6):
     """Where functions and tables of a copy differ from the lesson's, if they are alike -> lines."""
@@ -540,7 +540,6 @@ def diff(module, lesson, names, most=6):
 def other_values(module, draws, good):
     """Where does a copy give other values than its lesson?   -> {name: note}; names that agree."""
     lesson, whose, notes, agree = load(module.lesson), module.lesson.name + "'s", {}, set()
-
     def compared(name, yours, right, text):
         uses = reached(module, name)
         if same(yours, right, 1e-9):
@@ -548,7 +547,6 @@ def other_values(module, draws, good):
         elif not {*uses} & notes.keys():                # else it has been said
             lines = diff(module, lesson, [name]) or diff(module, lesson, uses)
             notes[name] = [text, *(lines or ["no line can be compared; look at what it uses"])]
-
     for name in [name for name in module.nodes if name in {*vars(module)} & {*lesson.nodes}]:
         data = isinstance(vars(lesson)[name], (int, float, list, np.ndarray))
         if data and diff(module, lesson, reached(module, name)):
@@ -577,7 +575,7 @@ def other_values(module, draws, good):
             assert alike
             for p in right[0].values():
                 p += 0.3 * rng().standard_normal(p.shape)
-            a, b = (float(function(*right, c)[0]) for (*_, function), c in sides)
+            a, b = (float(function(*copy.deepcopy(right), c)[0]) for (*_, function), c in sides)
             compared(names[2], a, b, f"the loss, {text}: yours {a:.6g}, {whose} {b:.6g}")
     return notes, agree
 
@@ -607,7 +605,6 @@ def three_steps(module, name, lesson=None):
 
 # ---- planting bugs, and trying repairs -----------------------------------------------------------
 # What a tired person would type, and the other way round; a, b, c, d stand for pieces of program.
-
 ORDERS = ["axis=0 -> axis=1", "axis=1 -> axis=0", "axis=2 -> axis=0", "axis=3 -> axis=0",
           "axis=-1 -> axis=0", "return a, b -> return b, a",
           "return a, b, c -> return b, a, c or return a, c, b",
@@ -644,7 +641,8 @@ def matches(pattern, node, found):
 
 def mutants(tree, rules):
     """Every function that is one change away from this one -> (line, text, piece, new tree)."""
-    for node, rule in itertools.product(ast.walk(tree), rules):
+    loops = any(isinstance(n, ast.While) for n in ast.walk(tree))   # changed, it might never end
+    for node, rule in itertools.product(() if loops else ast.walk(tree), rules):
         (left, rights), found = rule.split(" -> "), {}
         if type(getattr(node, "ctx", 0)) is not ast.Store and matches(template(left), node, found):
             for right in rights.split(" or "):
@@ -728,7 +726,7 @@ def source(path):
 
 def parse(text):
     """Read a file as far as it goes -> syntax tree; what is wrong then; what is only unfinished."""
-    lines, end, at, wrong = text.splitlines(), None, 0, ""
+    lines, end, at, wrong = text.split("\n"), None, 0, ""
     while True:
         try:
             tree = ast.parse("\n".join(lines[:end]))
@@ -748,6 +746,7 @@ def run_file(path):
     module = sys.modules["checked"] = types.ModuleType("checked")
     tree, module.broken, module.absent = parse(source(path))
     module.__file__, module.typed = str(path), path not in lessons()
+    module.print = lambda *words, **options: None       # a function may print a hundred times
     module.functions = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
     module.nodes = {t.id: n for n in tree.body if isinstance(n, ast.Assign) for target in n.targets
                     for t in getattr(target, "elts", [target]) if isinstance(t, ast.Name)}
@@ -761,11 +760,11 @@ def run_file(path):
             tree.body.remove(module.functions.pop(last))
     for node in tree.body:
         used = {getattr(n, "id", "") for n in ast.walk(node)} & module.functions.keys()
-        if isinstance(node, ast.While) or isinstance(node, (ast.Expr, ast.For)) and used:
+        starts = isinstance(node, (ast.Expr, ast.For, ast.Try, ast.With)) and used
+        if starts or isinstance(node, ast.While):
             continue                                    # it starts a training
         try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                exec(compile(ast.Module([node], []), str(path), "exec"), vars(module))
+            exec(compile(ast.Module([node], []), str(path), "exec"), vars(module))
         except (Exception, SystemExit) as error:
             if not not_yet(module, error):
                 below = ['put it below  if __name__ == "__main__":']
@@ -835,10 +834,13 @@ def examined(module, names, wrong, draw, *args):
             error.tips = ["mend first: " + ", ".join(broken)]
         if broken or not module.typed or not_yet(module, error):
             raise
+        error.tips += [f"checked with {args[0][2]}"] if draw is draw_model and not d else []
         forward = names[0].replace("_backward", "_forward")
         makers = [f.__name__ for f in args[0][3:5]] if draw is draw_model else []
         groups = [names, reached(module, *names, forward), reached(module, *makers)]
-        if lesson and "inputs" in vars(d or error):     # backward differs only if forward agrees
+        if forward not in names and str(error).startswith(forward):
+            groups = [reached(module, forward)]
+        elif lesson and "inputs" in vars(d or error):   # backward differs only if forward agrees
             if not same(d.outs, forward_values(lesson, d.title, d.inputs), 1e-9):
                 groups.insert(0, reached(module, forward))
         for group in groups if lesson else ():
@@ -874,18 +876,16 @@ def check_file(path):
     module, passed, wrong, draws, alone = run_file(path), 0, [], [], []
     own, names, tasks = getattr(module, "GRADCHECK", {}), operations(module), {}
     expect(isinstance(own, dict), "GRADCHECK: expected a dict, of functions of rng")
-
     def attempt(title, action, *args):
         try:
             return action(*args)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if not_yet(module, error):
                 module.absent.append(not_yet(module, error))
                 return say("later", f"{title}: {module.absent[-1]}")
             wrong.append(title)
             what = str(error) if isinstance(error, Failure) else f"{title}: {error!r}"
             return say("FAIL", what, getattr(error, "tips", ()))
-
     for text in module.absent:
         say("later", text)
     attempt("", expect, not module.broken, module.broken)
