@@ -398,7 +398,7 @@ Tasks
     python transformer.py positions             five encodings, at and beyond the trained length
     python transformer.py fill                  masked characters, from both sides
     python transformer.py reverse, or sort      encoder-decoder; --norm prenorm
-    python transformer.py text --data tinyshakespeare.txt       1.67 nats per character, 5 minutes
+    python transformer.py text --data tinyshakespeare.txt       1.67 nats per character, 2 minutes
     python transformer.py text --data tinyshakespeare.txt --context 128 --batch-size 32 \\
         --lr 0.004 --steps 1800 --save ts.npz   larger windows: 1.52, 11 minutes
                                                 generate --load ts.npz continues a prompt with it
