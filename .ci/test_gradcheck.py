@@ -245,6 +245,21 @@ def test_a_cache_that_is_changed(tmp_path):
     says(report(tmp_path, source), ["softmax_cross_entropy: the cache was changed on the way"], 1)
 
 
+def test_a_batch_that_is_changed(tmp_path):
+    source = with_slip(spine("mlp.py"), "loss_and_grads", "x, targets = batch",
+                       "x, targets = batch\n    x -= x.mean(axis=0)")
+    says(report(tmp_path, source), ["the batch or a parameter was changed", "x -= x.mean(axis=0)"], 1)
+
+
+@pytest.mark.parametrize("function, right, words", [
+    ("init_params", "return ", ["init_params returns NoneType, expected dict"]),
+    ("loss_and_grads", "return loss", ["loss_and_grads should return 2 results", "yours, line"]),
+])
+def test_a_forgotten_return(function, right, words, tmp_path):
+    source = with_slip(spine("mlp.py"), function, right, right.replace("return", "_ ="))
+    says(report(tmp_path, source), words, 1)
+
+
 # ---- one's own operations and models -------------------------------------------------------------
 
 OWN = """
@@ -330,6 +345,55 @@ RIGHT = dict(dx="dout * w", dw="(dout * x).sum(axis=0)", both="dx, dw", squash="
 def test_own_words(change, words, tmp_path):
     source = WORDS.format(**{**RIGHT, **change})
     says(report(tmp_path, source), words or ["ok average"], 1 if words else 0)
+
+
+ALL_KINDS = """
+import numpy as np
+
+def scores_forward(q, k):
+    return np.where(np.tri(3, 4, dtype=bool), q @ k.T, -1e9), (q, k)
+
+def scores_backward(dout, cache):
+    q, k = cache
+    dout = np.where(np.tri(3, 4, dtype=bool), dout, 0)
+    return [{dq}, dout.T @ q]
+
+def powers_forward(x):
+    return x + x ** 2 + x ** 4, x
+
+def powers_backward(dout, cache):
+    dx, k = dout, 1
+    while k < 4:
+        dx = dx + {power} * k * dout * cache ** (2 * k - 1)
+        k = k * 2
+    return dx
+
+def table_forward(E):
+    return 2 * E[np.array([1, 1, 0])], E.shape
+
+def table_backward(dout, cache):
+    def half(v):
+        return v / 2
+    dE = np.zeros(cache)
+    np.add.at(dE, np.array([1, 1, 0]), {row})
+    return dE
+
+GRADCHECK = {{"scores": lambda rng: dict(q=rng.standard_normal((3, 5)), k=rng.standard_normal((4, 5))),
+             "powers": lambda rng: dict(x=rng.standard_normal((3, 5))),
+             "table": lambda rng: dict(E=rng.standard_normal((4, 5)))}}
+"""
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(), []),
+    (dict(dq="dout @ k * 2"), ["scores, gradient of q", "multiply by 0.5", "dout @ k * 2"]),
+    (dict(power="3"), ["powers, gradient of x"]),
+    (dict(row="dout"), ["table, gradient of E", "multiply by 2", "computed in line", "np.add.at"]),
+], ids=["right", "masked", "while", "add.at"])
+def test_own_kinds(change, words, tmp_path):
+    """Masked scores of -1e9; lists; loops that a repair could make endless; sums at indices."""
+    source = ALL_KINDS.format(**{**dict(dq="dout @ k", power="2", row="2 * dout"), **change})
+    says(report(tmp_path, source, timeout=60), words or ["ok scores"], 1 if words else 0)
 
 
 NET = '''
@@ -692,6 +756,12 @@ ODD = {
     "exit": (HALF + "import sys\nsys.exit()\n", ["it does not run: SystemExit", "__main__"], 1),
     "endless": (HALF + "while True:\n    pass\n", ["ok relu"], 0),
     "loop": (HALF + "for n in range(3):\n    relu_forward(np.zeros(10 ** 11))\n", ["ok relu"], 0),
+    "try": (HALF + "try:\n    while True:\n        relu_forward(np.zeros(1))\nexcept KeyboardInterrupt:\n"
+            "    pass\n", ["ok relu"], 0),
+    "exit in a function": (HALF.replace("    return dout", "    exit()\n    return dout"), ["SystemExit"], 1),
+    "prints in a function": (HALF.replace("    return dout", '    print("hello")\n    return dout'),
+                             ["ok relu"], 0),
+    "form feed": ("\f\n" + HALF.replace("(cache > 0)", "(cache < 0)"), ["yours, line 10"], None),
     "prints": (HALF + 'print("hello")\n', ["ok relu"], 0),
     "main": (HALF + "def main():\n    while True:\n        pass\n\n\nmain()\n", ["ok relu"], 0),
     "no import": (HALF.partition("\n")[2], ["`import numpy as np` is not there yet"], 0),
