@@ -349,7 +349,7 @@ def hints(a, name, numeric, d):
         return ""
     ratio = float((a * n).sum() / max((a * a).sum(), 1e-300))
     if near(ratio * a, n) or not a.ndim:
-        return factor(ratio, d) if a.any() else "it is 0"
+        return "it is 0" if not a.any() else factor(ratio, d) if n.any() else "out ignores it"
     off = ~np.isclose(a, n, rtol=1e-5, atol=1e-7)
     if (n[off] == 0).all():
         return "right where it should not be zero, but these entries should be: a missing mask"

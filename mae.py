@@ -679,7 +679,7 @@ def load_mnist(folder):
         for kind, ndim in (("images", 3), ("labels", 1)):       # mirrors name them .idx3-ubyte, too
             paths = sorted(Path(folder).glob(f"{prefix}-{kind}?idx{ndim}-ubyte*"))
             expected = f"a folder with {prefix}-{kind}-idx{ndim}-ubyte.gz"
-            require(paths, flag, expected, "no such file")
+            require(paths, flag, expected, "no such file in it")
             parts[kind] = read_idx(paths[0])
         images, labels = parts["images"], parts["labels"]
         require(images.shape[1:] == (28, 28) and labels.shape == images.shape[:1], flag,

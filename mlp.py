@@ -1016,7 +1016,7 @@ def run_names(cfg):
     size = sum(p.size for p in params.values())
     print(f"{cfg.data or 'the built-in names'}: {len(ids)} characters to predict, each from the "
           f"{cfg.context} before it,\n{len(chars)} different ones; hidden layers {cfg.hidden}, "
-          f"{size} parameters,\n{cfg.steps} steps ({cfg.epochs} epochs at most)")
+          f"{size} parameters,\n{cfg.steps} steps (--epochs {cfg.epochs} at most)")
     print(f"chance level: loss {math.log(len(chars)):.3f}")
     sample = ids[np.random.default_rng(0).permutation(len(ids))[:10000]]    # for BatchNorm
     validation = []
@@ -1099,7 +1099,7 @@ def load_mnist(folder):
         for kind, ndim in (("images", 3), ("labels", 1)):       # mirrors name them .idx3-ubyte, too
             paths = sorted(Path(folder).glob(f"{prefix}-{kind}?idx{ndim}-ubyte*"))
             expected = f"a folder with {prefix}-{kind}-idx{ndim}-ubyte.gz"
-            require(paths, flag, expected, "no such file")
+            require(paths, flag, expected, "no such file in it")
             parts[kind] = read_idx(paths[0])
         images, labels = parts["images"], parts["labels"]
         require(images.shape[1:] == (28, 28) and labels.shape == images.shape[:1], flag,

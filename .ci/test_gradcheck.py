@@ -72,6 +72,7 @@ def says(found, words, status):
 # ---- slips in copies of lessons: function, right, wrong, what the report must say ----------------
 
 SLIPS = [
+    ("vanilla_rnn.py", "rnn_forward", "h = [h0]", "h = [0 * h0]", ["rnn, gradient of h0", "out ignores it"]),
     ("mlp.py", "linear_backward", "dout @ W.T", "dout @ W",
      ["linear_backward raises", "is a .T", "dout @ W"]),
     ("mlp.py", "linear_backward", "x.T @ dout", "dout.T @ x",
