@@ -699,8 +699,8 @@ def load_corpus(path, context):
     chars = sorted(set(text))
     ids = np.searchsorted(chars, list(text))
     train_ids, validation = np.split(ids, [len(ids) * 9 // 10])
-    require(len(validation) > context, "--context",
-            f"below {len(validation)}, the characters for validation", context)
+    require(len(validation) > context, f"--context {context}, --data {path or 'the sentences'}",
+            f"over {10 * context} characters", len(ids))
     return chars, train_ids, validation
 
 
